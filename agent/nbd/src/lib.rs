@@ -1,0 +1,1 @@
+//! An NBD server and client: fixed newstyle, structured replies, block status, several exports.

@@ -1,0 +1,1 @@
+//! Disk images: raw and VMDK, created, opened, read and written.

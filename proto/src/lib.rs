@@ -1,0 +1,1 @@
+//! The language both ends of Backhaul speak: ids, limits, messages, session and transport.

@@ -1,0 +1,1 @@
+//! A whole failback on one machine: keys, daemons, disk, writes, link and verification.
