@@ -1,1 +1,18 @@
-//! The language both ends of Backhaul speak: ids, limits, messages, session and transport.
+//! The language both ends of Backhaul speak.
+//!
+//! | module | holds | depends on |
+//! | --- | --- | --- |
+//! | [`id`], [`limits`], [`version`] | names, numbers and their bounds | nothing |
+//! | [`batch`] | the unit of replication and its bytes | ids |
+//! | [`message`] | control and sync-stream messages | ids |
+//! | [`session`] | the pure session core; time is an argument | batch, message |
+//! | [`quic`] | the only user of quinn and rustls | all of the above |
+//!
+//! `SPEC.md` beside this crate has the byte tables and the version history.
+
+pub mod batch;
+pub mod id;
+pub mod limits;
+pub mod message;
+pub mod session;
+pub mod version;

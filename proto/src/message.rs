@@ -1,0 +1,398 @@
+//! Messages on the control stream and on the sync stream.
+//!
+//! They must be able to grow for years, so they are protobuf (`prost`), each framed by its length
+//! as a little-endian `u32`. Field numbers are the format: they are never reused. Batches do not
+//! travel here; they have streams of their own.
+
+use bytes::{Bytes, BytesMut};
+use prost::Message;
+use thiserror::Error;
+
+use crate::limits::FRAME_BYTES_MAX;
+
+/// What an agent says on the control stream. The first message is always a [`Hello`].
+#[derive(Clone, PartialEq, Message)]
+pub struct AgentMessage {
+    /// The one thing it says.
+    #[prost(oneof = "agent_message::Kind", tags = "1, 2, 3, 4")]
+    pub kind: Option<agent_message::Kind>,
+}
+
+/// Variants of [`AgentMessage`].
+pub mod agent_message {
+    /// What an agent can say.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Kind {
+        /// Opens the session.
+        #[prost(message, tag = "1")]
+        Hello(super::Hello),
+        /// How far the capture is; sent every second and whenever the mode changes.
+        #[prost(message, tag = "2")]
+        Progress(super::Progress),
+        /// How a job ended.
+        #[prost(message, tag = "3")]
+        JobReply(super::JobReply),
+        /// Liveness.
+        #[prost(message, tag = "4")]
+        Heartbeat(super::Heartbeat),
+    }
+}
+
+/// What a target says on the control stream. The first message is a [`Welcome`] or a [`Refused`].
+#[derive(Clone, PartialEq, Message)]
+pub struct TargetMessage {
+    /// The one thing it says.
+    #[prost(oneof = "target_message::Kind", tags = "1, 2, 3, 4, 5, 6")]
+    pub kind: Option<target_message::Kind>,
+}
+
+/// Variants of [`TargetMessage`].
+pub mod target_message {
+    /// What a target can say.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Kind {
+        /// Accepts the session.
+        #[prost(message, tag = "1")]
+        Welcome(super::Welcome),
+        /// Refuses the session, and closes it.
+        #[prost(message, tag = "2")]
+        Refused(super::Refusal),
+        /// Batches are durable.
+        #[prost(message, tag = "3")]
+        Ack(super::Ack),
+        /// Asks for something to be done.
+        #[prost(message, tag = "4")]
+        Job(super::Job),
+        /// Liveness: answers an agent's heartbeat.
+        #[prost(message, tag = "5")]
+        Heartbeat(super::Heartbeat),
+        /// A machine's standing changed after the welcome (a cancel resumes it, say).
+        #[prost(message, tag = "6")]
+        Machine(super::MachineWelcome),
+    }
+}
+
+/// Opens a session: who speaks, which versions, which machines.
+#[derive(Clone, PartialEq, Message)]
+pub struct Hello {
+    /// Oldest protocol version the agent speaks.
+    #[prost(uint32, tag = "1")]
+    pub version_min: u32,
+    /// Newest protocol version the agent speaks.
+    #[prost(uint32, tag = "2")]
+    pub version_max: u32,
+    /// The agent's software version, for people.
+    #[prost(string, tag = "3")]
+    pub software: String,
+    /// Its machines; a machine's place in this list is its index on this connection.
+    #[prost(message, repeated, tag = "4")]
+    pub machines: Vec<MachineHello>,
+}
+
+/// One machine in a [`Hello`].
+#[derive(Clone, PartialEq, Message)]
+pub struct MachineHello {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// The generation its batches belong to.
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// Its disks, in the order of their indices.
+    #[prost(message, repeated, tag = "3")]
+    pub disks: Vec<DiskHello>,
+    /// The last batch of this generation that the agent holds an acknowledgement for. A target that
+    /// recovered less has lost acknowledged data, and says so.
+    #[prost(uint64, tag = "4")]
+    pub acked_batch: u64,
+}
+
+/// One disk in a [`MachineHello`].
+#[derive(Clone, PartialEq, Message)]
+pub struct DiskHello {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Its size in bytes.
+    #[prost(uint64, tag = "2")]
+    pub size_bytes: u64,
+}
+
+/// Accepts a session.
+#[derive(Clone, PartialEq, Message)]
+pub struct Welcome {
+    /// The version both will speak.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// The target's software version, for people.
+    #[prost(string, tag = "2")]
+    pub software: String,
+    /// One answer for each machine of the hello, in its order.
+    #[prost(message, repeated, tag = "3")]
+    pub machines: Vec<MachineWelcome>,
+}
+
+/// How a machine stands with the target.
+#[derive(Clone, PartialEq, Message)]
+pub struct MachineWelcome {
+    /// Its index on this connection.
+    #[prost(uint32, tag = "1")]
+    pub machine: u32,
+    /// What the agent may do with it.
+    #[prost(enumeration = "Standing", tag = "2")]
+    pub standing: i32,
+    /// The last batch of the agent's generation that is durable here; 0 for none. The agent forgets
+    /// those up to it.
+    #[prost(uint64, tag = "3")]
+    pub durable_batch: u64,
+    /// Bytes of batches (as [`crate::batch::EncodedBatch::wire_bytes`] counts them) after
+    /// `durable_batch` that may be under way before the first acknowledgement.
+    #[prost(uint64, tag = "4")]
+    pub window_bytes: u64,
+    /// How often the agent sets a crash-consistent point, in milliseconds.
+    #[prost(uint64, tag = "5")]
+    pub point_period_ms: u64,
+    /// Why, when the standing is [`Standing::Refused`].
+    #[prost(message, optional, tag = "6")]
+    pub refusal: Option<Refusal>,
+    /// The last batch in hand, durable or not: the agent sends those after it, and keeps those
+    /// after `durable_batch`, since a target that restarts will ask for them.
+    #[prost(uint64, tag = "7")]
+    pub received_batch: u64,
+}
+
+/// What an agent may do with a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum Standing {
+    /// Never sent.
+    Unknown = 0,
+    /// Replicate: continue this generation after `durable_batch`.
+    Replicate = 1,
+    /// The generation cannot go on (the target holds less than was acknowledged, or the image was
+    /// written by somebody else): begin a new generation with a sync, and say hello again.
+    Restart = 2,
+    /// Failed over, waiting for commit or cancel: send nothing, keep the machine fenced if it is.
+    FailedOver = 3,
+    /// Committed: protection has ended.
+    Ended = 4,
+    /// Refused, for the reason given; the other machines go on.
+    Refused = 5,
+}
+
+/// A refusal or a failure: a stable code for programs, a sentence for people.
+#[derive(Clone, PartialEq, Message)]
+pub struct Refusal {
+    /// What it is about.
+    #[prost(enumeration = "Code", tag = "1")]
+    pub code: i32,
+    /// What is wrong and what to do, at most [`crate::limits::SENTENCE_BYTES_MAX`] bytes.
+    #[prost(string, tag = "2")]
+    pub sentence: String,
+}
+
+/// Stable codes of refusals and failures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum Code {
+    /// Anything without a code of its own.
+    Other = 0,
+    /// No common protocol version.
+    Version = 1,
+    /// No such machine at the target.
+    UnknownMachine = 2,
+    /// The machine is enrolled to another identity.
+    NotEnrolled = 3,
+    /// Disks differ in number, name or size from what the target holds.
+    DiskMismatch = 4,
+    /// The target has no room or cannot reach an image.
+    Storage = 5,
+    /// The message was not understood, or came at the wrong moment.
+    Protocol = 6,
+    /// A hook failed.
+    Hook = 7,
+    /// Not possible while a sync is under way.
+    Syncing = 8,
+}
+
+/// Cumulative acknowledgement of one machine's batches.
+#[derive(Clone, PartialEq, Message)]
+pub struct Ack {
+    /// The machine's index on this connection.
+    #[prost(uint32, tag = "1")]
+    pub machine: u32,
+    /// Every batch up to this one is on stable storage.
+    #[prost(uint64, tag = "2")]
+    pub durable_batch: u64,
+    /// Bytes of batches after `durable_batch` that may be under way. Replaces the window before it.
+    #[prost(uint64, tag = "3")]
+    pub window_bytes: u64,
+}
+
+/// How far a machine's capture is.
+#[derive(Clone, PartialEq, Message)]
+pub struct Progress {
+    /// The machine's index on this connection.
+    #[prost(uint32, tag = "1")]
+    pub machine: u32,
+    /// Every write that finished before this message was sent is in this batch or an earlier one,
+    /// when `dirty_bytes` is 0.
+    #[prost(uint64, tag = "2")]
+    pub newest_batch: u64,
+    /// Bytes of batches not acknowledged yet.
+    #[prost(uint64, tag = "3")]
+    pub queued_bytes: u64,
+    /// Bytes of the disks that are in no batch yet. More than 0 means not consistent.
+    #[prost(uint64, tag = "4")]
+    pub dirty_bytes: u64,
+    /// Bytes the present sync has to look at, 0 when none is under way.
+    #[prost(uint64, tag = "5")]
+    pub sync_total_bytes: u64,
+    /// Bytes of those that it has dealt with.
+    #[prost(uint64, tag = "6")]
+    pub sync_done_bytes: u64,
+    /// Bytes of those that had to be sent.
+    #[prost(uint64, tag = "7")]
+    pub sync_sent_bytes: u64,
+    /// Something that needs a person (an unreadable sector, say); empty when nothing does.
+    #[prost(string, tag = "8")]
+    pub trouble: String,
+}
+
+/// Liveness, and the round-trip time as the application sees it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Heartbeat {
+    /// Returned as it came.
+    #[prost(uint64, tag = "1")]
+    pub nonce: u64,
+}
+
+/// Something the target asks the agent to do to a machine.
+#[derive(Clone, PartialEq, Message)]
+pub struct Job {
+    /// Doing the same id again returns the first result.
+    #[prost(uint64, tag = "1")]
+    pub job: u64,
+    /// The machine's index on this connection.
+    #[prost(uint32, tag = "2")]
+    pub machine: u32,
+    /// What to do.
+    #[prost(enumeration = "JobKind", tag = "3")]
+    pub kind: i32,
+}
+
+/// What a [`Job`] asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum JobKind {
+    /// Never sent.
+    Unknown = 0,
+    /// Set a crash-consistent point now.
+    Tag = 1,
+    /// Failover: run the shutdown hook, fence the exports, set the final point.
+    Shutdown = 2,
+    /// Failover of a machine that must keep running (a rehearsal): set the final point only.
+    FinalPoint = 3,
+    /// Cancel: lift the fence.
+    Unfence = 4,
+    /// Commit: run the removal hook, end protection.
+    Remove = 5,
+    /// Begin a new generation: compare everything with the target.
+    Resync = 6,
+}
+
+/// How a job ended.
+#[derive(Clone, PartialEq, Message)]
+pub struct JobReply {
+    /// The job.
+    #[prost(uint64, tag = "1")]
+    pub job: u64,
+    /// The machine's index on this connection.
+    #[prost(uint32, tag = "2")]
+    pub machine: u32,
+    /// Set when it failed.
+    #[prost(message, optional, tag = "3")]
+    pub failure: Option<Refusal>,
+    /// The batch that ends with the point, for jobs that set one.
+    #[prost(uint64, tag = "4")]
+    pub point_batch: u64,
+    /// The point, for jobs that set one.
+    #[prost(uint64, tag = "5")]
+    pub point: u64,
+}
+
+/// What an agent asks on the sync stream.
+#[derive(Clone, PartialEq, Message)]
+pub struct HashRequest {
+    /// Returned in the reply.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// The machine's index on this connection.
+    #[prost(uint32, tag = "2")]
+    pub machine: u32,
+    /// The disk's index.
+    #[prost(uint32, tag = "3")]
+    pub disk: u32,
+    /// First region ([`crate::limits::REGION_BYTES`]) asked for.
+    #[prost(uint64, tag = "4")]
+    pub first_region: u64,
+    /// How many, 1 to [`crate::limits::HASH_REGIONS_MAX`].
+    #[prost(uint32, tag = "5")]
+    pub regions: u32,
+    /// With the leaf hashes of each region (then `regions` is 1).
+    #[prost(bool, tag = "6")]
+    pub leaves: bool,
+    /// The image must hold every batch up to this one before it is hashed.
+    #[prost(uint64, tag = "7")]
+    pub after_batch: u64,
+}
+
+/// The answer to a [`HashRequest`].
+#[derive(Clone, PartialEq, Message)]
+pub struct HashReply {
+    /// The request it answers.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// One entry for each region asked for: empty when the region reads as zeroes throughout, else
+    /// the 32-byte root hash. For a request with leaves: one entry of 32 bytes for each leaf.
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    pub hashes: Vec<Bytes>,
+    /// Set when the image could not be read.
+    #[prost(message, optional, tag = "3")]
+    pub failure: Option<Refusal>,
+}
+
+/// Why a frame was not a message.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum FrameError {
+    /// Longer than any message may be.
+    #[error("a message of {bytes} bytes was announced; the most allowed is {FRAME_BYTES_MAX}")]
+    TooLong {
+        /// The announced length.
+        bytes: u32,
+    },
+    /// Not a message of the expected type.
+    #[error("a message could not be understood: {0}")]
+    Decode(#[from] prost::DecodeError),
+}
+
+/// A message with its length before it, as it travels.
+pub fn frame(message: &impl Message) -> Bytes {
+    let len = message.encoded_len();
+    debug_assert!(len <= FRAME_BYTES_MAX as usize);
+    let mut out = BytesMut::with_capacity(4 + len);
+    out.extend_from_slice(&(len as u32).to_le_bytes());
+    message.encode(&mut out).expect("a BytesMut grows as needed");
+    out.freeze()
+}
+
+/// The length that a frame's first four bytes announce, checked against the bound.
+pub fn frame_len(prefix: [u8; 4]) -> Result<usize, FrameError> {
+    let bytes = u32::from_le_bytes(prefix);
+    if bytes > FRAME_BYTES_MAX { Err(FrameError::TooLong { bytes }) } else { Ok(bytes as usize) }
+}
+
+/// Decodes the content of a frame.
+pub fn decode<M: Message + Default>(content: &[u8]) -> Result<M, FrameError> {
+    Ok(M::decode(content)?)
+}

@@ -1,0 +1,18 @@
+//! The session core, without sockets, files or clocks: time is an argument.
+//!
+//! An agent holds one [`Sender`] a machine, a target one [`Receiver`]. They outlive connections:
+//! a connection that ends is told to both, and the next one resumes at the exact place.
+//! [`Backoff`] spaces out the attempts, [`Watermark`] turns progress into RPO.
+
+mod backoff;
+mod receiver;
+mod sender;
+mod watermark;
+
+pub use backoff::Backoff;
+pub use receiver::{Delivery, Receiver, ReceiverConfig, Rejected};
+pub use sender::{AckError, Released, Sender};
+pub use watermark::Watermark;
+
+#[cfg(test)]
+mod virtual_link;

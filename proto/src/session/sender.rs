@@ -1,0 +1,202 @@
+//! The agent's half: batches wait here, in order, until the target has them on stable storage.
+
+use std::collections::VecDeque;
+
+use thiserror::Error;
+
+use crate::batch::EncodedBatch;
+use crate::id::{BatchSeq, Generation};
+
+/// Batches of one machine that are not acknowledged yet.
+///
+/// It holds what was pushed and bounds nothing itself: the capture stops pushing (and falls back to
+/// its dirty map) when [`Sender::held_bytes`] reaches its configured queue size.
+#[derive(Debug)]
+pub struct Sender {
+    generation: Generation,
+    /// Every batch up to here is durable at the target.
+    acked: BatchSeq,
+    /// Batches after `acked`, without a gap.
+    held: VecDeque<EncodedBatch>,
+    held_bytes: u64,
+    link: Link,
+}
+
+/// Whether there is a target to send to.
+#[derive(Debug)]
+enum Link {
+    /// Waiting for a connection to resume on.
+    Down,
+    /// Sending.
+    Up {
+        /// How many of `held` are under way on this connection.
+        sent: usize,
+        /// Bytes of those.
+        sent_bytes: u64,
+        /// Bytes that may be under way.
+        window_bytes: u64,
+    },
+}
+
+/// What an acknowledgement freed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Released {
+    /// Number of batches.
+    pub batches: usize,
+    /// Bytes of memory.
+    pub bytes: u64,
+}
+
+/// Why an acknowledgement, or a resumption, makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum AckError {
+    /// Acknowledges what was never made.
+    #[error("the target acknowledged batch {claimed}, but the newest batch is {newest}")]
+    Future {
+        /// What the target said.
+        claimed: BatchSeq,
+        /// What there is.
+        newest: BatchSeq,
+    },
+    /// The target holds less than it had acknowledged.
+    #[error("the target has only batch {durable} on stable storage, but had acknowledged {acked}")]
+    Lost {
+        /// What the target has now.
+        durable: BatchSeq,
+        /// What it said it had.
+        acked: BatchSeq,
+    },
+}
+
+impl Sender {
+    /// A sender for a new generation, with nothing in it.
+    pub fn new(generation: Generation) -> Self {
+        Self {
+            generation,
+            acked: BatchSeq(0),
+            held: VecDeque::new(),
+            held_bytes: 0,
+            link: Link::Down,
+        }
+    }
+
+    /// The generation whose batches it holds.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The last batch that the target acknowledged.
+    pub fn acked(&self) -> BatchSeq {
+        self.acked
+    }
+
+    /// The last batch that was pushed.
+    pub fn newest(&self) -> BatchSeq {
+        BatchSeq(self.acked.0 + self.held.len() as u64)
+    }
+
+    /// Bytes of all batches that are not acknowledged.
+    pub fn held_bytes(&self) -> u64 {
+        self.held_bytes
+    }
+
+    /// The capture time (microseconds since 1970 UTC) of the oldest batch not acknowledged.
+    pub fn oldest_captured_at_us(&self) -> Option<u64> {
+        self.held.front().map(|batch| batch.header.captured_at_us)
+    }
+
+    /// Whether sealed batches wait although the link is up: then the link, not the capture, is what
+    /// limits, and compressing harder pays.
+    pub fn is_link_limited(&self) -> bool {
+        matches!(self.link, Link::Up { sent, .. } if sent < self.held.len())
+    }
+
+    /// Takes the next batch of the order.
+    ///
+    /// # Panics
+    ///
+    /// When it is not the next one: that is a bug in the capture, and to go on would break the
+    /// prefix invariant.
+    pub fn push(&mut self, batch: EncodedBatch) {
+        assert_eq!(batch.header.generation, self.generation, "a batch of another generation");
+        assert_eq!(batch.header.batch, self.newest().next(), "a batch out of order");
+        self.held_bytes += batch.wire_bytes() as u64;
+        self.held.push_back(batch);
+    }
+
+    /// A connection is up. The target has everything up to `durable` on stable storage, and
+    /// everything up to `received` in hand: what comes after `received` is sent again, what lies
+    /// between the two stays held, because a target that restarts now would ask for it.
+    pub fn handle_connected(
+        &mut self,
+        durable: BatchSeq,
+        received: BatchSeq,
+        window_bytes: u64,
+    ) -> Result<Released, AckError> {
+        if durable < self.acked {
+            return Err(AckError::Lost { durable, acked: self.acked });
+        }
+        let claimed = received.max(durable);
+        if claimed > self.newest() {
+            return Err(AckError::Future { claimed, newest: self.newest() });
+        }
+        let sent = (claimed.0 - self.acked.0) as usize;
+        let sent_bytes = self.held.iter().take(sent).map(|batch| batch.wire_bytes() as u64).sum();
+        self.link = Link::Up { sent, sent_bytes, window_bytes };
+        self.handle_ack(durable, window_bytes)
+    }
+
+    /// The connection is gone; batches under way may or may not have arrived.
+    pub fn handle_disconnected(&mut self) {
+        self.link = Link::Down;
+    }
+
+    /// Everything up to `durable` is on stable storage; `window_bytes` more may be under way.
+    /// An acknowledgement older than one already seen changes only the window.
+    pub fn handle_ack(
+        &mut self,
+        durable: BatchSeq,
+        new_window_bytes: u64,
+    ) -> Result<Released, AckError> {
+        if durable > self.newest() {
+            return Err(AckError::Future { claimed: durable, newest: self.newest() });
+        }
+        let mut released = Released::default();
+        while self.acked < durable {
+            let Some(batch) = self.held.pop_front() else {
+                break;
+            };
+            let bytes = batch.wire_bytes() as u64;
+            self.acked = batch.header.batch;
+            self.held_bytes -= bytes;
+            released.batches += 1;
+            released.bytes += bytes;
+            if let Link::Up { sent, sent_bytes, .. } = &mut self.link
+                && *sent > 0
+            {
+                *sent -= 1;
+                *sent_bytes -= bytes;
+            }
+        }
+        if let Link::Up { window_bytes, .. } = &mut self.link {
+            *window_bytes = new_window_bytes;
+        }
+        Ok(released)
+    }
+
+    /// The next batch to send, if the window has room for it. One batch may always be under way,
+    /// so that a window smaller than a batch does not stop the stream for ever.
+    pub fn poll_transmit(&mut self) -> Option<EncodedBatch> {
+        let Link::Up { sent, sent_bytes, window_bytes } = &mut self.link else {
+            return None;
+        };
+        let batch = self.held.get(*sent)?;
+        let bytes = batch.wire_bytes() as u64;
+        if *sent > 0 && *sent_bytes + bytes > *window_bytes {
+            return None;
+        }
+        *sent += 1;
+        *sent_bytes += bytes;
+        Some(batch.clone())
+    }
+}
