@@ -1,1 +1,11 @@
-//! The process-server side of Backhaul: captures the writes of protected machines and streams them.
+//! The process-server side of Backhaul: it captures the writes of protected machines and streams
+//! them to the master target.
+//!
+//! ```text
+//! capture → batch → session (proto) → link
+//!    ↑ dirty          ↓ acks
+//!    sync  ←──────────┘ hashes
+//! ```
+
+pub mod batch;
+pub mod capture;

@@ -6,6 +6,7 @@ use thiserror::Error;
 
 use crate::batch::EncodedBatch;
 use crate::id::{BatchSeq, Generation};
+use crate::limits::REORDER_BATCHES_MAX;
 
 /// Batches of one machine that are not acknowledged yet.
 ///
@@ -185,14 +186,15 @@ impl Sender {
     }
 
     /// The next batch to send, if the window has room for it. One batch may always be under way,
-    /// so that a window smaller than a batch does not stop the stream for ever.
+    /// so that a window smaller than a batch does not stop the stream for ever; and never more than
+    /// the target is ready to put back into order.
     pub fn poll_transmit(&mut self) -> Option<EncodedBatch> {
         let Link::Up { sent, sent_bytes, window_bytes } = &mut self.link else {
             return None;
         };
         let batch = self.held.get(*sent)?;
         let bytes = batch.wire_bytes() as u64;
-        if *sent > 0 && *sent_bytes + bytes > *window_bytes {
+        if *sent >= REORDER_BATCHES_MAX || *sent > 0 && *sent_bytes + bytes > *window_bytes {
             return None;
         }
         *sent += 1;

@@ -1,0 +1,9 @@
+//! From captured changes to the bytes that travel: a pure builder, then an ordered pool of encoders.
+
+mod builder;
+mod elide;
+mod encoder;
+
+pub use builder::{Builder, held_bytes};
+pub use elide::elide_zeroes;
+pub use encoder::{CompressionChoice, EncodePool, Encoded};

@@ -1,0 +1,164 @@
+//! A protected disk as an NBD export: the write splitter.
+
+use std::io;
+use std::sync::Arc;
+
+use backhaul_nbd::{BlockSize, Errno, Export, IoFuture, Run, ZeroOptions};
+use backhaul_proto::id::DiskIndex;
+use bytes::{Bytes, BytesMut};
+
+use crate::capture::machine::now_us;
+use crate::capture::{CapturedDisk, Change, MachineCapture};
+
+/// Serves one disk of a machine, and adds every write to the machine's order.
+///
+/// The place in the order is taken after the write reached the disk and before the guest is
+/// answered, while the range is locked. A guest that waits for one write before it sends the next
+/// therefore finds them in that order at the target, whatever runs beside them.
+pub struct DiskExport {
+    machine: Arc<MachineCapture>,
+    disk: Arc<CapturedDisk>,
+}
+
+impl DiskExport {
+    /// The export of the machine's disk at `index`.
+    pub fn new(machine: Arc<MachineCapture>, index: DiskIndex) -> Self {
+        let disk = Arc::clone(&machine.disks()[usize::from(index.0)]);
+        Self { machine, disk }
+    }
+
+    /// Runs `change` on the disk with the range locked, then records it.
+    async fn change(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        change: impl FnOnce() -> io::Result<Option<Change>>,
+    ) -> Result<(), Errno> {
+        let _range = self.disk.ranges.acquire(offset_bytes, len_bytes).await;
+        // Looked at under the range lock: a fence that returned has seen every write before it.
+        if self.machine.is_fenced() {
+            return Err(Errno::ESHUTDOWN);
+        }
+        let result = change();
+        let disk = self.disk.index;
+        let recorded = match &result {
+            Ok(None) => return Ok(()),
+            Ok(Some(change)) => Some(change.clone()),
+            // A write that failed may have reached the disk in part.
+            Err(_) => None,
+        };
+        self.machine.with_order(|order| match recorded {
+            Some(change) => order.handle_write(now_us(), disk, offset_bytes, change),
+            None => order.handle_uncaptured(now_us(), disk, offset_bytes, len_bytes),
+        });
+        result.map(|_| ()).map_err(|error| {
+            let path = self.disk.device.path().display();
+            tracing::error!(%error, disk = %path, offset_bytes, len_bytes, "a write failed");
+            Errno::from(error)
+        })
+    }
+
+    async fn flush_device(&self) -> Result<(), Errno> {
+        let disk = Arc::clone(&self.disk);
+        let flushed = tokio::task::spawn_blocking(move || disk.device.flush()).await;
+        let result = flushed.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+        result.map_err(|error| {
+            let path = self.disk.device.path().display();
+            tracing::error!(%error, disk = %path, "a flush failed; the disk takes no more writes");
+            Errno::EIO
+        })
+    }
+}
+
+impl Export for DiskExport {
+    fn size_bytes(&self) -> u64 {
+        self.disk.device.size_bytes()
+    }
+
+    fn description(&self) -> String {
+        format!("disk {} of machine {}", self.disk.name, self.machine.name())
+    }
+
+    fn block_size(&self) -> BlockSize {
+        BlockSize { minimum: 512, preferred: 4096 }
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&self, offset_bytes: u64, len_bytes: u32) -> IoFuture<'_, Bytes> {
+        Box::pin(async move {
+            let mut buf = BytesMut::zeroed(len_bytes as usize);
+            self.disk.device.read(&mut buf, offset_bytes)?;
+            Ok(buf.freeze())
+        })
+    }
+
+    fn write(&self, offset_bytes: u64, data: Bytes, fua: bool) -> IoFuture<'_, ()> {
+        let device = &self.disk.device;
+        Box::pin(async move {
+            let len_bytes = data.len() as u64;
+            self.change(offset_bytes, len_bytes, || {
+                device.write(&data, offset_bytes, fua)?;
+                Ok(Some(Change::Data(data)))
+            })
+            .await
+        })
+    }
+
+    fn write_zeroes(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u32,
+        options: ZeroOptions,
+    ) -> IoFuture<'_, ()> {
+        let (device, len_bytes) = (&self.disk.device, u64::from(len_bytes));
+        let may_unmap = !options.no_hole;
+        Box::pin(async move {
+            let mut refused = false;
+            self.change(offset_bytes, len_bytes, || {
+                if device.zero(offset_bytes, len_bytes, may_unmap, options.fast)? {
+                    return Ok(Some(Change::Zero { len_bytes, may_unmap }));
+                }
+                refused = true;
+                Ok(None)
+            })
+            .await?;
+            if refused {
+                return Err(Errno::ENOTSUP);
+            }
+            if options.fua { self.flush_device().await } else { Ok(()) }
+        })
+    }
+
+    fn trim(&self, offset_bytes: u64, len_bytes: u32, fua: bool) -> IoFuture<'_, ()> {
+        let (device, len_bytes) = (&self.disk.device, u64::from(len_bytes));
+        Box::pin(async move {
+            self.change(offset_bytes, len_bytes, || {
+                let zeroed = device.trim(offset_bytes, len_bytes)?;
+                Ok(zeroed.then_some(Change::Zero { len_bytes, may_unmap: true }))
+            })
+            .await?;
+            if fua { self.flush_device().await } else { Ok(()) }
+        })
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        Box::pin(self.flush_device())
+    }
+
+    fn runs(&self, offset_bytes: u64, len_bytes: u32) -> IoFuture<'_, Vec<Run>> {
+        Box::pin(async move {
+            let end = offset_bytes + u64::from(len_bytes);
+            let mut runs = Vec::new();
+            let mut at = offset_bytes;
+            while at < end {
+                let (stop, hole) = self.disk.device.run(at, end);
+                runs.push(Run { len_bytes: stop - at, hole });
+                at = stop;
+            }
+            Ok(runs)
+        })
+    }
+}
