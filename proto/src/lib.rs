@@ -14,5 +14,6 @@ pub mod batch;
 pub mod id;
 pub mod limits;
 pub mod message;
+pub mod quic;
 pub mod session;
 pub mod version;

@@ -2,9 +2,7 @@
 
 use backhaul_proto::batch::{BatchKind, PlainBatch, RECORD_BYTES, Record, RecordKind};
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, WriteSeq};
-use backhaul_proto::limits::{
-    BATCH_DATA_BYTES_TARGET, BATCH_RECORDS_MAX, RECORD_DATA_BYTES_MAX,
-};
+use backhaul_proto::limits::{BATCH_DATA_BYTES_TARGET, BATCH_RECORDS_MAX, RECORD_DATA_BYTES_MAX};
 use bytes::Bytes;
 
 /// The batch that is being filled, and the next numbers of the order.

@@ -157,13 +157,15 @@ impl Order {
         if len_bytes == 0 {
             return;
         }
-        let (first, end) =
-            (offset_bytes / BLOCK, (offset_bytes + len_bytes).div_ceil(BLOCK));
+        let (first, end) = (offset_bytes / BLOCK, (offset_bytes + len_bytes).div_ceil(BLOCK));
         let map = &self.dirty[usize::from(disk.0)];
         let clean_bytes = if map.dirty_blocks() == 0 {
             len_bytes
         } else {
-            map.runs(first, end).filter(|run| !run.dirty).map(|run| (run.end - run.first) * BLOCK).sum()
+            map.runs(first, end)
+                .filter(|run| !run.dirty)
+                .map(|run| (run.end - run.first) * BLOCK)
+                .sum()
         };
         if clean_bytes == 0 {
             return;
@@ -225,7 +227,13 @@ impl Order {
         }
     }
 
-    fn push_clean_parts(&mut self, now_us: u64, disk: DiskIndex, offset_bytes: u64, change: Change) {
+    fn push_clean_parts(
+        &mut self,
+        now_us: u64,
+        disk: DiskIndex,
+        offset_bytes: u64,
+        change: Change,
+    ) {
         let len_bytes = match &change {
             Change::Data(data) => data.len() as u64,
             Change::Zero { len_bytes, .. } => *len_bytes,

@@ -51,18 +51,21 @@ impl RangeLock {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes a place in the table, and says whether it is granted already.
+    fn enter(&self, start: u64, end: u64) -> (u64, bool) {
+        let mut table = self.table();
+        let ticket = table.next;
+        table.next += 1;
+        table.entries.push(Entry { ticket, start, end });
+        (ticket, table.is_granted(ticket, start, end))
+    }
+
     /// Waits until no earlier operation overlaps `[offset_bytes, offset_bytes + len_bytes)`.
     ///
     /// Ready at once when nothing overlaps. Cancel safe: a dropped wait gives up its place.
     pub async fn acquire(self: &Arc<Self>, offset_bytes: u64, len_bytes: u64) -> RangeGuard {
         let (start, end) = (offset_bytes, offset_bytes.saturating_add(len_bytes));
-        let mut table = self.table();
-        let ticket = table.next;
-        table.next += 1;
-        table.entries.push(Entry { ticket, start, end });
-        let granted = table.is_granted(ticket, start, end);
-        drop(table);
-
+        let (ticket, granted) = self.enter(start, end);
         let guard = RangeGuard { lock: Arc::clone(self), ticket };
         if granted {
             return guard;

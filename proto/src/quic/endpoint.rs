@@ -1,0 +1,250 @@
+//! Listening and connecting.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{ConnectionError, Endpoint, TokioRuntime};
+use rustls::pki_types::CertificateDer;
+use socket2::{Domain, Protocol, Socket, Type};
+use thiserror::Error;
+
+use crate::id::PeerName;
+use crate::quic::identity::holder;
+use crate::quic::{Connection, Identity, IdentityError, Role, TransportOptions};
+
+/// Why a listener could not be opened.
+#[derive(Debug, Error)]
+pub enum BindError {
+    /// The address is taken, or not ours.
+    #[error("UDP address {address} cannot be listened on: {source}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The identity does not work.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The TLS library lacks a cipher that QUIC needs.
+    #[error("TLS cannot be set up for QUIC: {0}")]
+    Tls(String),
+}
+
+/// Why a connection could not be made.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    /// The name has no address.
+    #[error("the target's address `{address}` cannot be resolved: {source}")]
+    Resolve {
+        /// What was configured.
+        address: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Nobody answers.
+    #[error(
+        "target {address} does not answer; check that it runs, and that UDP to this port passes the VPN and every firewall"
+    )]
+    NoAnswer {
+        /// Its address.
+        address: SocketAddr,
+    },
+    /// Its certificate is not accepted here, or ours not there.
+    #[error("target {address} and this agent do not trust each other: {reason}")]
+    Certificate {
+        /// Its address.
+        address: SocketAddr,
+        /// Whose certificate, and why.
+        reason: String,
+    },
+    /// It speaks something else.
+    #[error("{address} does not speak Backhaul: {reason}")]
+    Protocol {
+        /// Its address.
+        address: SocketAddr,
+        /// What happened.
+        reason: String,
+    },
+    /// This end could not begin.
+    #[error("no connection can be begun: {0}")]
+    Local(String),
+}
+
+/// Why an incoming connection came to nothing.
+#[derive(Debug, Error)]
+pub enum AcceptError {
+    /// The handshake failed.
+    #[error("a connection from {address} failed: {reason}")]
+    Handshake {
+        /// Where it came from.
+        address: SocketAddr,
+        /// Why.
+        reason: String,
+    },
+    /// Its certificate is not an agent's.
+    #[error("a connection from {address} was refused: its certificate is not an agent's")]
+    NotAnAgent {
+        /// Where it came from.
+        address: SocketAddr,
+    },
+}
+
+fn udp_socket(address: SocketAddr, buffer_bytes: usize) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    // The forced variant needs a privilege that daemons usually have; the plain one is capped.
+    use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size};
+    if set_socket_recv_buffer_size_force(&socket, buffer_bytes).is_err() {
+        socket.set_recv_buffer_size(buffer_bytes)?;
+    }
+    set_socket_send_buffer_size(&socket, buffer_bytes)?;
+    let granted = socket.recv_buffer_size()?;
+    if granted < buffer_bytes {
+        tracing::warn!(
+            granted,
+            wanted = buffer_bytes,
+            "the UDP receive buffer is smaller than asked for; raise net.core.rmem_max"
+        );
+    }
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+/// A target's socket.
+#[derive(Debug)]
+pub struct Listener {
+    endpoint: Endpoint,
+}
+
+impl Listener {
+    /// Listens for agents on a UDP address.
+    pub fn bind(
+        address: SocketAddr,
+        identity: &Identity,
+        options: &TransportOptions,
+    ) -> Result<Self, BindError> {
+        let tls = QuicServerConfig::try_from(identity.server_config()?)
+            .map_err(|error| BindError::Tls(error.to_string()))?;
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
+        config.transport_config(Arc::new(options.to_quinn()));
+        let bind = |source| BindError::Bind { address, source };
+        let socket = udp_socket(address, options.socket_buffer_bytes).map_err(bind)?;
+        let endpoint = Endpoint::new(
+            TransportOptions::endpoint_config(),
+            Some(config),
+            socket,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(bind)?;
+        Ok(Self { endpoint })
+    }
+
+    /// The address that was bound.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// The next agent that knocks; `None` when the listener was closed. The handshake is the
+    /// caller's to await, so that a slow one holds up nobody.
+    pub async fn accept(&self) -> Option<Handshake> {
+        self.endpoint.accept().await.map(Handshake)
+    }
+
+    /// Ends every connection and stops listening.
+    pub async fn close(&self, reason: &str) {
+        self.endpoint.close(quinn::VarInt::from_u32(0), reason.as_bytes());
+        self.endpoint.wait_idle().await;
+    }
+}
+
+/// An agent that knocked.
+#[derive(Debug)]
+pub struct Handshake(quinn::Incoming);
+
+impl Handshake {
+    /// Finishes the handshake, and checks that the peer is an agent of this site.
+    pub async fn finish(self) -> Result<Connection, AcceptError> {
+        let address = self.0.remote_address();
+        let failed =
+            |error: ConnectionError| AcceptError::Handshake { address, reason: error.to_string() };
+        let connection = self.0.await.map_err(failed)?;
+        match peer(&connection) {
+            Some((Role::Agent, name)) => Ok(Connection::new(connection, name)),
+            _ => {
+                connection.close(quinn::VarInt::from_u32(1), b"your certificate is not an agent's");
+                Err(AcceptError::NotAnAgent { address })
+            }
+        }
+    }
+}
+
+fn peer(connection: &quinn::Connection) -> Option<(Role, PeerName)> {
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    holder(chain.first()?)
+}
+
+/// Connects an agent to the target at `address` (`host:port`), of the given name or of any.
+pub async fn connect(
+    address: &str,
+    identity: &Identity,
+    expected: Option<PeerName>,
+    options: &TransportOptions,
+) -> Result<Connection, ConnectError> {
+    let local = |error: String| ConnectError::Local(error);
+    let resolve = |source| ConnectError::Resolve { address: address.to_owned(), source };
+    let address = tokio::net::lookup_host(address)
+        .await
+        .map_err(resolve)?
+        .next()
+        .ok_or_else(|| resolve(io::ErrorKind::NotFound.into()))?;
+    let tls = identity.client_config(expected).map_err(|error| local(error.to_string()))?;
+    let tls = QuicClientConfig::try_from(tls).map_err(|error| local(error.to_string()))?;
+    let mut config = quinn::ClientConfig::new(Arc::new(tls));
+    config.transport_config(Arc::new(options.to_quinn()));
+    let any: SocketAddr = match address {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    // A socket for each attempt: after a VPN came back its old route may be gone for good.
+    let socket = udp_socket(any, options.socket_buffer_bytes)
+        .map_err(|error| local(format!("no UDP socket can be opened: {error}")))?;
+    let endpoint =
+        Endpoint::new(TransportOptions::endpoint_config(), None, socket, Arc::new(TokioRuntime))
+            .map_err(|error| local(error.to_string()))?;
+    let connecting = endpoint
+        .connect_with(config, address, "backhaul")
+        .map_err(|error| local(error.to_string()))?;
+    let connection = connecting.await.map_err(|error| explain(address, &error))?;
+    let Some((_, name)) = peer(&connection) else {
+        let reason = "it showed no certificate".into();
+        return Err(ConnectError::Certificate { address, reason });
+    };
+    Ok(Connection::new(connection, name))
+}
+
+/// TLS alerts travel as QUIC error codes from 0x100 (RFC 9001, section 4.8).
+fn explain(address: SocketAddr, error: &ConnectionError) -> ConnectError {
+    let (code, reason) = match error {
+        ConnectionError::TimedOut => return ConnectError::NoAnswer { address },
+        ConnectionError::TransportError(error) => (u64::from(error.code), error.reason.clone()),
+        ConnectionError::ConnectionClosed(close) => {
+            let reason = String::from_utf8_lossy(&close.reason).into_owned();
+            (u64::from(close.error_code), reason)
+        }
+        other => return ConnectError::Protocol { address, reason: other.to_string() },
+    };
+    let alert = code.checked_sub(0x100).filter(|alert| *alert < 0x100);
+    match alert {
+        Some(42..=49 | 51 | 80 | 113 | 116) => {
+            let reason =
+                if reason.is_empty() { format!("TLS alert {}", code - 0x100) } else { reason };
+            ConnectError::Certificate { address, reason }
+        }
+        _ => ConnectError::Protocol { address, reason },
+    }
+}

@@ -1,0 +1,102 @@
+//! What the transport is tuned by.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
+
+use crate::quic::congestion::{FixedConfig, SteadyConfig};
+
+/// Largest UDP payload that path-MTU discovery tries. quinn sends ten segments at a time, and ten
+/// times more than this exceeds what one UDP send can carry: the packets would vanish.
+const UDP_PAYLOAD_BYTES_MAX: u16 = 6500;
+
+/// How the sending rate is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Congestion {
+    /// From the measured delivery rate and round-trip time; random loss does not slow it down.
+    Auto,
+    /// quinn's Cubic: for links shared with traffic that must not be pushed aside.
+    Cubic,
+    /// This many bits a second, for a line whose rate is bought and known.
+    Fixed {
+        /// The rate.
+        bits_per_second: u64,
+    },
+}
+
+/// Knobs of the transport.
+#[derive(Debug, Clone)]
+pub struct TransportOptions {
+    /// How the sending rate is found (default [`Congestion::Auto`]).
+    pub congestion: Congestion,
+    /// Bytes that may be under way in each direction (default 48 MiB). It must reach bandwidth ×
+    /// delay for a link to be filled; it bounds the memory that unread data takes.
+    pub window_bytes: u32,
+    /// Batch streams that may be open at a time (default 256).
+    pub streams_max: u32,
+    /// A peer that says nothing for this long is gone (default 10 s): shorter notices a dead link
+    /// earlier, longer survives a VPN's re-keying.
+    pub idle_timeout: Duration,
+    /// Socket buffer that is asked for, in bytes (default 8 MiB). Too small, and bursts are dropped
+    /// before this program sees them.
+    pub socket_buffer_bytes: usize,
+}
+
+impl Default for TransportOptions {
+    fn default() -> Self {
+        Self {
+            congestion: Congestion::Auto,
+            window_bytes: 48 << 20,
+            streams_max: 256,
+            idle_timeout: Duration::from_secs(10),
+            socket_buffer_bytes: 8 << 20,
+        }
+    }
+}
+
+impl TransportOptions {
+    pub(crate) fn to_quinn(&self) -> quinn::TransportConfig {
+        let mut config = quinn::TransportConfig::default();
+        // A stream window of 2 MiB holds any batch, and keeps a stream far from the 1,024 gaps at
+        // which the peer gives the connection up.
+        config.stream_receive_window(VarInt::from_u32(2 << 20));
+        config.receive_window(VarInt::from_u32(self.window_bytes));
+        config.send_window(self.window_bytes.into());
+        config.max_concurrent_uni_streams(VarInt::from_u32(self.streams_max));
+        config.max_concurrent_bidi_streams(VarInt::from_u32(4));
+        // IPsec and ECMP reorder; three packets, the default, would be taken for loss.
+        config.packet_threshold(24);
+        let idle = IdleTimeout::try_from(self.idle_timeout)
+            .unwrap_or_else(|_| IdleTimeout::from(VarInt::from_u32(10_000)));
+        config.max_idle_timeout(Some(idle));
+        config.keep_alive_interval(Some(self.idle_timeout / 5));
+        // Whole batches one after the other: the target can use none of them before it is complete.
+        config.send_fairness(false);
+        config.datagram_receive_buffer_size(None);
+        let mut mtu = MtuDiscoveryConfig::default();
+        mtu.upper_bound(UDP_PAYLOAD_BYTES_MAX);
+        config.mtu_discovery_config(Some(mtu));
+        match self.congestion {
+            Congestion::Auto => {
+                config.congestion_controller_factory(Arc::new(SteadyConfig));
+            }
+            Congestion::Cubic => {
+                let cubic = quinn::congestion::CubicConfig::default();
+                config.congestion_controller_factory(Arc::new(cubic));
+            }
+            Congestion::Fixed { bits_per_second } => {
+                let fixed = FixedConfig { bytes_per_second: bits_per_second / 8 };
+                config.congestion_controller_factory(Arc::new(fixed));
+            }
+        }
+        config
+    }
+
+    pub(crate) fn endpoint_config() -> quinn::EndpointConfig {
+        let mut config = quinn::EndpointConfig::default();
+        // Cannot fail: the bound is 65,527.
+        let _ = config.max_udp_payload_size(UDP_PAYLOAD_BYTES_MAX);
+        config
+    }
+}
