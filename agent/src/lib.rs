@@ -9,3 +9,4 @@
 
 pub mod batch;
 pub mod capture;
+pub mod sync;

@@ -3,7 +3,7 @@
 use backhaul_proto::batch::{PlainBatch, Record, RecordKind};
 
 /// Whether every byte is zero. The first and last bytes settle most cases.
-fn is_zero(data: &[u8]) -> bool {
+pub(crate) fn is_zero(data: &[u8]) -> bool {
     let (Some(first), Some(last)) = (data.first(), data.last()) else { return true };
     // Comparing a slice with itself shifted by one is a memcmp: tens of gigabytes a second.
     *first == 0 && *last == 0 && data[1..] == data[..data.len() - 1]

@@ -6,4 +6,5 @@ mod encoder;
 
 pub use builder::{Builder, held_bytes};
 pub use elide::elide_zeroes;
+pub(crate) use elide::is_zero;
 pub use encoder::{CompressionChoice, EncodePool, Encoded};

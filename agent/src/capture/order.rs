@@ -116,6 +116,11 @@ impl Order {
         self.builder.newest()
     }
 
+    /// The batch that everything captured so far is in or before, sealed or not.
+    pub fn newest_with_open(&self) -> BatchSeq {
+        if self.has_open_batch() { self.newest().next() } else { self.newest() }
+    }
+
     /// Whether writes wait in a batch that is not sealed.
     pub fn has_open_batch(&self) -> bool {
         !self.builder.is_empty()
@@ -205,6 +210,13 @@ impl Order {
             Mode::Ordered => self.begin_sync(false, now_us),
             Mode::Syncing { total_bytes, .. } => *total_bytes += added_bytes,
         }
+    }
+
+    /// The sync could not read these blocks: they stay dirty, and the sync does not end, until they
+    /// can be read or are written anew.
+    pub fn handle_unreadable(&mut self, disk: DiskIndex, offset_bytes: u64, len_bytes: u64) {
+        let end = (offset_bytes + len_bytes).div_ceil(BLOCK);
+        self.dirty[usize::from(disk.0)].set(offset_bytes / BLOCK, end, true);
     }
 
     fn begin_sync(&mut self, compare: bool, now_us: u64) {
