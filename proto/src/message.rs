@@ -159,6 +159,10 @@ pub struct MachineWelcome {
     /// after `durable_batch`, since a target that restarts will ask for them.
     #[prost(uint64, tag = "7")]
     pub received_batch: u64,
+    /// The newest recovery point that the target knows of, whatever its generation: points of this
+    /// machine come after it, even when the agent's clock went back.
+    #[prost(uint64, tag = "8")]
+    pub newest_point: u64,
 }
 
 /// What an agent may do with a machine.

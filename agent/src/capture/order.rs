@@ -111,6 +111,11 @@ impl Order {
         self.last_point
     }
 
+    /// Points made from here on come after `point`, whatever the clock says.
+    pub fn raise_last_point(&mut self, point: PointId) {
+        self.last_point = self.last_point.max(point);
+    }
+
     /// The last batch that was sealed.
     pub fn newest(&self) -> BatchSeq {
         self.builder.newest()

@@ -1,0 +1,253 @@
+//! The agent's configuration, `/etc/backhaul/agent.toml`.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use backhaul_daemon::config::{ConfigErrors, Size, Table, load};
+use backhaul_proto::id::{DiskName, MachineName, PeerName};
+use backhaul_proto::limits::{DISKS_MAX, MACHINES_MAX};
+use backhaul_proto::quic::{Congestion, IdentityFiles};
+
+use crate::batch::CompressionChoice;
+
+/// Everything the agent is told.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the agent keeps what must survive a restart.
+    pub state_dir: PathBuf,
+    /// The target's address, `host:port`.
+    pub target: String,
+    /// The name that the target's certificate must have; any target of the site when absent.
+    pub target_name: Option<PeerName>,
+    /// This agent's identity.
+    pub identity: IdentityFiles,
+    /// Where `/metrics` is served, if it is.
+    pub metrics: Option<SocketAddr>,
+    /// Bytes of unacknowledged writes a machine may hold (default 64 MiB), all machines together:
+    /// it is divided among them.
+    pub queue_bytes: u64,
+    /// When to compress.
+    pub compression: CompressionChoice,
+    /// How the sending rate is found.
+    pub congestion: Congestion,
+    /// Longest a write waits for others before its batch is sealed.
+    pub batch_delay: Duration,
+    /// The NBD server's Unix socket.
+    pub nbd_unix: Option<PathBuf>,
+    /// The NBD server's TCP address.
+    pub nbd_tcp: Option<SocketAddr>,
+    /// The protected machines.
+    pub machines: Vec<MachineConfig>,
+}
+
+/// A protected machine.
+#[derive(Debug, Clone)]
+pub struct MachineConfig {
+    /// Its name, as the target knows it.
+    pub name: MachineName,
+    /// Shuts the machine down at failover: program and arguments.
+    pub shutdown_hook: Vec<String>,
+    /// Removes the machine at commit: program and arguments.
+    pub removal_hook: Vec<String>,
+    /// A hook that runs longer has failed.
+    pub hook_timeout: Duration,
+    /// Its disks, in order.
+    pub disks: Vec<DiskConfig>,
+}
+
+/// A protected disk.
+#[derive(Debug, Clone)]
+pub struct DiskConfig {
+    /// Its name.
+    pub name: DiskName,
+    /// The raw file or block device.
+    pub path: PathBuf,
+    /// The NBD export's name (default `MACHINE-DISK`).
+    pub export: String,
+}
+
+impl Config {
+    /// Reads the configuration, or says everything that is wrong with it.
+    pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
+        load(path, read)
+    }
+}
+
+fn read(top: &Table<'_>) -> Option<Config> {
+    let state_dir = top.or("state_dir", PathBuf::from("/var/lib/backhaul-agent"));
+    let target = top.required::<String>("target");
+    let target_name = top.parsed_or("target_name", None);
+    let metrics = top.parsed_or("metrics", None);
+    let queue = top.within("queue", Size(64 << 20), Size(4 << 20)..=Size(4 << 30));
+    let compression = read_compression(top);
+    let congestion = read_congestion(top);
+    let batch_delay = top.within(
+        "batch_delay",
+        Duration::from_millis(5),
+        Duration::ZERO..=Duration::from_secs(10),
+    );
+    let identity = top.table("identity", |table| {
+        let (ca, cert, key) = (table.required("ca"), table.required("cert"), table.required("key"));
+        Some(IdentityFiles { ca: ca?, cert: cert?, key: key? })
+    });
+    let nbd = top.table("nbd", |table| {
+        let unix = table.or("unix", PathBuf::new());
+        let tcp = table.parsed_or("tcp", None);
+        Some((unix?, tcp?))
+    });
+    let machines = top.tables("machine", read_machine);
+    if let Some(machines) = &machines {
+        check_machines(top, machines);
+    }
+    let (nbd_unix, nbd_tcp) = nbd?;
+    let nbd_unix = (!nbd_unix.as_os_str().is_empty()).then_some(nbd_unix);
+    if nbd_unix.is_none() && nbd_tcp.is_none() {
+        top.report("nbd", "`nbd` needs a `unix` socket path, a `tcp` address, or both");
+    }
+    Some(Config {
+        state_dir: state_dir?,
+        target: target?,
+        target_name: target_name?,
+        identity: identity?,
+        metrics: metrics?,
+        queue_bytes: queue?.0,
+        compression: compression?,
+        congestion: congestion?,
+        batch_delay: batch_delay?,
+        nbd_unix,
+        nbd_tcp,
+        machines: machines?,
+    })
+}
+
+fn read_compression(top: &Table<'_>) -> Option<CompressionChoice> {
+    match top.or("compression", "auto".to_owned())?.as_str() {
+        "auto" => Some(CompressionChoice::Auto),
+        "off" => Some(CompressionChoice::Off),
+        text => match text.parse::<i32>() {
+            Ok(level @ 1..=19) => Some(CompressionChoice::Level(level)),
+            _ => {
+                let sentence =
+                    "`compression` must be \"auto\", \"off\", or a zstd level from \"1\" to \"19\"";
+                top.report("compression", sentence);
+                None
+            }
+        },
+    }
+}
+
+fn read_congestion(top: &Table<'_>) -> Option<Congestion> {
+    let text = top.or("congestion", "auto".to_owned())?;
+    match (text.as_str(), text.strip_prefix("fixed ")) {
+        ("auto", _) => Some(Congestion::Auto),
+        ("cubic", _) => Some(Congestion::Cubic),
+        (_, Some(rate)) if rate.trim().strip_suffix("Mbit/s").is_some() => {
+            let number = rate.trim().trim_end_matches("Mbit/s").trim().parse::<u64>();
+            match number {
+                Ok(mbit @ 1..=100_000) => {
+                    Some(Congestion::Fixed { bits_per_second: mbit * 1_000_000 })
+                }
+                _ => {
+                    top.report("congestion", "a fixed rate lies between 1 and 100000 Mbit/s");
+                    None
+                }
+            }
+        }
+        _ => {
+            let sentence = "`congestion` must be \"auto\", \"cubic\" or \"fixed 200 Mbit/s\"";
+            top.report("congestion", sentence);
+            None
+        }
+    }
+}
+
+fn read_machine(table: &Table<'_>) -> Option<MachineConfig> {
+    let name: Option<MachineName> = table.parsed("name");
+    let shutdown_hook = table.or("shutdown_hook", Vec::<String>::new());
+    let removal_hook = table.or("removal_hook", Vec::<String>::new());
+    let hook_timeout = table.or("hook_timeout", Duration::from_secs(300));
+    let label = name.as_ref().map(ToString::to_string).unwrap_or_default();
+    let disks = table.tables("disk", |disk| {
+        let name: Option<DiskName> = disk.parsed("name");
+        let path = disk.required("path");
+        let export = match &name {
+            Some(name) => disk.or("export", format!("{label}-{name}")),
+            None => disk.or("export", String::new()),
+        };
+        Some(DiskConfig { name: name?, path: path?, export: export? })
+    });
+    if disks.as_ref().is_some_and(|disks| disks.len() > DISKS_MAX) {
+        table.report("disk", format!("a machine has at most {DISKS_MAX} disks"));
+    }
+    Some(MachineConfig {
+        name: name?,
+        shutdown_hook: shutdown_hook?,
+        removal_hook: removal_hook?,
+        hook_timeout: hook_timeout?,
+        disks: disks?,
+    })
+}
+
+/// What no machine can know alone: names, exports and paths must be unique.
+fn check_machines(top: &Table<'_>, machines: &[MachineConfig]) {
+    if machines.len() > MACHINES_MAX {
+        top.report("machine", format!("an agent protects at most {MACHINES_MAX} machines"));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    let mut twice = |what: &str, value: String| {
+        if !seen.insert(format!("{what} {value}")) {
+            top.report("machine", format!("the {what} `{value}` is given twice"));
+        }
+    };
+    for machine in machines {
+        twice("machine name", machine.name.to_string());
+        for disk in &machine.disks {
+            twice("export", disk.export.clone());
+            twice("disk path", disk.path.display().to_string());
+            twice("disk name", format!("{}/{}", machine.name, disk.name));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use backhaul_daemon::config::parse;
+
+    use super::read;
+
+    #[test]
+    fn a_small_configuration_is_enough() {
+        let text = r#"
+            target = "10.0.0.1:4433"
+            identity = { ca = "ca.pem", cert = "a.pem", key = "a.key" }
+            nbd = { unix = "/run/nbd.sock" }
+            [[machine]]
+            name = "web01"
+            [[machine.disk]]
+            name = "disk0"
+            path = "/dev/sdc"
+        "#;
+        let config = parse(Path::new("a.toml"), text, read).unwrap();
+        assert_eq!(config.machines[0].disks[0].export, "web01-disk0");
+        assert_eq!(config.queue_bytes, 64 << 20);
+    }
+
+    #[test]
+    fn what_is_given_twice_is_named() {
+        let text = r#"
+target = "10.0.0.1:4433"
+compression = "99"
+identity = { ca = "ca.pem", cert = "a.pem", key = "a.key" }
+[[machine]]
+name = "a b"
+disk = [{ name = "d", path = "/x" }, { name = "d", path = "/x" }]
+"#;
+        let errors = parse(Path::new("a.toml"), text, read).unwrap_err().to_string();
+        assert!(errors.contains("a.toml:3:15: `compression` must be"), "{errors}");
+        assert!(errors.contains("`machine.name`: `a b` is not a name"), "{errors}");
+        assert!(errors.contains("`nbd` needs a `unix` socket"), "{errors}");
+    }
+}

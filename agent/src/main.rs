@@ -1,0 +1,130 @@
+//! `backhaul-agent`: the daemon of a process server.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use backhaul_agent::agent::Agent;
+use backhaul_agent::config::Config;
+use backhaul_agent::link;
+use backhaul_agent::metrics::Metrics;
+use backhaul_daemon::logging::LogFormat;
+use backhaul_daemon::{lifecycle, logging, metrics};
+use backhaul_nbd::{Exports, Listener, Server, ServerOptions};
+use backhaul_proto::quic::{Identity, Role};
+use clap::{CommandFactory, Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    version,
+    about = "Captures the writes of protected machines and streams them to the master target"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Serve the protected disks and replicate them
+    Run {
+        /// The configuration
+        #[arg(long, default_value = "/etc/backhaul/agent.toml")]
+        config: PathBuf,
+        /// Log as JSON, one object a line
+        #[arg(long)]
+        log_json: bool,
+        /// What to log: `info`, `debug`, or a filter as RUST_LOG takes it
+        #[arg(long, default_value = "info")]
+        log: String,
+    },
+    /// Read the configuration and say everything that is wrong with it
+    Check {
+        /// The configuration
+        #[arg(long, default_value = "/etc/backhaul/agent.toml")]
+        config: PathBuf,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().verb {
+        Verb::Run { config, log_json, log } => {
+            logging::start(if log_json { LogFormat::Json } else { LogFormat::Plain }, &log);
+            run(&config)
+        }
+        Verb::Check { config } => check(&config),
+        Verb::Completions { shell } => {
+            let mut command = Arguments::command();
+            clap_complete::generate(shell, &mut command, "backhaul-agent", &mut std::io::stdout());
+            Ok(())
+        }
+        Verb::Man => clap_mangen::Man::new(Arguments::command())
+            .render(&mut std::io::stdout())
+            .map_err(Into::into),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn check(path: &std::path::Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    Identity::load(&config.identity, Role::Agent)?;
+    for disk in config.machines.iter().flat_map(|machine| &machine.disks) {
+        backhaul_agent::capture::Device::open(&disk.path)?;
+    }
+    println!("{} is good: {} machine(s)", path.display(), config.machines.len());
+    Ok(())
+}
+
+fn run(path: &std::path::Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    let identity = Identity::load(&config.identity, Role::Agent)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(serve(config, identity))
+}
+
+async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
+    let registry = prometheus::Registry::new();
+    let agent = Agent::new(config.clone(), Metrics::new(&registry)?)?;
+    if let Some(address) = config.metrics {
+        let bound = metrics::serve(address, registry)
+            .await
+            .with_context(|| format!("metrics cannot be served on {address}"))?;
+        tracing::info!(address = %bound, "metrics");
+    }
+    let exports = Exports::default();
+    for (name, export) in agent.exports() {
+        exports.insert(&name, Arc::new(export));
+    }
+    let mut listeners = Vec::new();
+    if let Some(path) = &config.nbd_unix {
+        let listener = Listener::unix(path)
+            .with_context(|| format!("NBD cannot be served on {}", path.display()))?;
+        listeners.push(listener);
+    }
+    if let Some(address) = config.nbd_tcp {
+        let listener = Listener::tcp(address)
+            .await
+            .with_context(|| format!("NBD cannot be served on {address}"))?;
+        listeners.push(listener);
+    }
+    let server = Server::start(listeners, exports, ServerOptions::default());
+    tokio::spawn(link::run(config, identity, agent.link_events()));
+    lifecycle::notify_ready();
+    agent.run(lifecycle::asked_to_stop()).await;
+    server.stopped().await;
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! The agent's Prometheus metrics.
+
+use backhaul_proto::batch::EncodedBatch;
+use backhaul_proto::quic::LinkStats;
+use prometheus::{Gauge, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+/// Every metric of the agent. Names end in their unit, as Prometheus asks.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    session_up: IntGauge,
+    rtt_seconds: Gauge,
+    window_bytes: IntGauge,
+    lost_packets: IntGauge,
+    replicating: IntGaugeVec,
+    queue_bytes: IntGaugeVec,
+    dirty_bytes: IntGaugeVec,
+    sync_total_bytes: IntGaugeVec,
+    sync_done_bytes: IntGaugeVec,
+    sent_wire_bytes: IntCounterVec,
+    sent_plain_bytes: IntCounterVec,
+}
+
+impl Metrics {
+    /// Makes the metrics and registers them.
+    pub fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let gauge = |name: &str, help: &str| {
+            let gauge = IntGauge::with_opts(Opts::new(format!("backhaul_agent_{name}"), help))?;
+            registry.register(Box::new(gauge.clone()))?;
+            prometheus::Result::Ok(gauge)
+        };
+        let gauges = |name: &str, help: &str| {
+            let opts = Opts::new(format!("backhaul_agent_{name}"), help);
+            let gauges = IntGaugeVec::new(opts, &["machine"])?;
+            registry.register(Box::new(gauges.clone()))?;
+            prometheus::Result::Ok(gauges)
+        };
+        let counters = |name: &str, help: &str| {
+            let opts = Opts::new(format!("backhaul_agent_{name}"), help);
+            let counters = IntCounterVec::new(opts, &["machine"])?;
+            registry.register(Box::new(counters.clone()))?;
+            prometheus::Result::Ok(counters)
+        };
+        let rtt_seconds =
+            Gauge::with_opts(Opts::new("backhaul_agent_link_rtt_seconds", "Round-trip time"))?;
+        registry.register(Box::new(rtt_seconds.clone()))?;
+        Ok(Self {
+            rtt_seconds,
+            session_up: gauge("session_up", "Whether the target is connected")?,
+            window_bytes: gauge("link_window_bytes", "Congestion window")?,
+            lost_packets: gauge("link_lost_packets", "Packets lost on this connection")?,
+            replicating: gauges("replicating", "Whether the machine is being replicated")?,
+            queue_bytes: gauges("queue_bytes", "Writes not acknowledged by the target")?,
+            dirty_bytes: gauges("dirty_bytes", "Content that is in no batch yet")?,
+            sync_total_bytes: gauges("sync_total_bytes", "What the present sync looks at")?,
+            sync_done_bytes: gauges("sync_done_bytes", "What of that is dealt with")?,
+            sent_wire_bytes: counters("sent_wire_bytes_total", "Batches sent, as they travel")?,
+            sent_plain_bytes: counters("sent_plain_bytes_total", "Batches sent, uncompressed")?,
+        })
+    }
+
+    pub(crate) fn sent(&self, machine: &str, batch: &EncodedBatch) {
+        self.sent_wire_bytes.with_label_values(&[machine]).inc_by(batch.wire_bytes() as u64);
+        let plain = u64::from(batch.header.plain_bytes);
+        self.sent_plain_bytes.with_label_values(&[machine]).inc_by(plain);
+    }
+
+    pub(crate) fn link(&self, stats: Option<LinkStats>) {
+        self.session_up.set(stats.is_some().into());
+        if let Some(stats) = stats {
+            self.rtt_seconds.set(stats.rtt.as_secs_f64());
+            self.window_bytes.set(stats.congestion_window_bytes as i64);
+            self.lost_packets.set(stats.lost_packets as i64);
+        }
+    }
+
+    pub(crate) fn machine(
+        &self,
+        machine: &str,
+        replicating: bool,
+        queued_bytes: u64,
+        dirty_bytes: u64,
+        sync_total_bytes: u64,
+    ) {
+        let set = |gauges: &IntGaugeVec, value: u64| {
+            gauges.with_label_values(&[machine]).set(value as i64);
+        };
+        set(&self.replicating, replicating.into());
+        set(&self.queue_bytes, queued_bytes);
+        set(&self.dirty_bytes, dirty_bytes);
+        set(&self.sync_total_bytes, sync_total_bytes);
+        set(&self.sync_done_bytes, sync_total_bytes.saturating_sub(dirty_bytes));
+    }
+}
