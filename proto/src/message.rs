@@ -145,7 +145,7 @@ pub struct MachineWelcome {
     /// those up to it.
     #[prost(uint64, tag = "3")]
     pub durable_batch: u64,
-    /// Bytes of batches (as [`crate::batch::EncodedBatch::wire_bytes`] counts them) after
+    /// Bytes of batches (as [`crate::batch::EncodedBatch::window_bytes`] counts them) after
     /// `durable_batch` that may be under way before the first acknowledgement.
     #[prost(uint64, tag = "4")]
     pub window_bytes: u64,

@@ -125,6 +125,12 @@ impl EncodedBatch {
         chunks
     }
 
+    /// What the batch takes of the target's window: its *plain* size, because that is the memory it
+    /// needs there, however small it travels.
+    pub fn window_bytes(&self) -> u64 {
+        HEADER_BYTES as u64 + u64::from(self.header.plain_bytes)
+    }
+
     /// Bytes of memory the batch holds, which is also what it costs on the wire.
     pub fn wire_bytes(&self) -> usize {
         HEADER_BYTES + self.header.wire_bytes as usize

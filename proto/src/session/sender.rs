@@ -142,7 +142,7 @@ impl Sender {
             return Err(AckError::Future { claimed, newest: self.newest() });
         }
         let sent = (claimed.0 - self.acked.0) as usize;
-        let sent_bytes = self.held.iter().take(sent).map(|batch| batch.wire_bytes() as u64).sum();
+        let sent_bytes = self.held.iter().take(sent).map(EncodedBatch::window_bytes).sum();
         self.link = Link::Up { sent, sent_bytes, window_bytes };
         self.handle_ack(durable, window_bytes)
     }
@@ -176,7 +176,7 @@ impl Sender {
                 && *sent > 0
             {
                 *sent -= 1;
-                *sent_bytes -= bytes;
+                *sent_bytes -= batch.window_bytes();
             }
         }
         if let Link::Up { window_bytes, .. } = &mut self.link {
@@ -193,7 +193,7 @@ impl Sender {
             return None;
         };
         let batch = self.held.get(*sent)?;
-        let bytes = batch.wire_bytes() as u64;
+        let bytes = batch.window_bytes();
         if *sent >= REORDER_BATCHES_MAX || *sent > 0 && *sent_bytes + bytes > *window_bytes {
             return None;
         }

@@ -190,7 +190,7 @@ fn the_window_bounds_what_is_under_way() {
     world.connect();
     let mut under_way = 0;
     while let Some(batch) = world.sender.poll_transmit() {
-        under_way += batch.wire_bytes() as u64;
+        under_way += batch.window_bytes();
     }
     assert!(under_way <= 20_000 && under_way > 15_000, "{under_way}");
     assert!(world.sender.is_link_limited());
