@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::{CommitRequest, Failure, FailoverRequest, Machine, Point, Status};
+use crate::{CommitRequest, FailoverRequest, Failure, Machine, Point, Status};
 
 /// Largest answer that is read: the views of 64 machines are far below it.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
@@ -107,10 +107,9 @@ impl Client {
         let unreachable = |source| ClientError::Unreachable { socket: self.socket.clone(), source };
         let broken = |error: &dyn std::fmt::Display| ClientError::Broken(error.to_string());
         let stream = UnixStream::connect(&self.socket).await.map_err(unreachable)?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream))
-                .await
-                .map_err(|error| broken(&error))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| broken(&error))?;
         tokio::spawn(connection);
         let body = serde_json::to_vec(request).map_err(|error| broken(&error))?;
         let request = Request::builder()

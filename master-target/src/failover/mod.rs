@@ -1,0 +1,508 @@
+//! Failover, cancel and commit of one machine, as a pure state machine.
+//!
+//! | stage | waits for | then |
+//! | --- | --- | --- |
+//! | `Replicating` | a request | `ShuttingDown`, or `Preparing` when the agent is away or a point was named |
+//! | `ShuttingDown` | the agent: hook run, fence up, final point set | `Draining`; hook failed: `Replicating`; deadline: `Preparing` |
+//! | `Draining` | the final point on stable storage | `Preparing`; deadline: `Preparing` with what is there |
+//! | `Preparing` | the disks at the point, durable, with a new content id | `FailedOver`; failed: asked again on request |
+//! | `FailedOver` | commit or cancel | `Removing` or `Cancelling` |
+//! | `Cancelling` | the agent: fence down | `Replicating` |
+//! | `Removing` | the agent: removal hook run | `Committed`; hook failed: `FailedOver` |
+//! | `Committed` | nothing | |
+//!
+//! A cancel is taken in every stage before `Removing`. Every change of stage is made durable
+//! ([`Action::Persist`]) before the actions after it are carried out, so a target that stops
+//! anywhere finds its place again; [`Failover::resume`] says what it must ask for anew. Jobs keep
+//! their numbers, so an agent that did one already only answers again.
+
+use std::time::{Duration, Instant};
+
+use backhaul_proto::id::{BatchSeq, JobId, PointId};
+use backhaul_proto::message::JobKind;
+use serde::{Deserialize, Serialize};
+
+use crate::recovery_point::RecoveryPoint;
+
+#[cfg(test)]
+mod tests;
+
+/// The durable part of the state.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "stage", rename_all = "kebab-case")]
+pub enum Stage {
+    /// Changes arrive.
+    #[default]
+    Replicating,
+    /// The agent was asked to shut the machine down and set the final point.
+    ShuttingDown {
+        /// The job's number.
+        job: u64,
+        /// How it was asked for.
+        plan: Plan,
+    },
+    /// The final point is on its way.
+    Draining {
+        /// The job that set it.
+        job: u64,
+        /// How it was asked for.
+        plan: Plan,
+        /// The final point.
+        point_us: u64,
+        /// The batch that ends with it.
+        batch: u64,
+    },
+    /// The disks are brought to the point.
+    Preparing {
+        /// How it was asked for.
+        plan: Plan,
+        /// Where to.
+        goal: Goal,
+    },
+    /// The disks are ready.
+    FailedOver(Outcome),
+    /// The agent was asked to lift the fence.
+    Cancelling {
+        /// The job's number.
+        job: u64,
+        /// The disks were ready, so somebody may have written to them.
+        was_ready: bool,
+    },
+    /// The agent was asked to remove the machine.
+    Removing {
+        /// The job's number.
+        job: u64,
+        /// What the failover came to.
+        outcome: Outcome,
+    },
+    /// The machine lives here.
+    Committed(Outcome),
+}
+
+/// How a failover was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Leave the source running.
+    pub without_shutdown: bool,
+    /// How long to wait for the source.
+    pub drain_timeout_seconds: f64,
+    /// When it was asked for, in microseconds since 1970 UTC, to say how long it took.
+    pub requested_at_us: u64,
+}
+
+/// Where the disks are brought to.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "goal", rename_all = "kebab-case")]
+pub enum Goal {
+    /// A point that was set.
+    Point {
+        /// The point.
+        point: RecoveryPoint,
+        /// It is the final one, set after the source was shut down: nothing is lost.
+        drained: bool,
+        /// Seconds of writes that are lost otherwise.
+        loss_seconds: f64,
+    },
+    /// Everything that is on stable storage here: the source could not be drained.
+    JournalEnd {
+        /// Seconds of writes that are lost.
+        loss_seconds: f64,
+    },
+}
+
+/// What a failover came to.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The point that the disks are at.
+    pub point: RecoveryPoint,
+    /// Whether the source was drained.
+    pub drained: bool,
+    /// Seconds of writes that are lost.
+    pub loss_seconds: f64,
+    /// From the request to disks that are ready.
+    pub seconds: f64,
+}
+
+/// Why a request is refused. The code is stable, the sentence says what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// For programs.
+    pub code: &'static str,
+    /// For people.
+    pub sentence: String,
+}
+
+/// What must be done, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Make the stage durable before anything that follows.
+    Persist,
+    /// Ask the agent.
+    SendJob(JobId, JobKind),
+    /// Bring the disks to the goal, make them durable, give them a new content id.
+    Prepare(Goal),
+    /// Tell the agent how the machine stands now.
+    Announce,
+    /// Go on replicating; when the disks were ready, check first that nobody wrote to them.
+    Resume {
+        /// The disks were ready.
+        was_ready: bool,
+    },
+    /// The machine was committed: the journal may go.
+    EndProtection,
+}
+
+/// What a decision depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts {
+    /// The agent is connected and serves the machine.
+    pub connected: bool,
+    /// The disks are a prefix of the machine's writes.
+    pub consistent: bool,
+    /// How much of a sync is done, in percent, when one is under way.
+    pub sync_percent: Option<u64>,
+    /// The newest point.
+    pub point: Option<RecoveryPoint>,
+    /// The last batch on stable storage.
+    pub durable: BatchSeq,
+    /// How much would be lost now.
+    pub rpo: Option<Duration>,
+    /// The wall clock, in microseconds since 1970 UTC.
+    pub now_us: u64,
+}
+
+impl Facts {
+    fn loss_seconds(&self) -> f64 {
+        self.rpo.map_or(0.0, |rpo| rpo.as_secs_f64())
+    }
+}
+
+/// The state machine of one machine.
+#[derive(Debug)]
+pub struct Failover {
+    machine: String,
+    stage: Stage,
+    failure: String,
+    /// When the present wait for the source ends. Not durable: a restart waits anew.
+    deadline: Option<Instant>,
+}
+
+impl Failover {
+    /// Continues where the durable state left off.
+    pub fn new(machine: &str, stage: Stage, failure: String) -> Self {
+        Self { machine: machine.to_owned(), stage, failure, deadline: None }
+    }
+
+    /// The durable part.
+    pub fn stage(&self) -> &Stage {
+        &self.stage
+    }
+
+    /// Why the last request did not work; empty when it did.
+    pub fn failure(&self) -> &str {
+        &self.failure
+    }
+
+    /// Whether batches may come in and be applied.
+    pub fn is_replicating(&self) -> bool {
+        matches!(
+            self.stage,
+            Stage::Replicating | Stage::ShuttingDown { .. } | Stage::Draining { .. }
+        )
+    }
+
+    /// What must be asked for anew after a restart of the target, or when the agent connects.
+    pub fn resume(&mut self, now: Instant, connected: bool) -> Vec<Action> {
+        match &self.stage {
+            Stage::ShuttingDown { job, plan } => {
+                let (job, kind) = (JobId(*job), shutdown_kind(plan));
+                let deadline = now + Duration::from_secs_f64(plan.drain_timeout_seconds);
+                self.deadline.get_or_insert(deadline);
+                if connected { vec![Action::SendJob(job, kind)] } else { Vec::new() }
+            }
+            Stage::Draining { plan, .. } => {
+                let deadline = now + Duration::from_secs_f64(plan.drain_timeout_seconds);
+                self.deadline.get_or_insert(deadline);
+                Vec::new()
+            }
+            Stage::Cancelling { job, .. } if connected => {
+                vec![Action::SendJob(JobId(*job), JobKind::Unfence)]
+            }
+            Stage::Removing { job, .. } if connected => {
+                vec![Action::SendJob(JobId(*job), JobKind::Remove)]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// What a restarted target must do again without anybody's help.
+    pub fn resume_local(&self) -> Vec<Action> {
+        match &self.stage {
+            Stage::Preparing { goal, .. } => vec![Action::Prepare(*goal)],
+            Stage::Committed(_) => vec![Action::EndProtection],
+            _ => Vec::new(),
+        }
+    }
+
+    fn refuse<T>(&self, code: &'static str, sentence: &str) -> Result<T, Refusal> {
+        let sentence = format!("machine {} {sentence}", self.machine);
+        Err(Refusal { code, sentence })
+    }
+
+    /// An operator asks for a failover, to the newest state or to the point `to`.
+    pub fn handle_failover(
+        &mut self,
+        now: Instant,
+        facts: &Facts,
+        to: Option<PointId>,
+        plan: Plan,
+    ) -> Result<Vec<Action>, Refusal> {
+        match &self.stage {
+            Stage::Replicating => {}
+            Stage::FailedOver(_) => {
+                return self.refuse("failed-over", "is failed over already; commit it, or cancel and fail over again");
+            }
+            Stage::Committed(_) | Stage::Removing { .. } => {
+                return self.refuse(
+                    "wrong-direction",
+                    "runs on-premises already, so there is nothing to fail over from Azure; re-protect it first",
+                );
+            }
+            // Asking again for what is under way is not a mistake, and a failed step is tried anew.
+            Stage::Preparing { goal, .. } => {
+                self.failure.clear();
+                return Ok(vec![Action::Prepare(*goal)]);
+            }
+            Stage::ShuttingDown { .. } | Stage::Draining { .. } => return Ok(Vec::new()),
+            Stage::Cancelling { .. } => {
+                return self.refuse("cancelling", "has a cancel under way; wait until it replicates again");
+            }
+        }
+        let Some(newest) = facts.point.filter(|_| facts.consistent) else {
+            return match facts.sync_percent {
+                Some(percent) => self.refuse(
+                    "not-consistent",
+                    &format!("has no recovery point: its sync is at {percent} %; fail over when it is done"),
+                ),
+                None => self.refuse(
+                    "no-recovery-point",
+                    "has no recovery point: its first sync has not finished, or was interrupted; start its agent and let the sync finish",
+                ),
+            };
+        };
+        self.failure.clear();
+        match to {
+            Some(id) if id != newest.id() => {
+                self.refuse(
+                    "unknown-point",
+                    "does not keep that recovery point; `backhaul points` lists those that it can be failed over to",
+                )
+            }
+            Some(_) => {
+                let since = facts.now_us.saturating_sub(newest.id_us) as f64 / 1e6;
+                let goal = Goal::Point { point: newest, drained: false, loss_seconds: since };
+                Ok(self.prepare(plan, goal))
+            }
+            None if facts.connected => {
+                let job = facts.now_us;
+                self.deadline = Some(now + Duration::from_secs_f64(plan.drain_timeout_seconds));
+                self.stage = Stage::ShuttingDown { job, plan };
+                Ok(vec![Action::Persist, Action::SendJob(JobId(job), shutdown_kind(&plan))])
+            }
+            None => {
+                let goal = Goal::JournalEnd { loss_seconds: facts.loss_seconds() };
+                Ok(self.prepare(plan, goal))
+            }
+        }
+    }
+
+    fn prepare(&mut self, plan: Plan, goal: Goal) -> Vec<Action> {
+        self.deadline = None;
+        self.stage = Stage::Preparing { plan, goal };
+        vec![Action::Persist, Action::Announce, Action::Prepare(goal)]
+    }
+
+    /// An operator asks to undo a failover.
+    pub fn handle_cancel(&mut self, facts: &Facts) -> Result<Vec<Action>, Refusal> {
+        let was_ready = match &self.stage {
+            Stage::Replicating => {
+                return self.refuse("not-failed-over", "is not failed over, so there is nothing to cancel");
+            }
+            Stage::Removing { .. } | Stage::Committed(_) => {
+                return self.refuse("committed", "was committed, which cannot be undone; re-protect it to replicate again");
+            }
+            Stage::Cancelling { .. } => return Ok(Vec::new()),
+            Stage::FailedOver(_) | Stage::Preparing { .. } => true,
+            Stage::ShuttingDown { .. } | Stage::Draining { .. } => false,
+        };
+        self.failure.clear();
+        self.deadline = None;
+        let job = facts.now_us;
+        self.stage = Stage::Cancelling { job, was_ready };
+        let mut actions = vec![Action::Persist];
+        if facts.connected {
+            actions.push(Action::SendJob(JobId(job), JobKind::Unfence));
+        }
+        Ok(actions)
+    }
+
+    /// An operator asks to make a failover final.
+    pub fn handle_commit(
+        &mut self,
+        facts: &Facts,
+        without_removal: bool,
+    ) -> Result<Vec<Action>, Refusal> {
+        let outcome = match &self.stage {
+            Stage::FailedOver(outcome) => *outcome,
+            Stage::Removing { outcome, .. } if without_removal => *outcome,
+            Stage::Removing { .. } => return Ok(Vec::new()),
+            Stage::Committed(_) => return Ok(Vec::new()),
+            Stage::Replicating | Stage::Cancelling { .. } => {
+                return self.refuse("not-failed-over", "is not failed over; fail it over and check it before you commit");
+            }
+            _ => return self.refuse("failing-over", "is still failing over; commit it when its disks are ready"),
+        };
+        self.failure.clear();
+        if without_removal {
+            return Ok(self.commit(outcome));
+        }
+        if !facts.connected {
+            return self.refuse(
+                "agent-away",
+                "cannot be removed in Azure because its agent is not connected; start the agent, or commit with --without-removal and remove the machine by hand",
+            );
+        }
+        let job = facts.now_us;
+        self.stage = Stage::Removing { job, outcome };
+        Ok(vec![Action::Persist, Action::SendJob(JobId(job), JobKind::Remove)])
+    }
+
+    fn commit(&mut self, outcome: Outcome) -> Vec<Action> {
+        self.stage = Stage::Committed(outcome);
+        vec![Action::Persist, Action::EndProtection, Action::Announce]
+    }
+
+    /// The agent did a job, setting `point` if it sets one, or failed with a sentence.
+    pub fn handle_job_reply(
+        &mut self,
+        facts: &Facts,
+        job: JobId,
+        result: Result<Option<RecoveryPoint>, String>,
+    ) -> Vec<Action> {
+        match (&self.stage, result) {
+            (Stage::ShuttingDown { job: asked, plan }, Ok(Some(point))) if *asked == job.0 => {
+                let plan = *plan;
+                self.stage =
+                    Stage::Draining { job: job.0, plan, point_us: point.id_us, batch: point.batch };
+                let mut actions = vec![Action::Persist];
+                actions.extend(self.handle_durable(facts, point.generation));
+                actions
+            }
+            (Stage::ShuttingDown { job: asked, .. }, Err(sentence)) if *asked == job.0 => {
+                self.failure = format!("the failover stopped, and nothing was changed: {sentence}");
+                self.deadline = None;
+                self.stage = Stage::Replicating;
+                vec![Action::Persist]
+            }
+            (Stage::Cancelling { job: asked, was_ready }, Ok(_)) if *asked == job.0 => {
+                let was_ready = *was_ready;
+                self.stage = Stage::Replicating;
+                vec![Action::Persist, Action::Resume { was_ready }, Action::Announce]
+            }
+            (Stage::Cancelling { job: asked, .. }, Err(sentence)) if *asked == job.0 => {
+                self.failure = format!("the cancel could not lift the fence: {sentence}");
+                vec![Action::Persist]
+            }
+            (Stage::Removing { job: asked, outcome }, Ok(_)) if *asked == job.0 => {
+                let outcome = *outcome;
+                self.commit(outcome)
+            }
+            (Stage::Removing { job: asked, outcome }, Err(sentence)) if *asked == job.0 => {
+                self.failure = format!("the commit stopped, and nothing was changed here: {sentence}");
+                self.stage = Stage::FailedOver(*outcome);
+                vec![Action::Persist]
+            }
+            // An answer to a job that a cancel or a deadline has overtaken.
+            _ => Vec::new(),
+        }
+    }
+
+    /// More batches of `generation` are on stable storage.
+    pub fn handle_durable(&mut self, facts: &Facts, generation: u64) -> Vec<Action> {
+        let Stage::Draining { plan, point_us, batch, .. } = &self.stage else { return Vec::new() };
+        if facts.durable.0 < *batch {
+            return Vec::new();
+        }
+        let point = RecoveryPoint { id_us: *point_us, generation, batch: *batch };
+        let drained = !plan.without_shutdown;
+        let goal = Goal::Point { point, drained, loss_seconds: 0.0 };
+        self.prepare(*plan, goal)
+    }
+
+    /// The disks are at the goal, which is `point`; or could not be brought there.
+    pub fn handle_prepared(
+        &mut self,
+        facts: &Facts,
+        result: Result<RecoveryPoint, String>,
+    ) -> Vec<Action> {
+        let Stage::Preparing { plan, goal } = &self.stage else { return Vec::new() };
+        match result {
+            Ok(point) => {
+                let (drained, loss_seconds) = match *goal {
+                    Goal::Point { drained, loss_seconds, .. } => (drained, loss_seconds),
+                    Goal::JournalEnd { loss_seconds } => (false, loss_seconds),
+                };
+                let seconds = facts.now_us.saturating_sub(plan.requested_at_us) as f64 / 1e6;
+                self.failure.clear();
+                self.stage = Stage::FailedOver(Outcome { point, drained, loss_seconds, seconds });
+            }
+            Err(sentence) => {
+                self.failure =
+                    format!("the disks could not be made ready: {sentence}; mend it and fail over again, or cancel");
+            }
+        }
+        vec![Action::Persist]
+    }
+
+    /// When [`Failover::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Time passed: a source that does not answer is given up at its deadline.
+    pub fn handle_timeout(&mut self, now: Instant, facts: &Facts) -> Vec<Action> {
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return Vec::new();
+        }
+        match &self.stage {
+            Stage::ShuttingDown { plan, .. } | Stage::Draining { plan, .. } => {
+                let plan = *plan;
+                let goal = Goal::JournalEnd { loss_seconds: facts.loss_seconds() };
+                self.prepare(plan, goal)
+            }
+            _ => {
+                self.deadline = None;
+                Vec::new()
+            }
+        }
+    }
+
+    /// What the present step waits for, in words.
+    pub fn step(&self) -> &'static str {
+        match &self.stage {
+            Stage::Replicating => "",
+            Stage::ShuttingDown { plan, .. } if plan.without_shutdown => "setting the final point",
+            Stage::ShuttingDown { .. } => "shutting the machine down in Azure",
+            Stage::Draining { .. } => "receiving its last writes",
+            Stage::Preparing { .. } => "bringing the disks to the point",
+            Stage::FailedOver(_) => "waiting for commit or cancel",
+            Stage::Cancelling { .. } => "lifting the fence at the agent",
+            Stage::Removing { .. } => "removing the machine in Azure",
+            Stage::Committed(_) => "",
+        }
+    }
+}
+
+fn shutdown_kind(plan: &Plan) -> JobKind {
+    if plan.without_shutdown { JobKind::FinalPoint } else { JobKind::Shutdown }
+}

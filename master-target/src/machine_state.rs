@@ -1,0 +1,140 @@
+//! What a target knows of a machine on its own disks: enough for a fresh host to go on.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::failover::Stage;
+use crate::recovery_point::RecoveryPoint;
+
+/// The format that this build writes. Older ones are read, newer ones refused.
+const FORMAT: u32 = 1;
+
+/// Whether the disks can be used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Consistency {
+    /// Nothing was received yet.
+    #[default]
+    Empty,
+    /// A sync is under way or was interrupted.
+    Syncing,
+    /// The disks, with what the journal holds, are a prefix of the machine's writes.
+    Consistent,
+}
+
+/// The durable state of one machine: `machine.json` in its folder of the store. Written whole, on
+/// transitions only, never for a batch.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MachineState {
+    /// The format of this file.
+    pub format: u32,
+    /// The generation that the journal continues; 0 before the first.
+    pub generation: u64,
+    /// Whether the disks can be used.
+    pub consistency: Consistency,
+    /// The newest point, to which the apply is held.
+    pub point: Option<RecoveryPoint>,
+    /// The newest point of any generation, so that identifiers keep increasing.
+    pub newest_point_us: u64,
+    /// Between replication and commit.
+    pub stage: Stage,
+    /// Why the last failover, cancel or commit did not work.
+    pub failure: String,
+    /// The disks, as the agent named them at first.
+    pub disks: Vec<DiskState>,
+}
+
+/// A disk, as the agent named it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskState {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// Why the state could not be read or written.
+#[derive(Debug, Error)]
+pub enum StateError {
+    /// The file cannot be read or written.
+    #[error("the machine's state file {path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It is damaged.
+    #[error("the machine's state file {path} cannot be understood: {source}", path = path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// A newer Backhaul wrote it.
+    #[error("{path} has format {found}, this version knows {FORMAT}; install the version that wrote it", path = path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+}
+
+impl MachineState {
+    /// Reads the state in `dir`; that of a machine never seen is the default.
+    pub fn load(dir: &Path) -> Result<Self, StateError> {
+        let path = dir.join("machine.json");
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(StateError::Io { path, source }),
+        };
+        let state: Self = serde_json::from_slice(&bytes)
+            .map_err(|source| StateError::Damaged { path: path.clone(), source })?;
+        if state.format > FORMAT {
+            return Err(StateError::Newer { path, found: state.format });
+        }
+        Ok(state)
+    }
+
+    /// Replaces the state on stable storage: after a crash it is the old one or the new one.
+    pub fn store(&mut self, dir: &Path) -> Result<(), StateError> {
+        self.format = FORMAT;
+        let path = dir.join("machine.json");
+        let write = || {
+            fs::create_dir_all(dir)?;
+            let temporary = dir.join("machine.json.new");
+            let mut file = File::create(&temporary)?;
+            serde_json::to_writer_pretty(&mut file, self)?;
+            file.write_all(b"\n")?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(dir)?.sync_all()
+        };
+        write().map_err(|source| StateError::Io { path: path.clone(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Consistency, MachineState, StateError};
+
+    #[test]
+    fn comes_back_and_a_newer_format_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(MachineState::load(dir.path()).unwrap(), MachineState::default());
+        let mut state =
+            MachineState { consistency: Consistency::Syncing, ..MachineState::default() };
+        state.store(dir.path()).unwrap();
+        assert_eq!(MachineState::load(dir.path()).unwrap(), state);
+        let newer = serde_json::to_string(&state).unwrap().replace("\"format\":1", "\"format\":2");
+        std::fs::write(dir.path().join("machine.json"), newer).unwrap();
+        assert!(matches!(MachineState::load(dir.path()), Err(StateError::Newer { found: 2, .. })));
+    }
+}

@@ -1,0 +1,282 @@
+//! The thread that owns a machine's [`MachineStore`]: everything that waits for a disk waits here.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use backhaul_proto::id::{BatchSeq, Generation, MachineName};
+
+use crate::batch_buffer::IncomingBatch;
+use crate::store::{MachineStore, StoreError, Usage};
+
+/// Bytes of batches that are made durable together: enough to amortise a sync, and less than the
+/// window, so that the next group arrives meanwhile.
+const GROUP_BYTES_MAX: usize = 24 << 20;
+/// What is applied before commands are looked at again.
+const APPLY_STEP_BYTES: u64 = 16 << 20;
+/// A checkpoint is written after this much was applied, which bounds what a restart reads.
+const CHECKPOINT_BYTES: u64 = 256 << 20;
+/// A checkpoint is also written when nothing happened for this long.
+const IDLE: Duration = Duration::from_secs(2);
+/// How often a full disk is tried again.
+const RETRY_FULL: Duration = Duration::from_secs(1);
+
+/// What the owner loop asks for. Bounded by the session window: nothing else sends batches.
+pub enum Command {
+    /// The next batch of the order.
+    Append(IncomingBatch),
+    /// Apply up to here and no further; `None` for everything that is durable.
+    Hold(Option<BatchSeq>),
+    /// A new generation begins.
+    Begin(Generation),
+    /// Bring the disks to the end of a batch, or of the journal, and make them durable; then hold.
+    Prepare(Option<BatchSeq>),
+    /// Make everything durable and end.
+    Close,
+}
+
+/// What the worker tells the owner loop.
+#[derive(Debug)]
+pub enum Report {
+    /// Every batch up to here is on stable storage.
+    Durable(BatchSeq),
+    /// Every batch up to here is on the disks.
+    Applied(BatchSeq),
+    /// The generation began, after everything of the one before was applied.
+    Begun(Generation),
+    /// The disks are durable at the end of this batch, or why not.
+    Prepared(Result<BatchSeq, String>),
+    /// The journal is over its bound: the hold was given up.
+    HoldReleased,
+    /// Sizes, now and then.
+    Usage(Usage),
+    /// A person is needed; replication of the machine stands still, or (when empty) goes on again.
+    Trouble(String),
+    /// The store failed and takes nothing more until it is opened again.
+    Failed(String),
+}
+
+/// A running worker.
+#[derive(Debug)]
+pub struct Worker {
+    commands: Sender<Command>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the worker of a machine.
+    pub fn start(
+        machine: &MachineName,
+        store: MachineStore,
+        hold: Option<BatchSeq>,
+        journal_bytes_max: u64,
+        report: impl Fn(Report) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = channel();
+        let name: String = format!("disk-{machine}").chars().take(15).collect();
+        let running = Running {
+            store,
+            inbox,
+            hold,
+            journal_bytes_max,
+            report: Box::new(report),
+            applied_since_checkpoint: 0,
+            dirty: false,
+            last_usage: None,
+        };
+        let thread = thread::Builder::new().name(name).spawn(move || running.run())?;
+        Ok(Self { commands, thread: Some(thread) })
+    }
+
+    /// Sends a command. One to a worker that failed is dropped: its machine was told so.
+    pub fn send(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+
+    /// Makes everything durable and waits for the thread to end.
+    pub fn close(mut self) {
+        self.send(Command::Close);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Running {
+    store: MachineStore,
+    inbox: Receiver<Command>,
+    hold: Option<BatchSeq>,
+    journal_bytes_max: u64,
+    report: Box<dyn Fn(Report) + Send>,
+    applied_since_checkpoint: u64,
+    /// Something was appended or applied since the last checkpoint.
+    dirty: bool,
+    last_usage: Option<Instant>,
+}
+
+impl Running {
+    fn run(mut self) {
+        // A command that was taken out of the queue while a group was gathered.
+        let mut next = None;
+        loop {
+            let command = match next.take() {
+                Some(command) => Ok(command),
+                None if self.has_work() => self.inbox.try_recv().map_err(|_| RecvTimeoutError::Timeout),
+                None => self.inbox.recv_timeout(IDLE),
+            };
+            let result = match command {
+                Ok(Command::Append(batch)) => {
+                    let (group, after) = self.gather(batch);
+                    next = after;
+                    self.append(group)
+                }
+                Ok(Command::Hold(hold)) => {
+                    self.hold = hold;
+                    Ok(())
+                }
+                Ok(Command::Begin(generation)) => self.begin(generation),
+                Ok(Command::Prepare(through)) => self.prepare(through),
+                Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) => {
+                    if let Err(error) = self.store.close() {
+                        tracing::error!(%error, "a store could not be closed in good order");
+                    }
+                    return;
+                }
+                Err(RecvTimeoutError::Timeout) if self.has_work() => self.apply(),
+                Err(RecvTimeoutError::Timeout) => self.idle(),
+            };
+            if let Err(error) = result {
+                (self.report)(Report::Failed(error.to_string()));
+                return;
+            }
+            self.tell_usage();
+        }
+    }
+
+    fn limit(&self) -> BatchSeq {
+        self.hold.unwrap_or(BatchSeq(u64::MAX)).min(self.store.durable().durable)
+    }
+
+    fn has_work(&self) -> bool {
+        self.store.applied().through < self.limit()
+    }
+
+    fn gather(&self, first: IncomingBatch) -> (Vec<IncomingBatch>, Option<Command>) {
+        let mut bytes = first.memory_bytes();
+        let mut group = vec![first];
+        while bytes < GROUP_BYTES_MAX {
+            match self.inbox.try_recv() {
+                Ok(Command::Append(batch)) => {
+                    bytes += batch.memory_bytes();
+                    group.push(batch);
+                }
+                Ok(other) => return (group, Some(other)),
+                Err(_) => break,
+            }
+        }
+        (group, None)
+    }
+
+    /// Runs `step` until it succeeds or fails for good; a full disk is waited for.
+    fn with_space<T>(
+        &mut self,
+        mut step: impl FnMut(&mut MachineStore) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut troubled = false;
+        loop {
+            match step(&mut self.store) {
+                Err(error @ StoreError::Full { .. }) => {
+                    if !troubled {
+                        (self.report)(Report::Trouble(error.to_string()));
+                        troubled = true;
+                    }
+                    thread::sleep(RETRY_FULL);
+                }
+                result => {
+                    if troubled {
+                        (self.report)(Report::Trouble(String::new()));
+                    }
+                    return result;
+                }
+            }
+        }
+    }
+
+    fn append(&mut self, mut group: Vec<IncomingBatch>) -> Result<(), StoreError> {
+        let appended = self.with_space(|store| store.append(&mut group))?;
+        self.dirty = true;
+        (self.report)(Report::Durable(appended.durable));
+        if self.store.usage().journal_bytes > self.journal_bytes_max && self.hold.take().is_some() {
+            (self.report)(Report::HoldReleased);
+        }
+        // A sync batch is on the disks already, and others may wait for hearing so.
+        (self.report)(Report::Applied(self.store.applied().through));
+        self.apply()
+    }
+
+    fn apply(&mut self) -> Result<(), StoreError> {
+        let limit = self.limit();
+        if self.store.applied().through >= limit {
+            return Ok(());
+        }
+        let applied = self.with_space(|store| store.apply(limit, APPLY_STEP_BYTES))?;
+        self.dirty = true;
+        (self.report)(Report::Applied(applied.through));
+        self.applied_since_checkpoint += APPLY_STEP_BYTES;
+        if self.applied_since_checkpoint >= CHECKPOINT_BYTES {
+            self.checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&mut self) -> Result<(), StoreError> {
+        self.with_space(MachineStore::checkpoint)?;
+        self.applied_since_checkpoint = 0;
+        self.dirty = false;
+        Ok(())
+    }
+
+    fn idle(&mut self) -> Result<(), StoreError> {
+        if self.dirty {
+            self.checkpoint()?;
+        }
+        match self.store.prepare() {
+            // A spare segment is a comfort; without room for it the machine still runs.
+            Err(StoreError::Full { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn begin(&mut self, generation: Generation) -> Result<(), StoreError> {
+        self.hold = None;
+        self.with_space(|store| store.begin_generation(generation))?;
+        self.dirty = false;
+        (self.report)(Report::Begun(generation));
+        Ok(())
+    }
+
+    fn prepare(&mut self, through: Option<BatchSeq>) -> Result<(), StoreError> {
+        let through = through.unwrap_or(self.store.durable().durable);
+        if self.store.applied().through > through {
+            let sentence = "the disks have gone past that point, because the journal was full".into();
+            (self.report)(Report::Prepared(Err(sentence)));
+            return Ok(());
+        }
+        self.hold = Some(through);
+        while self.store.applied().through < through {
+            let applied = self.with_space(|store| store.apply(through, APPLY_STEP_BYTES))?;
+            (self.report)(Report::Applied(applied.through));
+        }
+        self.checkpoint()?;
+        (self.report)(Report::Prepared(Ok(through)));
+        Ok(())
+    }
+
+    fn tell_usage(&mut self) {
+        let due = self.last_usage.is_none_or(|at| at.elapsed() >= Duration::from_millis(500));
+        if due {
+            self.last_usage = Some(Instant::now());
+            (self.report)(Report::Usage(self.store.usage()));
+        }
+    }
+}
