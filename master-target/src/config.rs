@@ -149,10 +149,15 @@ disk = [{ name = "disk0", image = "/vmfs/web01.vmdk" }]
 "#;
         let config = parse(Path::new("t.toml"), text, read).unwrap();
         assert_eq!(config.machines[0].point_period, Duration::from_secs(300));
-        let bad = text.replace("agent = \"ps1\"", "point_period = \"0 s\"").replace("disk0\",", "disk0\", kind = \"qcow2\",");
+        let bad = text
+            .replace("agent = \"ps1\"", "point_period = \"0 s\"")
+            .replace("disk0\",", "disk0\", kind = \"qcow2\",");
         let errors = parse(Path::new("t.toml"), &bad, read).unwrap_err().to_string();
         assert!(errors.contains("`machine.agent` is missing"), "{errors}");
         assert!(errors.contains("`machine.point_period` must lie between"), "{errors}");
-        assert!(errors.contains("t.toml:7:9: `machine.disk.kind`") || errors.contains("kind"), "{errors}");
+        assert!(
+            errors.contains("t.toml:7:9: `machine.disk.kind`") || errors.contains("kind"),
+            "{errors}"
+        );
     }
 }

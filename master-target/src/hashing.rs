@@ -39,7 +39,7 @@ impl ReadableDisk {
 pub fn answer(disk: &ReadableDisk, request: &HashRequest) -> HashReply {
     let mut reply = HashReply { request: request.request, ..HashReply::default() };
     if request.regions == 0
-        || request.regions as usize > HASH_REGIONS_MAX
+        || request.regions > HASH_REGIONS_MAX
         || request.leaves && request.regions != 1
     {
         reply.failure = Some(Refusal {
@@ -61,7 +61,9 @@ pub fn answer(disk: &ReadableDisk, request: &HashRequest) -> HashReply {
             let path = disk.path.display();
             reply.failure = Some(Refusal {
                 code: Code::Storage.into(),
-                sentence: format!("{path} cannot be read at byte {start} ({error}); its content is sent again unseen"),
+                sentence: format!(
+                    "{path} cannot be read at byte {start} ({error}); its content is sent again unseen"
+                ),
             });
             return reply;
         }

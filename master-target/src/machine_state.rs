@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use backhaul_disk_image::{FlatImage, ImageError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -44,6 +46,9 @@ pub struct MachineState {
     pub stage: Stage,
     /// Why the last failover, cancel or commit did not work.
     pub failure: String,
+    /// How the images looked when a failover made them ready, to tell whether they were used.
+    #[serde(default)]
+    pub ready: Vec<ImageMark>,
     /// The disks, as the agent named them at first.
     pub disks: Vec<DiskState>,
 }
@@ -55,6 +60,31 @@ pub struct DiskState {
     pub name: String,
     /// Its size in bytes.
     pub size_bytes: u64,
+}
+
+/// What changes when somebody writes to an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageMark {
+    /// The content id; VMware renews it on the first write after opening.
+    pub content_id: Option<u32>,
+    /// The extent's time of modification, in seconds and nanoseconds since 1970 UTC.
+    pub modified: (i64, i64),
+}
+
+impl ImageMark {
+    /// The marks of all images of a machine.
+    pub fn of_all(images: &[FlatImage]) -> Result<Vec<Self>, ImageError> {
+        let mark = |image: &FlatImage| {
+            let metadata = image.file().metadata().map_err(|source| ImageError::Io {
+                action: "measure",
+                path: image.extent_path().to_owned(),
+                source,
+            })?;
+            let modified = (metadata.mtime(), metadata.mtime_nsec());
+            Ok(Self { content_id: image.content_id()?, modified })
+        };
+        images.iter().map(mark).collect()
+    }
 }
 
 /// Why the state could not be read or written.

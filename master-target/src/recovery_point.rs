@@ -58,7 +58,8 @@ impl fmt::Display for PointText {
 impl FromStr for PointText {
     type Err = PointTextError;
     fn from_str(text: &str) -> Result<Self, PointTextError> {
-        let time = text.parse::<Timestamp>().ok().and_then(|t| u64::try_from(t.as_microsecond()).ok());
+        let time =
+            text.parse::<Timestamp>().ok().and_then(|t| u64::try_from(t.as_microsecond()).ok());
         time.map(|us| Self(PointId(us))).ok_or_else(|| PointTextError(text.to_owned()))
     }
 }

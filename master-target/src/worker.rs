@@ -39,7 +39,12 @@ pub enum Command {
 #[derive(Debug)]
 pub enum Report {
     /// Every batch up to here is on stable storage.
-    Durable(BatchSeq),
+    Durable {
+        /// The last one.
+        batch: BatchSeq,
+        /// Memory of the batches that became durable with it.
+        bytes: u64,
+    },
     /// Every batch up to here is on the disks.
     Applied(BatchSeq),
     /// The generation began, after everything of the one before was applied.
@@ -121,7 +126,9 @@ impl Running {
         loop {
             let command = match next.take() {
                 Some(command) => Ok(command),
-                None if self.has_work() => self.inbox.try_recv().map_err(|_| RecvTimeoutError::Timeout),
+                None if self.has_work() => {
+                    self.inbox.try_recv().map_err(|_| RecvTimeoutError::Timeout)
+                }
                 None => self.inbox.recv_timeout(IDLE),
             };
             let result = match command {
@@ -203,9 +210,10 @@ impl Running {
     }
 
     fn append(&mut self, mut group: Vec<IncomingBatch>) -> Result<(), StoreError> {
+        let bytes = group.iter().map(|batch| batch.memory_bytes() as u64).sum();
         let appended = self.with_space(|store| store.append(&mut group))?;
         self.dirty = true;
-        (self.report)(Report::Durable(appended.durable));
+        (self.report)(Report::Durable { batch: appended.durable, bytes });
         if self.store.usage().journal_bytes > self.journal_bytes_max && self.hold.take().is_some() {
             (self.report)(Report::HoldReleased);
         }
@@ -258,7 +266,8 @@ impl Running {
     fn prepare(&mut self, through: Option<BatchSeq>) -> Result<(), StoreError> {
         let through = through.unwrap_or(self.store.durable().durable);
         if self.store.applied().through > through {
-            let sentence = "the disks have gone past that point, because the journal was full".into();
+            let sentence =
+                "the disks have gone past that point, because the journal was full".into();
             (self.report)(Report::Prepared(Err(sentence)));
             return Ok(());
         }

@@ -260,7 +260,10 @@ impl Failover {
         match &self.stage {
             Stage::Replicating => {}
             Stage::FailedOver(_) => {
-                return self.refuse("failed-over", "is failed over already; commit it, or cancel and fail over again");
+                return self.refuse(
+                    "failed-over",
+                    "is failed over already; commit it, or cancel and fail over again",
+                );
             }
             Stage::Committed(_) | Stage::Removing { .. } => {
                 return self.refuse(
@@ -275,7 +278,10 @@ impl Failover {
             }
             Stage::ShuttingDown { .. } | Stage::Draining { .. } => return Ok(Vec::new()),
             Stage::Cancelling { .. } => {
-                return self.refuse("cancelling", "has a cancel under way; wait until it replicates again");
+                return self.refuse(
+                    "cancelling",
+                    "has a cancel under way; wait until it replicates again",
+                );
             }
         }
         let Some(newest) = facts.point.filter(|_| facts.consistent) else {
@@ -326,10 +332,16 @@ impl Failover {
     pub fn handle_cancel(&mut self, facts: &Facts) -> Result<Vec<Action>, Refusal> {
         let was_ready = match &self.stage {
             Stage::Replicating => {
-                return self.refuse("not-failed-over", "is not failed over, so there is nothing to cancel");
+                return self.refuse(
+                    "not-failed-over",
+                    "is not failed over, so there is nothing to cancel",
+                );
             }
             Stage::Removing { .. } | Stage::Committed(_) => {
-                return self.refuse("committed", "was committed, which cannot be undone; re-protect it to replicate again");
+                return self.refuse(
+                    "committed",
+                    "was committed, which cannot be undone; re-protect it to replicate again",
+                );
             }
             Stage::Cancelling { .. } => return Ok(Vec::new()),
             Stage::FailedOver(_) | Stage::Preparing { .. } => true,
@@ -358,9 +370,17 @@ impl Failover {
             Stage::Removing { .. } => return Ok(Vec::new()),
             Stage::Committed(_) => return Ok(Vec::new()),
             Stage::Replicating | Stage::Cancelling { .. } => {
-                return self.refuse("not-failed-over", "is not failed over; fail it over and check it before you commit");
+                return self.refuse(
+                    "not-failed-over",
+                    "is not failed over; fail it over and check it before you commit",
+                );
             }
-            _ => return self.refuse("failing-over", "is still failing over; commit it when its disks are ready"),
+            _ => {
+                return self.refuse(
+                    "failing-over",
+                    "is still failing over; commit it when its disks are ready",
+                );
+            }
         };
         self.failure.clear();
         if without_removal {
@@ -418,7 +438,8 @@ impl Failover {
                 self.commit(outcome)
             }
             (Stage::Removing { job: asked, outcome }, Err(sentence)) if *asked == job.0 => {
-                self.failure = format!("the commit stopped, and nothing was changed here: {sentence}");
+                self.failure =
+                    format!("the commit stopped, and nothing was changed here: {sentence}");
                 self.stage = Stage::FailedOver(*outcome);
                 vec![Action::Persist]
             }
@@ -457,8 +478,9 @@ impl Failover {
                 self.stage = Stage::FailedOver(Outcome { point, drained, loss_seconds, seconds });
             }
             Err(sentence) => {
-                self.failure =
-                    format!("the disks could not be made ready: {sentence}; mend it and fail over again, or cancel");
+                self.failure = format!(
+                    "the disks could not be made ready: {sentence}; mend it and fail over again, or cancel"
+                );
             }
         }
         vec![Action::Persist]

@@ -1,0 +1,166 @@
+//! One agent's connection, pumped into the owner loop.
+
+use backhaul_proto::batch::BatchHeader;
+use backhaul_proto::message::{
+    AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
+    target_message,
+};
+use backhaul_proto::quic::{Connection, StreamError};
+use std::sync::Arc;
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::batch_buffer::IncomingBatch;
+use crate::machine::LinkId;
+use crate::receive::read_batch;
+
+/// How long an agent may take to say hello.
+const HELLO_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Batches of one connection that are read at a time. A whole window of small ones may be open;
+/// more than these wait in the transport, whose windows bound them.
+const READING_MAX: usize = 256;
+
+/// What a link tells the owner loop.
+pub enum LinkEvent {
+    /// An agent said hello.
+    Hello(LinkUp, Hello),
+    /// An agent said something else.
+    Message(agent_message::Kind),
+    /// An agent asks what a disk holds.
+    Question(HashRequest),
+    /// A batch came in whole and sound.
+    Batch(BatchHeader, IncomingBatch),
+    /// The connection is gone.
+    Down(String),
+}
+
+/// A live connection, as the owner loop uses it. The channels hold what the agent's transport has
+/// no room for: acknowledgements, at most one a machine and group, and answers to its questions,
+/// whose number the agent bounds and the connection's end clears.
+#[derive(Debug, Clone)]
+pub struct LinkUp {
+    /// The connection.
+    pub connection: Connection,
+    control: mpsc::UnboundedSender<TargetMessage>,
+    sync: mpsc::UnboundedSender<HashReply>,
+}
+
+impl LinkUp {
+    /// Sends a control message.
+    pub fn control(&self, kind: target_message::Kind) {
+        let _ = self.control.send(TargetMessage { kind: Some(kind) });
+    }
+
+    /// Answers a question.
+    pub fn answer(&self, reply: HashReply) {
+        let _ = self.sync.send(reply);
+    }
+
+    /// Refuses the session in words, then closes it.
+    pub fn refuse(&self, code: Code, sentence: &str) {
+        let refusal = Refusal { code: code.into(), sentence: sentence.to_owned() };
+        self.control(target_message::Kind::Refused(refusal));
+    }
+}
+
+/// Runs a connection until it ends.
+pub async fn run(
+    id: LinkId,
+    connection: Connection,
+    events: mpsc::UnboundedSender<(LinkId, LinkEvent)>,
+) {
+    let reason = match converse(id, &connection, &events).await {
+        Ok(()) => "the agent ended the session".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    connection.close(&reason);
+    let closed = connection.closed().await;
+    let reason = if closed.contains("closed here") { reason } else { closed };
+    let _ = events.send((id, LinkEvent::Down(reason)));
+}
+
+async fn converse(
+    id: LinkId,
+    connection: &Connection,
+    events: &mpsc::UnboundedSender<(LinkId, LinkEvent)>,
+) -> Result<(), StreamError> {
+    let greeting = async {
+        let (control_out, mut control_in) = connection.accept_control().await?;
+        let sync = connection.accept_sync().await?;
+        let hello = control_in.recv::<AgentMessage>().await?;
+        Ok::<_, StreamError>((control_out, control_in, sync, hello))
+    };
+    let late = |_| StreamError::Stream("the agent did not say hello".into());
+    let greeted = tokio::time::timeout(HELLO_TIME_MAX, greeting).await.map_err(late)??;
+    let (mut control_out, mut control_in, (mut sync_out, mut sync_in), hello) = greeted;
+    let Some(AgentMessage { kind: Some(agent_message::Kind::Hello(hello)) }) = hello else {
+        return Err(StreamError::Stream("the agent's first message is not a hello".into()));
+    };
+    let (control, mut control_queue) = mpsc::unbounded_channel::<TargetMessage>();
+    let (sync, mut sync_queue) = mpsc::unbounded_channel::<HashReply>();
+    let link = LinkUp { connection: connection.clone(), control, sync };
+    let _ = events.send((id, LinkEvent::Hello(link, hello)));
+
+    let controls = async {
+        while let Some(message) = control_queue.recv().await {
+            control_out.send(&message).await?;
+            if matches!(message.kind, Some(target_message::Kind::Refused(_))) {
+                // The agent must have read it before the connection goes.
+                control_out.finish().await;
+                return Ok(());
+            }
+        }
+        Ok::<_, StreamError>(())
+    };
+    let answers = async {
+        while let Some(reply) = sync_queue.recv().await {
+            sync_out.send(&reply).await?;
+        }
+        Ok::<_, StreamError>(())
+    };
+    let messages = async {
+        while let Some(message) = control_in.recv::<AgentMessage>().await? {
+            if let Some(kind) = message.kind {
+                let _ = events.send((id, LinkEvent::Message(kind)));
+            }
+        }
+        Ok::<_, StreamError>(())
+    };
+    let questions = async {
+        while let Some(request) = sync_in.recv::<HashRequest>().await? {
+            let _ = events.send((id, LinkEvent::Question(request)));
+        }
+        Ok::<_, StreamError>(())
+    };
+    tokio::select! {
+        ended = controls => ended,
+        ended = answers => ended,
+        ended = messages => ended,
+        ended = questions => ended,
+        ended = batches(id, connection, events) => ended,
+    }
+}
+
+/// Reads batches, several at a time, in whatever order they come in.
+async fn batches(
+    id: LinkId,
+    connection: &Connection,
+    events: &mpsc::UnboundedSender<(LinkId, LinkEvent)>,
+) -> Result<(), StreamError> {
+    let places = Arc::new(Semaphore::new(READING_MAX));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        let mut stream = connection.accept_batch().await?;
+        let (events, connection) = (events.clone(), connection.clone());
+        tokio::spawn(async move {
+            let _place = place;
+            match read_batch(&mut stream).await {
+                Ok((header, batch)) => drop(events.send((id, LinkEvent::Batch(header, batch)))),
+                Err(error) => {
+                    tracing::warn!(agent = %connection.peer(), %error, "a batch was not taken");
+                    connection.close(&error.to_string());
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,392 @@
+//! One machine as the owner loop holds it: its disks, its worker, its session.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backhaul_api::{
+    Consistency as ConsistencyView, Disk, FailoverResult, Machine as View, Point,
+    Stage as StageView, Sync,
+};
+use backhaul_disk_image::{CreateOptions, FlatImage, ImageError, OpenOptions, create, open};
+use backhaul_proto::batch::RecordKind;
+use backhaul_proto::id::{BatchSeq, Generation, MachineIndex, PointId};
+use backhaul_proto::message::{HashRequest, Progress};
+use backhaul_proto::session::{Receiver, ReceiverConfig, Watermark};
+use thiserror::Error;
+
+use crate::batch_buffer::IncomingBatch;
+use crate::config::MachineConfig;
+use crate::failover::{Facts, Failover, Stage};
+use crate::hashing::ReadableDisk;
+use crate::journal::{Mark, MarkKind};
+use crate::machine_state::{Consistency, DiskState, MachineState, StateError};
+use crate::recovery_point::{PointText, RecoveryPoint};
+use crate::storage::open_best;
+use crate::store::{ImageFile, MachineStore, Recovered, StoreError, StoreOptions, Usage};
+use crate::worker::{Report, Worker};
+
+/// Identifies a connection for as long as the process lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LinkId(pub u64);
+
+/// A machine.
+pub struct Machine {
+    /// Its configuration.
+    pub config: MachineConfig,
+    /// Its folder in the store.
+    pub dir: PathBuf,
+    /// What is durable of it.
+    pub state: MachineState,
+    /// Between replication and commit.
+    pub failover: Failover,
+    /// Its disks and journal, once they are open.
+    pub open: Option<Open>,
+    /// The connection that replicates it, and its index there.
+    pub link: Option<(LinkId, MachineIndex)>,
+    /// For the RPO.
+    pub watermark: Watermark,
+    /// What the agent last said.
+    pub progress: Option<Progress>,
+    /// Markers that are delivered and not durable yet.
+    pub marks: VecDeque<(BatchSeq, RecordKind)>,
+    /// Questions that wait for batches to be applied.
+    pub questions: Vec<(LinkId, HashRequest)>,
+    /// What its worker or its disks complain of; empty when nothing.
+    pub trouble: String,
+    /// Bytes received as they travelled, and plain.
+    pub received: (u64, u64),
+    /// When the sync under way began, and how long the last one took.
+    pub sync_times: (Option<Instant>, Option<Duration>),
+}
+
+/// The open half of a machine.
+pub struct Open {
+    /// The thread that owns the store.
+    pub worker: Worker,
+    /// The session.
+    pub receiver: Receiver<IncomingBatch>,
+    /// Its disks, for hashing.
+    pub disks: Vec<Arc<ReadableDisk>>,
+    /// Its images, for their content ids and locks.
+    pub images: Arc<Vec<FlatImage>>,
+    /// Every batch up to here is on the disks.
+    pub applied: BatchSeq,
+    /// Acknowledged data is gone: only a new generation helps.
+    pub damaged: bool,
+    /// Bytes delivered to the worker and not durable.
+    pub pending_bytes: u64,
+    /// The journal's sizes.
+    pub usage: Option<Usage>,
+}
+
+/// Why a machine's disks cannot be used.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The journal.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The state file.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// An image has another size than its disk.
+    #[error(
+        "disk {disk} has {disk_bytes} bytes at the agent, but image {image} has {image_bytes}; enlarge the image, or name another one", image = image.display()
+    )]
+    Size {
+        /// The disk.
+        disk: String,
+        /// Its size at the agent.
+        disk_bytes: u64,
+        /// The image.
+        image: PathBuf,
+        /// Its size.
+        image_bytes: u64,
+    },
+    /// The worker's thread cannot be started.
+    #[error("no thread can be started: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+impl Machine {
+    /// Reads what is durable of a machine.
+    pub fn load(config: MachineConfig, store: &std::path::Path) -> Result<Self, StateError> {
+        let dir = store.join(config.name.as_str());
+        let state = MachineState::load(&dir)?;
+        let failover =
+            Failover::new(config.name.as_str(), state.stage.clone(), state.failure.clone());
+        Ok(Self {
+            dir,
+            state,
+            failover,
+            open: None,
+            link: None,
+            watermark: Watermark::new(),
+            progress: None,
+            marks: VecDeque::new(),
+            questions: Vec::new(),
+            trouble: String::new(),
+            received: (0, 0),
+            sync_times: (None, None),
+            config,
+        })
+    }
+
+    /// Makes the state durable.
+    pub fn persist(&mut self) -> Result<(), StateError> {
+        self.state.stage = self.failover.stage().clone();
+        self.state.failure = self.failover.failure().to_owned();
+        self.state.store(&self.dir)
+    }
+
+    /// Opens the disks that [`MachineState::disks`] names, making images that are missing, recovers
+    /// the journal and starts the worker.
+    pub fn open(
+        &mut self,
+        window_bytes: u64,
+        journal_bytes_max: u64,
+        report: impl Fn(Report) + Send + 'static,
+    ) -> Result<(), OpenError> {
+        if self.open.is_some() {
+            return Ok(());
+        }
+        let mut images = Vec::new();
+        for disk in &self.state.disks {
+            images.push(self.open_image(disk)?);
+        }
+        let files = images.iter().map(|image| ImageFile {
+            path: image.extent_path().to_owned(),
+            base_offset_bytes: image.base_offset_bytes(),
+            size_bytes: image.size_bytes(),
+        });
+        let journal = self.dir.join("journal");
+        let (store, recovered) = MachineStore::open(
+            open_best(),
+            &journal,
+            &self.config.name,
+            files.collect(),
+            StoreOptions { cache_bytes_max: 8 << 20, ..StoreOptions::default() },
+        )?;
+        self.handle_recovered(&recovered)?;
+        let hold = self.hold();
+        let worker = Worker::start(&self.config.name, store, hold, journal_bytes_max, report)?;
+        let config = ReceiverConfig { window_bytes, ..ReceiverConfig::default() };
+        let generation = recovered.generation.unwrap_or_default();
+        let (durable, write) = (recovered.durable, recovered.durable_write);
+        let disks = images.iter().map(|image| {
+            Ok(Arc::new(ReadableDisk {
+                file: image.file().try_clone()?,
+                path: image.extent_path().to_owned(),
+                base_offset_bytes: image.base_offset_bytes(),
+                size_bytes: image.size_bytes(),
+            }))
+        });
+        self.open = Some(Open {
+            worker,
+            receiver: Receiver::new(config, generation, durable, write),
+            disks: disks.collect::<std::io::Result<_>>()?,
+            images: Arc::new(images),
+            applied: recovered.applied,
+            damaged: recovered.damage.is_some(),
+            pending_bytes: 0,
+            usage: None,
+        });
+        Ok(())
+    }
+
+    fn open_image(&self, disk: &DiskState) -> Result<FlatImage, OpenError> {
+        let config = self.config.disks.iter().find(|config| config.name.as_str() == disk.name);
+        let Some(config) = config else {
+            let path = self.dir.join("machine.json");
+            let sentence = format!("disk `{}` is not in the configuration any more", disk.name);
+            return Err(ImageError::Descriptor { path, sentence }.into());
+        };
+        if !config.image.exists() {
+            let (kind, adapter) = (config.kind, config.adapter);
+            create(&config.image, &CreateOptions { kind, size_bytes: disk.size_bytes, adapter })?;
+            tracing::info!(image = %config.image.display(), %kind, "made an image");
+        }
+        let options = OpenOptions { writable: true, kind: Some(config.kind), allow_outside: false };
+        let image = open(&config.image, &options)?;
+        if image.size_bytes() != disk.size_bytes {
+            return Err(OpenError::Size {
+                disk: disk.name.clone(),
+                disk_bytes: disk.size_bytes,
+                image: config.image.clone(),
+                image_bytes: image.size_bytes(),
+            });
+        }
+        Ok(image)
+    }
+
+    /// Brings the durable state up to what the journal holds: markers that were durable when the
+    /// process ended, and may not have been noted.
+    fn handle_recovered(&mut self, recovered: &Recovered) -> Result<(), StateError> {
+        let before = self.state.clone();
+        let generation = recovered.generation.unwrap_or_default();
+        self.state.generation = generation.0;
+        for Mark { batch, kind, .. } in &recovered.marks {
+            let kind = match kind {
+                MarkKind::Point(id) => RecordKind::Point(*id),
+                MarkKind::SyncStart => RecordKind::SyncStart,
+                MarkKind::SyncDone => RecordKind::SyncDone,
+            };
+            self.note(generation, *batch, kind);
+        }
+        if let Some(sentence) = &recovered.torn_tail {
+            tracing::info!(machine = %self.config.name, "{sentence}");
+        }
+        if let Some(damage) = &recovered.damage {
+            tracing::error!(machine = %self.config.name, "{}", damage.sentence);
+            self.trouble.clone_from(&damage.sentence);
+            if !recovered.consistent {
+                self.state.consistency = Consistency::Syncing;
+            }
+            self.state.point = None;
+        }
+        if self.state != before { self.persist() } else { Ok(()) }
+    }
+
+    /// A marker is on stable storage.
+    pub fn note(&mut self, generation: Generation, batch: BatchSeq, kind: RecordKind) {
+        match kind {
+            RecordKind::SyncStart => {
+                self.state.consistency = Consistency::Syncing;
+                self.state.point = None;
+            }
+            RecordKind::SyncDone => self.state.consistency = Consistency::Consistent,
+            RecordKind::Point(id) => {
+                self.state.newest_point_us = self.state.newest_point_us.max(id.0);
+                // During a failover the point that the disks are brought to stands.
+                if self.state.consistency == Consistency::Consistent
+                    && self.failover.is_replicating()
+                {
+                    self.state.point = Some(RecoveryPoint::new(id, generation, batch));
+                }
+            }
+            RecordKind::Data { .. } | RecordKind::Zero { .. } => {}
+        }
+    }
+
+    /// Up to where the disks may be brought: the newest point, so that it stays restorable.
+    pub fn hold(&self) -> Option<BatchSeq> {
+        let point = self.state.point?;
+        (point.generation == self.state.generation).then_some(point.batch())
+    }
+
+    /// What a decision of the failover depends on.
+    pub fn facts(&self, now: Instant) -> Facts {
+        Facts {
+            connected: self.link.is_some(),
+            consistent: self.state.consistency == Consistency::Consistent,
+            sync_percent: self
+                .sync_view()
+                .map(|sync| sync.done_bytes * 100 / sync.total_bytes.max(1)),
+            point: self.state.point,
+            durable: self.open.as_ref().map_or(BatchSeq(0), |open| open.receiver.durable()),
+            rpo: self.watermark.rpo(now),
+            now_us: now_us(),
+        }
+    }
+
+    fn sync_view(&self) -> Option<Sync> {
+        let progress = self.progress.as_ref().filter(|_| self.link.is_some())?;
+        (progress.sync_total_bytes > 0).then(|| Sync {
+            total_bytes: progress.sync_total_bytes,
+            done_bytes: progress.sync_done_bytes,
+            sent_bytes: progress.sync_sent_bytes,
+        })
+    }
+
+    /// The machine as the API shows it.
+    pub fn view(&self, now: Instant) -> View {
+        let progress = self.progress.clone().filter(|_| self.link.is_some()).unwrap_or_default();
+        let replicating = matches!(self.failover.stage(), Stage::Replicating);
+        let failover = match self.failover.stage() {
+            Stage::FailedOver(outcome)
+            | Stage::Committed(outcome)
+            | Stage::Removing { outcome, .. } => Some(FailoverResult {
+                point: point_view(outcome.point.id()),
+                source_drained: outcome.drained,
+                data_loss_seconds: outcome.loss_seconds,
+                seconds: outcome.seconds,
+            }),
+            _ => None,
+        };
+        let sizes = &self.state.disks;
+        View {
+            name: self.config.name.to_string(),
+            agent: self.config.agent.to_string(),
+            connected: self.link.is_some(),
+            consistency: match self.state.consistency {
+                Consistency::Empty => ConsistencyView::Empty,
+                Consistency::Syncing => ConsistencyView::Syncing,
+                Consistency::Consistent => ConsistencyView::Consistent,
+            },
+            stage: match self.failover.stage() {
+                Stage::Replicating => StageView::Replicating,
+                Stage::ShuttingDown { .. } | Stage::Draining { .. } | Stage::Preparing { .. } => {
+                    StageView::FailingOver
+                }
+                Stage::FailedOver(_) => StageView::FailedOver,
+                Stage::Cancelling { .. } => StageView::Cancelling,
+                Stage::Removing { .. } => StageView::Committing,
+                Stage::Committed(_) => StageView::Committed,
+            },
+            step: self.failover.step().to_owned(),
+            failure: self.failover.failure().to_owned(),
+            trouble: if self.trouble.is_empty() {
+                progress.trouble.clone()
+            } else {
+                self.trouble.clone()
+            },
+            rpo_seconds: self
+                .watermark
+                .rpo(now)
+                .filter(|_| replicating)
+                .map(|rpo| rpo.as_secs_f64()),
+            lag_bytes: progress.queued_bytes,
+            dirty_bytes: progress.dirty_bytes,
+            sync: self.sync_view(),
+            journal_bytes: self
+                .open
+                .as_ref()
+                .and_then(|open| open.usage)
+                .map_or(0, |usage| usage.journal_bytes),
+            received_wire_bytes: self.received.0,
+            received_plain_bytes: self.received.1,
+            last_sync_seconds: self.sync_times.1.map(|time| time.as_secs_f64()),
+            points: self.state.point.iter().map(|point| point_view(point.id())).collect(),
+            failover,
+            disks: self
+                .config
+                .disks
+                .iter()
+                .map(|disk| Disk {
+                    name: disk.name.to_string(),
+                    image: disk.image.display().to_string(),
+                    kind: disk.kind.to_string(),
+                    size_bytes: sizes
+                        .iter()
+                        .find(|known| known.name == disk.name.as_str())
+                        .map_or(0, |known| known.size_bytes),
+                })
+                .collect(),
+        }
+    }
+}
+
+/// A point as the API shows it.
+pub fn point_view(id: PointId) -> Point {
+    Point { id: PointText(id).to_string(), kind: "crash-consistent".into() }
+}
+
+/// The wall clock, in microseconds since 1970 UTC.
+pub fn now_us() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_micros() as u64)
+}

@@ -1,0 +1,171 @@
+//! `backhaul-master-target`: the daemon of an on-premises master target.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use backhaul_daemon::logging::LogFormat;
+use backhaul_daemon::{lifecycle, logging, metrics};
+use backhaul_master_target::config::Config;
+use backhaul_master_target::machine::LinkId;
+use backhaul_master_target::metrics::Metrics;
+use backhaul_master_target::target::Target;
+use backhaul_master_target::{api, link};
+use backhaul_proto::id::PeerName;
+use backhaul_proto::quic::{Identity, Listener, Role, TransportOptions, create_ca, issue};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+
+#[derive(Parser)]
+#[command(
+    version,
+    about = "Journals the writes of protected machines and keeps their VMDKs ready to boot"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Receive, journal and apply
+    Run {
+        /// The configuration
+        #[arg(long, default_value = "/etc/backhaul/master-target.toml")]
+        config: PathBuf,
+        /// Log as JSON, one object a line
+        #[arg(long)]
+        log_json: bool,
+        /// What to log: `info`, `debug`, or a filter as RUST_LOG takes it
+        #[arg(long, default_value = "info")]
+        log: String,
+    },
+    /// Read the configuration and say everything that is wrong with it
+    Check {
+        /// The configuration
+        #[arg(long, default_value = "/etc/backhaul/master-target.toml")]
+        config: PathBuf,
+    },
+    /// Make the site's CA, and issue identities
+    #[command(subcommand)]
+    Pki(Pki),
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+#[derive(Subcommand)]
+enum Pki {
+    /// Make `ca.pem` and `ca.key`
+    Init {
+        /// The folder
+        dir: PathBuf,
+    },
+    /// Issue `NAME.pem` and `NAME.key`
+    Issue {
+        /// The folder that `pki init` filled
+        dir: PathBuf,
+        /// What the holder may be
+        role: RoleArgument,
+        /// Its name: for an agent, what `agent` says in the target's configuration
+        name: PeerName,
+        /// How long the certificate is valid
+        #[arg(long, default_value_t = 825)]
+        days: u32,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum RoleArgument {
+    Agent,
+    Target,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().verb {
+        Verb::Run { config, log_json, log } => {
+            logging::start(if log_json { LogFormat::Json } else { LogFormat::Plain }, &log);
+            run(&config)
+        }
+        Verb::Check { config } => check(&config),
+        Verb::Pki(Pki::Init { dir }) => create_ca(&dir).map_err(Into::into),
+        Verb::Pki(Pki::Issue { dir, role, name, days }) => {
+            let role = match role {
+                RoleArgument::Agent => Role::Agent,
+                RoleArgument::Target => Role::Target,
+            };
+            issue(&dir, role, &name, days).map_err(Into::into)
+        }
+        Verb::Completions { shell } => {
+            let mut command = Arguments::command();
+            let name = "backhaul-master-target";
+            clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
+            Ok(())
+        }
+        Verb::Man => clap_mangen::Man::new(Arguments::command())
+            .render(&mut std::io::stdout())
+            .map_err(Into::into),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn check(path: &Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    Identity::load(&config.identity, Role::Target)?;
+    println!("{} is good: {} machine(s)", path.display(), config.machines.len());
+    Ok(())
+}
+
+fn run(path: &Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    let identity = Identity::load(&config.identity, Role::Target)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(serve(config, identity))
+}
+
+async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
+    let registry = prometheus::Registry::new();
+    let counters = Metrics::new(&registry, identity.name().as_str())?;
+    if let Some(address) = config.metrics {
+        let bound = metrics::serve(address, registry)
+            .await
+            .with_context(|| format!("metrics cannot be served on {address}"))?;
+        tracing::info!(address = %bound, "metrics");
+    }
+    let api_socket = api::bind(&config.api_socket)
+        .with_context(|| format!("the API cannot be served on {}", config.api_socket.display()))?;
+    let listener = Listener::bind(config.listen, &identity, &TransportOptions::default())?;
+    let target = tokio::task::block_in_place(|| Target::new(config, counters))?;
+    tracing::info!(address = %listener.local_address()?, name = %identity.name(), "waiting for agents");
+
+    let events = target.link_events();
+    let accepting = async move {
+        let mut next = 0;
+        while let Some(handshake) = listener.accept().await {
+            next += 1;
+            let (id, events) = (LinkId(next), events.clone());
+            tokio::spawn(async move {
+                match handshake.finish().await {
+                    Ok(connection) => link::run(id, connection, events).await,
+                    Err(error) => tracing::warn!("{error}"),
+                }
+            });
+        }
+    };
+    let accepting = tokio::spawn(accepting);
+    let serving = tokio::spawn(api::serve(api_socket, target.api_requests()));
+    lifecycle::notify_ready();
+    target.run(lifecycle::asked_to_stop()).await;
+    accepting.abort();
+    serving.abort();
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! The target's Prometheus metrics.
+
+use backhaul_api::{Consistency, Machine};
+use prometheus::{GaugeVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+/// Every metric of the target.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    target: String,
+    agents: IntGauge,
+    rpo_seconds: GaugeVec,
+    gauges: Vec<(IntGaugeVec, fn(&Machine) -> u64)>,
+}
+
+impl Metrics {
+    /// Makes the metrics of the target called `target`, and registers them.
+    pub fn new(registry: &Registry, target: &str) -> prometheus::Result<Self> {
+        let prefixed = |name: &str, help: &str| Opts::new(format!("backhaul_target_{name}"), help);
+        let agents = IntGauge::with_opts(prefixed("agents", "Agents connected"))?;
+        registry.register(Box::new(agents.clone()))?;
+        let help = "Writes that would be lost now; -1 before the first sync";
+        let rpo_seconds = GaugeVec::new(prefixed("rpo_seconds", help), &["machine"])?;
+        registry.register(Box::new(rpo_seconds.clone()))?;
+        let table: [(&str, &str, fn(&Machine) -> u64); 9] = [
+            ("session_up", "Whether the machine's agent is connected", |m| m.connected.into()),
+            ("consistent", "Whether its disks are a prefix of its writes", |m| {
+                (m.consistency == Consistency::Consistent).into()
+            }),
+            ("lag_bytes", "Writes that the agent holds unacknowledged", |m| m.lag_bytes),
+            ("dirty_bytes", "Content that is in no batch yet", |m| m.dirty_bytes),
+            ("journal_bytes", "Size of its journal", |m| m.journal_bytes),
+            ("sync_total_bytes", "What its sync looks at", |m| {
+                m.sync.as_ref().map_or(0, |sync| sync.total_bytes)
+            }),
+            ("sync_done_bytes", "What of that is dealt with", |m| {
+                m.sync.as_ref().map_or(0, |sync| sync.done_bytes)
+            }),
+            ("received_wire_bytes", "Batches received, as they travelled", |m| {
+                m.received_wire_bytes
+            }),
+            ("received_plain_bytes", "Batches received, uncompressed", |m| m.received_plain_bytes),
+        ];
+        let mut gauges = Vec::new();
+        for (name, help, read) in table {
+            let gauge = IntGaugeVec::new(prefixed(name, help), &["machine"])?;
+            registry.register(Box::new(gauge.clone()))?;
+            gauges.push((gauge, read));
+        }
+        Ok(Self { target: target.to_owned(), agents, rpo_seconds, gauges })
+    }
+
+    pub(crate) fn target_name(&self) -> &str {
+        &self.target
+    }
+
+    pub(crate) fn agents(&self, connected: usize) {
+        self.agents.set(connected as i64);
+    }
+
+    pub(crate) fn machine(&self, view: &Machine) {
+        let name = [view.name.as_str()];
+        self.rpo_seconds.with_label_values(&name).set(view.rpo_seconds.unwrap_or(-1.0));
+        for (gauge, read) in &self.gauges {
+            gauge.with_label_values(&name).set(read(view) as i64);
+        }
+    }
+}
