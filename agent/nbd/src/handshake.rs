@@ -115,6 +115,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
         Ok(())
     }
 
+    async fn unknown(&mut self, option: u32, name: &str) -> io::Result<()> {
+        let text = format!("list the exports to see their names; there is none named `{name}`");
+        self.reply(option, REP_ERR_UNKNOWN, cut(&text).as_bytes()).await
+    }
+
     fn chosen(&self, name: &str, export: Arc<dyn Export>) -> Negotiated {
         let allocation = self.structured && self.allocation_of.as_deref() == Some(name);
         Negotiated { export, name: name.to_owned(), structured: self.structured, allocation }
@@ -128,7 +133,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
         };
         let mut out = Vec::with_capacity(134);
         out.extend_from_slice(&export.size_bytes().to_be_bytes());
-        out.extend_from_slice(&transmission_flags(&*export).to_be_bytes());
+        out.extend_from_slice(&transmission_flags(&*export, self.structured).to_be_bytes());
         if !no_zeroes {
             out.resize(out.len() + 124, 0);
         }
@@ -161,13 +166,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
             return Ok(None);
         };
         let Some((name, export)) = self.exports.get(name) else {
-            let text = format!("there is no export named `{name}`; list the exports to see which");
-            self.reply(option, REP_ERR_UNKNOWN, text.as_bytes()).await?;
+            self.unknown(option, name).await?;
             return Ok(None);
         };
         let mut info = INFO_EXPORT.to_be_bytes().to_vec();
         info.extend_from_slice(&export.size_bytes().to_be_bytes());
-        info.extend_from_slice(&transmission_flags(&*export).to_be_bytes());
+        info.extend_from_slice(&transmission_flags(&*export, self.structured).to_be_bytes());
         self.reply(option, REP_INFO, &info).await?;
 
         let size = export.block_size();
@@ -183,7 +187,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
                 _ => continue,
             };
             let mut info = request.to_be_bytes().to_vec();
-            info.extend_from_slice(text.as_bytes());
+            info.extend_from_slice(cut(&text).as_bytes());
             self.reply(option, REP_INFO, &info).await?;
         }
         self.reply(option, REP_ACK, b"").await?;
@@ -202,18 +206,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
             fields.0.is_empty().then_some((name, queries))
         })();
         let set = option == OPT_SET_META_CONTEXT;
-        let Some((name, queries)) = parsed.filter(|_| self.structured || !set) else {
-            return self
-                .reply(option, REP_ERR_INVALID, b"malformed, or no structured replies")
-                .await;
-        };
-        let Some((name, _)) = self.exports.get(name) else {
-            return self.reply(option, REP_ERR_UNKNOWN, b"no such export").await;
-        };
         if set {
+            // Also when it fails: what was chosen before is replaced by what this asks for.
             self.allocation_of = None;
         }
-        let wanted = queries.iter().any(|query| *query == BASE_ALLOCATION)
+        if !self.structured {
+            return self.reply(option, REP_ERR_INVALID, b"ask for structured replies first").await;
+        }
+        let Some((name, queries)) = parsed else {
+            return self.reply(option, REP_ERR_INVALID, b"malformed option").await;
+        };
+        let Some((name, _)) = self.exports.get(name) else {
+            return self.unknown(option, name).await;
+        };
+        let wanted = queries.contains(&BASE_ALLOCATION)
             || !set && (queries.is_empty() || queries.contains(&"base:"));
         if wanted {
             let id = if set { ALLOCATION_CONTEXT } else { 0 };
@@ -228,12 +234,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
     }
 }
 
-fn transmission_flags(export: &dyn Export) -> u16 {
-    let always = TRANSMIT_HAS_FLAGS
-        | TRANSMIT_SEND_FLUSH
-        | TRANSMIT_SEND_FUA
-        | TRANSMIT_SEND_DF
-        | TRANSMIT_CAN_MULTI_CONN;
+fn transmission_flags(export: &dyn Export, structured: bool) -> u16 {
+    let mut always =
+        TRANSMIT_HAS_FLAGS | TRANSMIT_SEND_FLUSH | TRANSMIT_SEND_FUA | TRANSMIT_CAN_MULTI_CONN;
+    if structured {
+        always |= TRANSMIT_SEND_DF;
+    }
     if export.read_only() {
         always | TRANSMIT_READ_ONLY
     } else {
@@ -268,6 +274,12 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// The part of `text` that fits a string of the protocol.
+fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(STRING_BYTES_MAX)]
+}
+
+/// The error for a peer that breaks the protocol.
 pub(crate) fn invalid(sentence: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, sentence)
 }

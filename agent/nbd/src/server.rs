@@ -5,28 +5,40 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::{Export, handshake, transmission};
 
 /// Bounds of a server.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
-    /// Connections at a time (default 256); the next one waits to be accepted.
+    /// Connections at a time (default 128: two for each disk of the largest machine); the next one
+    /// waits to be accepted.
     pub connections_max: usize,
     /// Requests of one connection that may be under way (default 128); then it is not read from.
     pub requests_max: usize,
-    /// Bytes of those requests (default 64 MiB); then it is not read from. One request is always
-    /// let through, so the true bound is this plus one payload.
+    /// Bytes of those requests and of replies not yet written (default 64 MiB: two of the largest
+    /// requests); then it is not read from. One request is always let through.
     pub request_bytes_max: usize,
+    /// The same for all connections together (default 96 MiB, never under one largest request);
+    /// then they are not read from until others are answered. Each connection has 256 KiB for
+    /// requests and a receive buffer of 256 KiB beside it, so that one that reads no replies
+    /// cannot stop another.
+    pub memory_bytes_max: usize,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { connections_max: 256, requests_max: 128, request_bytes_max: 64 << 20 }
+        Self {
+            connections_max: 128,
+            requests_max: 128,
+            request_bytes_max: 64 << 20,
+            memory_bytes_max: 96 << 20,
+        }
     }
 }
 
@@ -106,98 +118,150 @@ impl Drop for Listener {
     }
 }
 
-/// A running server. Dropping it, or [`Server::stop`], ends it.
+/// A running server. Dropping it stops it, as [`Server::stop`] does.
 pub struct Server {
-    stop: watch::Sender<bool>,
+    signal: watch::Sender<Signal>,
 }
+
+/// What a server tells its connections.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Signal {
+    /// No new connections and requests.
+    pub(crate) stopping: bool,
+    /// Counts the calls of [`Server::disconnect_all`]; connections accepted before one are dropped.
+    disconnects: u64,
+}
+
+/// How long a client that does not take its replies can delay the end of the server.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// How long a client may take to choose an export. One that never does must not keep its place.
+const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(60);
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 impl Server {
-    /// Serves `exports` to whoever connects to `listeners`.
+    /// Serves `exports` to whoever connects to `listeners`. Called within a tokio runtime.
     pub fn start(listeners: Vec<Listener>, exports: Exports, options: ServerOptions) -> Self {
-        let (stop, stopped) = watch::channel(false);
-        let places = Arc::new(Semaphore::new(options.connections_max));
+        let (signal, signalled) = watch::channel(Signal::default());
+        let service = Arc::new(Service {
+            exports,
+            places: Arc::new(Semaphore::new(options.connections_max)),
+            memory: transmission::memory_budget(options.memory_bytes_max),
+            options,
+        });
         for listener in listeners {
-            let accepting = accept_all(
-                listener,
-                exports.clone(),
-                options.clone(),
-                Arc::clone(&places),
-                stopped.clone(),
-            );
-            tokio::spawn(accepting);
+            tokio::spawn(accept_all(listener, Arc::clone(&service), signalled.clone()));
         }
-        Self { stop }
+        Self { signal }
     }
 
-    /// Stops accepting and drops every connection. What clients were not answered did not happen,
-    /// as far as they know; what they were answered did.
+    /// Stops accepting connections and requests. Requests under way are finished and answered, then
+    /// the connections are closed; a client that does not take its replies is dropped after 5 s.
     pub fn stop(&self) {
-        let _ = self.stop.send(true);
+        self.signal.send_modify(|signal| signal.stopping = true);
     }
 
-    /// Waits until every listener and connection is gone.
+    /// Drops every connection at once; new ones are accepted. What clients were not answered may or
+    /// may not have happened; what they were answered did.
+    pub fn disconnect_all(&self) {
+        self.signal.send_modify(|signal| signal.disconnects += 1);
+    }
+
+    /// Stops, and waits until every listener, connection and request is gone.
     pub async fn stopped(&self) {
         self.stop();
-        self.stop.closed().await;
+        self.signal.closed().await;
     }
+}
+
+/// What all connections share.
+struct Service {
+    exports: Exports,
+    options: ServerOptions,
+    places: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
 }
 
 async fn accept_all(
     listener: Listener,
-    exports: Exports,
-    options: ServerOptions,
-    places: Arc<Semaphore>,
-    mut stopped: watch::Receiver<bool>,
+    service: Arc<Service>,
+    mut signal: watch::Receiver<Signal>,
 ) {
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let accepted = tokio::select! {
-            accepted = accept(&listener) => accepted,
-            _ = stopped.wait_for(|stop| *stop) => return,
+            accepted = accept(&listener, &service.places) => accepted,
+            _ = signal.wait_for(|signal| signal.stopping) => return,
         };
-        let stream = match accepted {
-            Ok(stream) => stream,
+        match accepted {
+            Ok((stream, place)) => {
+                let (service, signal) = (Arc::clone(&service), signal.clone());
+                tokio::spawn(async move {
+                    keep(stream, &service, signal).await;
+                    drop(place);
+                });
+            }
             Err(error) => {
                 // Out of descriptors, usually. Trying again at once would spin.
                 tracing::warn!(%error, "an NBD connection could not be accepted");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-                continue;
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
-        };
-        let (exports, options, mut stopped) = (exports.clone(), options.clone(), stopped.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            tokio::select! {
-                () = serve(stream, &exports, &options) => {}
-                _ = stopped.wait_for(|stop| *stop) => {}
-            }
-        });
-    }
-}
-
-async fn accept(listener: &Listener) -> io::Result<Box<dyn Stream>> {
-    match listener {
-        Listener::Unix(listener, _) => Ok(Box::new(listener.accept().await?.0)),
-        Listener::Tcp(listener) => {
-            let (stream, _) = listener.accept().await?;
-            stream.set_nodelay(true)?;
-            Ok(Box::new(stream))
         }
     }
 }
 
-async fn serve(mut stream: Box<dyn Stream>, exports: &Exports, options: &ServerOptions) {
-    let chosen = match handshake::negotiate(&mut stream, exports).await {
-        Ok(Some(chosen)) => chosen,
-        Ok(None) => return,
-        Err(error) => return tracing::debug!(%error, "an NBD handshake ended early"),
+async fn accept(
+    listener: &Listener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(Box<dyn Stream>, OwnedSemaphorePermit)> {
+    let place = Arc::clone(places).acquire_owned().await.map_err(io::Error::other)?;
+    let stream: Box<dyn Stream> = match listener {
+        Listener::Unix(listener, _) => Box::new(listener.accept().await?.0),
+        Listener::Tcp(listener) => {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?;
+            Box::new(stream)
+        }
+    };
+    Ok((stream, place))
+}
+
+/// Serves one connection as long as the server lets it.
+async fn keep(stream: Box<dyn Stream>, service: &Service, signal: watch::Receiver<Signal>) {
+    let (mut dropped, mut stopped) = (signal.clone(), signal.clone());
+    let disconnects = signal.borrow().disconnects;
+    let overdue = async {
+        let _ = stopped.wait_for(|signal| signal.stopping).await;
+        tokio::time::sleep(STOP_GRACE).await;
+    };
+    tokio::select! {
+        () = serve(stream, service, signal) => {}
+        Ok(_) = dropped.wait_for(|signal| signal.disconnects != disconnects) => {}
+        () = overdue => tracing::warn!("an NBD client did not take its replies; it was dropped"),
+    }
+}
+
+async fn serve(
+    mut stream: Box<dyn Stream>,
+    service: &Service,
+    mut signal: watch::Receiver<Signal>,
+) {
+    let negotiate = handshake::negotiate(&mut stream, &service.exports);
+    let negotiated = tokio::select! {
+        negotiated = tokio::time::timeout(HANDSHAKE_TIME_MAX, negotiate) => negotiated,
+        _ = signal.wait_for(|signal| signal.stopping) => return,
+    };
+    let chosen = match negotiated {
+        Ok(Ok(Some(chosen))) => chosen,
+        Ok(Ok(None)) => return,
+        Ok(Err(error)) => return tracing::debug!(%error, "an NBD handshake ended early"),
+        Err(_) => return tracing::warn!("an NBD client chose no export in time; it was dropped"),
     };
     let name = chosen.name.clone();
     tracing::info!(export = name, "an NBD client connected");
-    match transmission::serve(stream, chosen, options).await {
+    let memory = Arc::clone(&service.memory);
+    match transmission::serve(stream, chosen, &service.options, memory, signal).await {
         Ok(()) => tracing::info!(export = name, "an NBD client disconnected"),
         Err(error) => tracing::warn!(export = name, %error, "an NBD client was dropped"),
     }
