@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::{DiskError, LabFile, io_error};
@@ -37,12 +38,18 @@ type WriteContent = fn(&mut BufWriter<File>, u64, &mut Random) -> io::Result<()>
 impl Filler<'_> {
     fn copy_real(&mut self, budget_bytes: u64, random: &mut Random) -> Result<u64, DiskError> {
         let mut candidates = Vec::new();
+        // On a large disk only the larger files are taken, on a small one no few files fill it.
+        let sizes = budget_bytes / REAL_FILES / 4..=(budget_bytes / 32).max(1 << 20);
         for root in ["/usr/lib", "/usr/share"] {
-            list_files(Path::new(root), &mut candidates);
+            list_files(Path::new(root), &sizes, &mut candidates);
         }
         candidates.sort();
         let mut copied_bytes = 0;
-        while copied_bytes < budget_bytes && !candidates.is_empty() {
+        let files_before = self.files.len() as u64;
+        while copied_bytes < budget_bytes
+            && self.files.len() as u64 - files_before < REAL_FILES
+            && !candidates.is_empty()
+        {
             let index = random.below(candidates.len() as u64) as usize;
             let (source, len_bytes) = candidates.swap_remove(index);
             if copied_bytes + len_bytes > budget_bytes {
@@ -109,17 +116,18 @@ impl Filler<'_> {
     }
 }
 
-/// Ordinary files below `folder` that are neither empty nor huge, with names that need no quoting
-/// in a debugfs request. Folders that cannot be read are passed over.
-fn list_files(folder: &Path, files: &mut Vec<(PathBuf, u64)>) {
+/// Ordinary files below `folder` of these sizes, with names that need no quoting in a debugfs
+/// request. Folders that cannot be read are passed over.
+fn list_files(folder: &Path, sizes: &RangeInclusive<u64>, files: &mut Vec<(PathBuf, u64)>) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let Ok(metadata) = entry.metadata() else { continue };
         let path = entry.path();
         if metadata.is_dir() {
-            list_files(&path, files);
+            list_files(&path, sizes, files);
         } else if metadata.is_file()
-            && (1..=REAL_FILE_MAX_BYTES).contains(&metadata.len())
+            && metadata.len() > 0
+            && sizes.contains(&metadata.len())
             && path.to_str().is_some_and(is_plain)
         {
             files.push((path, metadata.len()));
@@ -173,8 +181,8 @@ fn write_zeroes(file: &mut BufWriter<File>, len_bytes: u64, random: &mut Random)
     Ok(())
 }
 
-/// Larger files of /usr would make a small disk out of three libraries.
-const REAL_FILE_MAX_BYTES: u64 = 4 << 20;
+/// Files copied from this machine, at most: mkfs and debugfs take over a millisecond for each.
+const REAL_FILES: u64 = 2000;
 const WORDS: [&str; 24] = [
     "accepted",
     "backup",
