@@ -1,1 +1,17 @@
 //! A whole failback on one machine: keys, daemons, disk, writes, link and verification.
+//!
+//! | part | does |
+//! | --- | --- |
+//! | [`link`] | a site-to-site link with rate, delay and loss between two network namespaces |
+//! | [`disk`] | a real ext4 disk image with real files, or a copy of a given disk |
+//! | [`workload`] | a seeded stream of disk writes and the model that says what must come out |
+//! | [`verify`] | judges that share no code with the pipeline |
+//! | [`tool`] | outside programs, with the package that brings each |
+//! | [`random`] | the seeded generator behind every random choice |
+
+pub mod disk;
+pub mod link;
+pub mod random;
+pub mod tool;
+pub mod verify;
+pub mod workload;

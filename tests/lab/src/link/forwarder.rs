@@ -1,0 +1,175 @@
+//! One direction's thread: packets from one TUN device through the [`Shaper`] into the other.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+
+use super::shaper::{Shaper, Verdict};
+
+/// A packet in a buffer that is used again and again.
+#[derive(Debug)]
+pub(super) struct Packet {
+    buffer: Box<[u8]>,
+    len_bytes: usize,
+}
+
+/// The shaper of one direction, shared with whoever changes the line or reads its counters.
+#[derive(Clone, Debug)]
+pub(super) struct SharedShaper(Arc<Mutex<Shaper<Packet>>>);
+
+impl SharedShaper {
+    pub(super) fn new(shaper: Shaper<Packet>) -> Self {
+        Self(Arc::new(Mutex::new(shaper)))
+    }
+
+    /// The forwarder holds the lock for one batch, well under a millisecond.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Shaper<Packet>> {
+        // Counters and times are whole after any panic: nothing is left half-changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A running direction; stops when dropped.
+#[derive(Debug)]
+pub(super) struct Forwarder {
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Forwarder {
+    /// Starts forwarding from `from` to `to`, both non-blocking TUN devices.
+    pub(super) fn start(
+        name: &str,
+        from: Arc<File>,
+        to: Arc<File>,
+        shaper: SharedShaper,
+    ) -> std::io::Result<Self> {
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let until = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            prefer_this_thread();
+            let turned_at = Instant::now();
+            let mut direction = Direction { from, to, shaper, free: Vec::new(), turned_at };
+            while direction.wait(&until) {
+                direction.turned_at = Instant::now();
+                direction.take_in();
+                direction.hand_over();
+            }
+        })?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+
+    /// False after the thread has ended by itself, because a device is gone.
+    pub(super) fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        // An eventfd refuses a write only when its counter would overflow.
+        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Direction {
+    from: Arc<File>,
+    to: Arc<File>,
+    shaper: SharedShaper,
+    /// Buffers not in use. Grows to what the line holds at once and is then never short.
+    free: Vec<Box<[u8]>>,
+    turned_at: Instant,
+}
+
+impl Direction {
+    /// Sleeps until a packet comes or is due, but at least [`TURN`] since the last turn began;
+    /// false when it is time to stop.
+    fn wait(&self, stop: &OwnedFd) -> bool {
+        let rest = TURN.saturating_sub(self.turned_at.elapsed());
+        if !rest.is_zero() && !sleep(&mut [PollFd::new(stop, PollFlags::IN)], Some(rest)) {
+            return false;
+        }
+        let due_at = self.shaper.lock().poll_timeout();
+        let left = due_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let fds = &mut [PollFd::new(stop, PollFlags::IN), PollFd::new(&*self.from, PollFlags::IN)];
+        sleep(fds, left)
+    }
+
+    fn take_in(&mut self) {
+        let mut shaper = self.shaper.lock();
+        for _ in 0..READ_BATCH {
+            let mut buffer = self.free.pop().unwrap_or_else(|| vec![0; BUFFER_BYTES].into());
+            // Any error but "nothing there" is a device that is going away; the wait sees that.
+            let Ok(len_bytes @ 1..) = (&*self.from).read(&mut buffer) else {
+                self.free.push(buffer);
+                return;
+            };
+            let packet = Packet { buffer, len_bytes };
+            if let Verdict::Dropped { packet, .. } =
+                shaper.handle_packet(Instant::now(), len_bytes, packet)
+            {
+                self.free.push(packet.buffer);
+            }
+        }
+    }
+
+    fn hand_over(&mut self) {
+        let mut shaper = self.shaper.lock();
+        while let Some(departure) = shaper.poll_departure(Instant::now()) {
+            let Packet { buffer, len_bytes } = departure.packet;
+            for _ in 0..departure.copies {
+                // A device that is down (EIO) loses the packet, as a dead host would.
+                let _ = (&*self.to).write(&buffer[..len_bytes]);
+            }
+            self.free.push(buffer);
+        }
+    }
+}
+
+/// Waits for one of `fds`, the first of which says that it is time to stop; false when it does,
+/// or when a device is gone.
+fn sleep(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> bool {
+    let limit = limit.map(|limit| Timespec {
+        tv_sec: limit.as_secs() as i64,
+        tv_nsec: i64::from(limit.subsec_nanos()),
+    });
+    match poll(fds, limit.as_ref()) {
+        Ok(_) => {
+            let gone = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
+            let stopped = !fds[0].revents().is_empty();
+            !stopped && !fds.iter().any(|fd| fd.revents().intersects(gone))
+        }
+        Err(error) => error == Errno::INTR,
+    }
+}
+
+/// Asks for exact timers and to run before the programs under test, which may use every core:
+/// otherwise the line's delay would depend on their load. Without the right to it, the line still
+/// works, only less exactly, and [`super::DirectionStats::late_nanos_max`] shows it.
+fn prefer_this_thread() {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: both calls concern the calling thread only, and read no more than `parameters`,
+    // which outlives them.
+    unsafe {
+        libc::prctl(libc::PR_SET_TIMERSLACK, 1_usize, 0_usize, 0_usize, 0_usize);
+        libc::sched_setscheduler(0, libc::SCHED_RR, &raw const parameters);
+    }
+}
+
+/// Packets of one turn reach the receiver together, as from a network card that moderates its
+/// interrupts: waking a sleeping receiver for each one costs more than all the rest, and 1 Gbit/s
+/// would take a whole core. Costs up to this much of exactness.
+const TURN: Duration = Duration::from_micros(200);
+/// Packets read before those due are handed over: 64 reads take about 0.1 ms.
+const READ_BATCH: usize = 64;
+/// Holds any packet that the largest MTU of a link admits.
+const BUFFER_BYTES: usize = 9216;

@@ -1,0 +1,116 @@
+//! The real link: namespaces, devices and forwarders. Needs root and /dev/net/tun.
+
+use std::io::{BufRead, BufReader};
+use std::net::UdpSocket;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use backhaul_lab::link::{Link, is_available};
+
+/// `None`, with the reason printed, on a machine that cannot have a link.
+fn start(spec: &str) -> Option<Link> {
+    if let Err(missing) = is_available() {
+        println!("skipped: {missing}");
+        return None;
+    }
+    Some(Link::start(spec.parse().unwrap()).unwrap())
+}
+
+/// A socket at each end, connected to each other, with a time limit on reads.
+fn sockets(link: &Link) -> (UdpSocket, UdpSocket) {
+    let bind = |site: &backhaul_lab::link::Site| {
+        let socket = site.run_inside(|| UdpSocket::bind((site.address(), 7000))).unwrap().unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        socket
+    };
+    let (a, b) = (bind(link.site_a()), bind(link.site_b()));
+    a.connect((link.site_b().address(), 7000)).unwrap();
+    b.connect((link.site_a().address(), 7000)).unwrap();
+    (a, b)
+}
+
+#[test]
+fn packets_cross_in_both_directions_after_the_delay() {
+    let Some(link) = start("100mbit,30ms,down.delay=10ms") else { return };
+    let (a, b) = sockets(&link);
+    let mut buffer = [0; 100];
+    let began = Instant::now();
+    a.send(b"ping").unwrap();
+    assert_eq!(b.recv(&mut buffer).unwrap(), 4);
+    assert!(began.elapsed() >= Duration::from_millis(30), "{:?}", began.elapsed());
+    b.send(b"pong!").unwrap();
+    assert_eq!(a.recv(&mut buffer).unwrap(), 5);
+    assert!(began.elapsed() >= Duration::from_millis(40), "{:?}", began.elapsed());
+    assert_eq!(&buffer[..5], b"pong!");
+    let stats = link.stats();
+    assert_eq!((stats.up.delivered_packets, stats.down.delivered_packets), (1, 1));
+    // 4 bytes and the headers of IPv4 and UDP: nothing else is on the line.
+    assert_eq!(stats.up.delivered_bytes, 32);
+    assert!(link.is_running());
+}
+
+#[test]
+fn a_blackout_and_a_new_spec_take_effect_while_it_runs() {
+    let Some(mut link) = start("100mbit,1ms") else { return };
+    let (a, b) = sockets(&link);
+    let mut buffer = [0; 2000];
+    link.blackout(true);
+    a.send(b"lost").unwrap();
+    while link.stats().up.dropped_by_blackout == 0 {
+        std::thread::yield_now();
+    }
+    link.blackout(false);
+    a.send(b"kept").unwrap();
+    let len = b.recv(&mut buffer).unwrap();
+    assert_eq!(&buffer[..len], b"kept");
+
+    // 1300 bytes fit into 1420 but not into 600: the kernel then sends fragments.
+    link.set_spec("100mbit,20ms,mtu=600".parse().unwrap()).unwrap();
+    let before = link.stats().up.delivered_packets;
+    let began = Instant::now();
+    a.send(&[7; 1300]).unwrap();
+    assert_eq!(b.recv(&mut buffer).unwrap(), 1300);
+    assert!(began.elapsed() >= Duration::from_millis(20));
+    assert_eq!(link.stats().up.delivered_packets - before, 3);
+}
+
+#[test]
+fn namespaces_vanish_with_the_link_and_with_a_killed_process() {
+    let Some(link) = start("100mbit") else { return };
+    let exists = |name: &str| std::path::Path::new("/run/netns").join(name).exists();
+    let names = [link.site_a().name().to_owned(), link.site_b().name().to_owned()];
+    assert!(names.iter().all(|name| exists(name)));
+    drop(link);
+    assert!(!names.iter().any(|name| exists(name)));
+
+    let example = example_link();
+    // `cat` waits for its input, which nobody writes.
+    let mut child = Command::new(example)
+        .args(["100mbit", "a", "cat"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let names: Vec<String> = (0..2)
+        .map(|_| lines.next().unwrap().unwrap().split(' ').next().unwrap().to_owned())
+        .collect();
+    assert!(names.iter().all(|name| exists(name)));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while names.iter().any(|name| exists(name)) {
+        assert!(Instant::now() < deadline, "{names:?} outlived their process");
+        std::thread::yield_now();
+    }
+}
+
+/// Cargo builds the examples along with the tests, next to them, unless told to build one target.
+fn example_link() -> std::path::PathBuf {
+    let mut path = std::env::current_exe().unwrap();
+    path.pop();
+    path.pop();
+    path.push("examples/link");
+    assert!(path.exists(), "run `cargo build -p backhaul-lab --example link` first");
+    path
+}
