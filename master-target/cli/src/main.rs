@@ -1,3 +1,84 @@
-//! The operator's command line.
+//! `backhaul`: the operator's command line, a client of the master target's API.
 
-fn main() {}
+mod arguments;
+mod lab;
+mod show;
+mod steps;
+
+use std::process::ExitCode;
+
+use backhaul_api::{Client, ClientError, CommitRequest, FailoverRequest, Stage};
+use clap::{CommandFactory, Parser};
+
+use crate::arguments::{Arguments, Verb};
+use crate::show::Output;
+
+/// The target refused, or what was asked for failed.
+const EXIT_FAILED: u8 = 1;
+/// The target cannot be reached. (2 is clap's, for arguments that make no sense.)
+const EXIT_UNREACHABLE: u8 = 3;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let output = Output::new(arguments.json);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&output, &error.into()),
+    };
+    match runtime.block_on(run(&arguments, &output)) {
+        Ok(code) => code,
+        Err(error) => fail(&output, &error),
+    }
+}
+
+fn fail(output: &Output, error: &anyhow::Error) -> ExitCode {
+    let client_error = error.downcast_ref::<ClientError>();
+    let code = match client_error {
+        Some(ClientError::Refused(failure)) => failure.code.as_str(),
+        Some(ClientError::Unreachable { .. }) => "unreachable",
+        _ => "failed",
+    };
+    output.failure(code, &format!("{error:#}"));
+    match client_error {
+        Some(ClientError::Unreachable { .. }) => ExitCode::from(EXIT_UNREACHABLE),
+        _ => ExitCode::from(EXIT_FAILED),
+    }
+}
+
+async fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<ExitCode> {
+    let client = Client::new(&arguments.socket);
+    match &arguments.verb {
+        Verb::Status => output.status(&client.status().await?),
+        Verb::Machines => output.machines(&client.machines().await?),
+        Verb::Points { machine } => output.points(&client.points(machine).await?),
+        Verb::Tag { machine } => output.point(machine, &client.tag(machine).await?),
+        Verb::Failover { machine, to, without_shutdown, drain_timeout } => {
+            let request = FailoverRequest {
+                to: to.clone(),
+                without_shutdown: *without_shutdown,
+                drain_timeout_seconds: drain_timeout.as_secs_f64(),
+            };
+            client.failover(machine, &request).await?;
+            let done = steps::watch(&client, machine, output, &[Stage::FailedOver]).await?;
+            output.failed_over(&done);
+        }
+        Verb::Cancel { machine } => {
+            client.cancel(machine).await?;
+            let done = steps::watch(&client, machine, output, &[Stage::Replicating]).await?;
+            output.cancelled(&done);
+        }
+        Verb::Commit { machine, without_removal } => {
+            let request = CommitRequest { without_removal: *without_removal };
+            client.commit(machine, &request).await?;
+            let done = steps::watch(&client, machine, output, &[Stage::Committed]).await?;
+            output.committed(&done);
+        }
+        Verb::Lab(lab) => return lab::run(lab, output).await,
+        Verb::Completions { shell } => {
+            let mut command = Arguments::command();
+            clap_complete::generate(*shell, &mut command, "backhaul", &mut std::io::stdout());
+        }
+        Verb::Man => clap_mangen::Man::new(Arguments::command()).render(&mut std::io::stdout())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

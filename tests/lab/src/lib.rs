@@ -6,12 +6,18 @@
 //! | [`disk`] | a real ext4 disk image with real files, or a copy of a given disk |
 //! | [`workload`] | a seeded stream of disk writes and the model that says what must come out |
 //! | [`verify`] | judges that share no code with the pipeline |
+//! | [`rig`] | both daemons as real processes, with throw-away keys |
+//! | [`writer`] | a guest that runs a workload against an export |
+//! | [`failback`] | the whole story, from protection to commit |
 //! | [`tool`] | outside programs, with the package that brings each |
 //! | [`random`] | the seeded generator behind every random choice |
 
 pub mod disk;
+pub mod failback;
 pub mod link;
 pub mod random;
+pub mod rig;
 pub mod tool;
 pub mod verify;
 pub mod workload;
+pub mod writer;

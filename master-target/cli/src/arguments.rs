@@ -1,0 +1,127 @@
+//! What can be asked for.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use backhaul_lab::link::LinkSpec;
+use bytesize::ByteSize;
+use clap::{Args, Parser, Subcommand};
+
+/// Brings machines home: failover, cancel and commit, and how everything stands
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done, 1 refused or failed, 2 arguments, 3 the target cannot be reached."
+)]
+pub(crate) struct Arguments {
+    /// The master target's socket
+    #[arg(long, global = true, default_value = "/run/backhaul/api.sock", env = "BACKHAUL_SOCKET")]
+    pub(crate) socket: PathBuf,
+    /// Answer with one JSON value, for programs
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// How the target stands
+    Status,
+    /// How every machine stands
+    Machines,
+    /// The recovery points of a machine
+    Points {
+        /// The machine
+        machine: String,
+    },
+    /// Set a crash-consistent recovery point now
+    Tag {
+        /// The machine
+        machine: String,
+    },
+    /// Fail a machine over from Azure: shut it down there, make its disks ready here
+    Failover {
+        /// The machine
+        machine: String,
+        /// `latest`, or a point from `backhaul points`
+        #[arg(long, default_value = "latest")]
+        to: String,
+        /// Leave the machine running: a rehearsal
+        #[arg(long)]
+        without_shutdown: bool,
+        /// How long to wait for the machine to shut down and its last writes to arrive, before
+        /// going on with what is here
+        #[arg(long, default_value = "60s", value_parser = time)]
+        drain_timeout: Duration,
+    },
+    /// Undo a failover that was not committed: replication goes on
+    Cancel {
+        /// The machine
+        machine: String,
+    },
+    /// Make a failover final: remove the machine in Azure, end its protection
+    Commit {
+        /// The machine
+        machine: String,
+        /// Do not run the removal hook: its agent is gone for good
+        #[arg(long)]
+        without_removal: bool,
+    },
+    /// A whole failback on this machine, with throw-away keys: protect, sync, write, fail over,
+    /// verify, commit
+    Lab(LabArguments),
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LabArguments {
+    /// Protect a copy of this disk, instead of an ext4 disk with real files
+    #[arg(long)]
+    pub(crate) disk: Option<PathBuf>,
+    /// Size of the ext4 disk that is made
+    #[arg(long, default_value = "512MiB", conflicts_with = "disk")]
+    pub(crate) size: ByteSize,
+    /// How long the guest writes after the first sync
+    #[arg(long, default_value_t = 6)]
+    pub(crate) seconds: u64,
+    /// Put a link between the two, as root: rate, one-way delay, loss, such as
+    /// `200mbit,40ms,0.5%`
+    #[arg(long)]
+    pub(crate) link: Option<LinkSpec>,
+    /// Keep everything in this folder, which must be empty or absent
+    #[arg(long)]
+    pub(crate) keep: Option<PathBuf>,
+    /// Decides the disk's content and the writes
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    let span = text.parse::<jiff::SignedDuration>().ok();
+    span.and_then(|span| Duration::try_from(span).ok())
+        .ok_or_else(|| format!("`{text}` is not a time such as `60s` or `5 min`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::{Arguments, Verb};
+
+    #[test]
+    fn arguments_are_sound_and_times_are_read() {
+        Arguments::command().debug_assert();
+        let line = ["backhaul", "failover", "web01", "--drain-timeout", "5 min", "--json"];
+        let arguments = Arguments::try_parse_from(line).unwrap();
+        let Verb::Failover { drain_timeout, to, .. } = arguments.verb else { panic!() };
+        assert_eq!((drain_timeout.as_secs(), to.as_str()), (300, "latest"));
+        assert!(Arguments::try_parse_from(["backhaul", "lab", "--link", "fast"]).is_err());
+    }
+}

@@ -1,0 +1,99 @@
+//! `backhaul lab`: the whole story on this machine.
+
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, ensure};
+use backhaul_lab::failback::{Failback, Report, Step, run as failback};
+
+use crate::arguments::LabArguments;
+use crate::show::Output;
+use crate::steps::StepView;
+
+pub(crate) async fn run(arguments: &LabArguments, output: &Output) -> anyhow::Result<ExitCode> {
+    // Kept until the end of this function, then removed with everything in it.
+    let temporary;
+    let dir: PathBuf = match &arguments.keep {
+        Some(dir) => {
+            std::fs::create_dir_all(dir)
+                .with_context(|| format!("{} cannot be made", dir.display()))?;
+            let empty = std::fs::read_dir(dir)?.next().is_none();
+            ensure!(empty, "{} is not empty; name a folder that is empty or absent", dir.display());
+            std::fs::canonicalize(dir)?
+        }
+        None => {
+            temporary = temporary_folder()?;
+            temporary.path().to_owned()
+        }
+    };
+    let story = Failback {
+        dir,
+        disk: arguments.disk.clone(),
+        size_bytes: arguments.size.as_u64() / 4096 * 4096,
+        seconds: arguments.seconds,
+        link: arguments.link.clone(),
+        seed: arguments.seed,
+    };
+    let view = StepView::new(output);
+    let last_percent = Cell::new(101);
+    let report = failback(story, |step| match step {
+        Step::Begin(what) => view.show(&what),
+        Step::Done(what) => view.say(&format!("  ✓ {what}")),
+        Step::Sync(done, total) => {
+            let percent = done * 100 / total.max(1);
+            if percent / 10 != last_percent.replace(percent) / 10 {
+                view.show(&format!("first sync: {percent} %"));
+            }
+        }
+    })
+    .await;
+    view.finish();
+    let report = report?;
+    if output.is_json() {
+        output.json(&report);
+    } else {
+        summary(&report, arguments.keep.is_some());
+    }
+    Ok(if report.verified { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A folder in the place that TMPDIR names.
+fn temporary_folder() -> anyhow::Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("backhaul-lab-")
+        .tempdir()
+        .context("no folder for the lab can be made; name one with --keep")
+}
+
+fn summary(report: &Report, kept: bool) {
+    println!();
+    println!(
+        "{}",
+        if report.verified {
+            "VERIFIED: the VMDK equals the protected disk, byte for byte"
+        } else {
+            "NOT VERIFIED"
+        }
+    );
+    println!("  first sync   {:.1} s", report.initial_sync_seconds);
+    println!("  RPO          at most {:.2} s", report.rpo_seconds_max);
+    println!(
+        "  failover     {:.2} s, data loss {:.1} s",
+        report.failover_seconds, report.data_loss_seconds
+    );
+    println!(
+        "  the guest    {} operations, longest wait {:.0} ms",
+        report.operations,
+        report.write_seconds_max * 1000.0
+    );
+    println!(
+        "  memory       agent {} MiB, target {} MiB",
+        report.agent_memory_bytes_max >> 20,
+        report.target_memory_bytes_max >> 20
+    );
+    if kept {
+        println!("  protected    {}", report.protected.display());
+        println!("  image        {}", report.image.display());
+    }
+}

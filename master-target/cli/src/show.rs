@@ -1,0 +1,182 @@
+//! What people and programs are shown.
+
+use std::io::IsTerminal;
+
+use backhaul_api::{Consistency, Machine, Point, Stage, Status};
+use bytesize::ByteSize;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{Cell, Color, ContentArrangement, Table};
+use serde::Serialize;
+use serde_json::json;
+
+/// Where answers go, and in which form.
+pub(crate) struct Output {
+    json: bool,
+    colours: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        Self { json, colours }
+    }
+
+    pub(crate) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    pub(crate) fn json(&self, value: &impl Serialize) {
+        match serde_json::to_string(value) {
+            Ok(text) => println!("{text}"),
+            Err(error) => eprintln!("{error}"),
+        }
+    }
+
+    pub(crate) fn failure(&self, code: &str, sentence: &str) {
+        if self.json {
+            self.json(&json!({ "code": code, "sentence": sentence }));
+        } else {
+            eprintln!("{sentence}");
+        }
+    }
+
+    fn table(&self, heads: &[&str]) -> Table {
+        let mut table = Table::new();
+        table.load_preset(UTF8_FULL_CONDENSED).set_header(heads);
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+        table
+    }
+
+    fn cell(&self, text: impl ToString, colour: Color) -> Cell {
+        let cell = Cell::new(text);
+        if self.colours { cell.fg(colour) } else { cell }
+    }
+
+    pub(crate) fn status(&self, status: &Status) {
+        if self.json {
+            return self.json(status);
+        }
+        let agents = match status.agents.as_slice() {
+            [] => "none connected".to_owned(),
+            agents => agents.join(", "),
+        };
+        println!("target    {} {}", status.target, status.version);
+        println!("listens   {} (up {} s)", status.listen, status.uptime_seconds);
+        println!("agents    {agents}");
+        println!("machines  {} ({} consistent)", status.machines, status.machines_consistent);
+    }
+
+    pub(crate) fn machines(&self, machines: &[Machine]) {
+        if self.json {
+            return self.json(&machines);
+        }
+        let heads = ["machine", "agent", "stage", "disks", "RPO", "lag", "journal", "latest point"];
+        let mut table = self.table(&heads);
+        for machine in machines {
+            let latest = machine.points.last().map_or("none", |point| point.id.as_str());
+            table.add_row(vec![
+                Cell::new(&machine.name),
+                if machine.connected {
+                    self.cell(&machine.agent, Color::Green)
+                } else {
+                    self.cell(format!("{} (away)", machine.agent), Color::Red)
+                },
+                Cell::new(stage(machine)),
+                self.consistency(machine),
+                Cell::new(machine.rpo_seconds.map_or("–".into(), |rpo| format!("{rpo:.1} s"))),
+                Cell::new(ByteSize(machine.lag_bytes).display().iec()),
+                Cell::new(ByteSize(machine.journal_bytes).display().iec()),
+                Cell::new(latest),
+            ]);
+        }
+        println!("{table}");
+        for machine in machines {
+            for sentence in [&machine.trouble, &machine.failure] {
+                if !sentence.is_empty() {
+                    println!("{}: {sentence}", machine.name);
+                }
+            }
+        }
+    }
+
+    fn consistency(&self, machine: &Machine) -> Cell {
+        match (machine.consistency, &machine.sync) {
+            (Consistency::Consistent, None) => self.cell("consistent", Color::Green),
+            (Consistency::Empty, None) => self.cell("empty", Color::Yellow),
+            (Consistency::Syncing, None) => self.cell("not consistent", Color::Red),
+            (_, Some(sync)) => {
+                let percent = sync.done_bytes * 100 / sync.total_bytes.max(1);
+                self.cell(format!("syncing, {percent} %"), Color::Yellow)
+            }
+        }
+    }
+
+    pub(crate) fn points(&self, points: &[Point]) {
+        if self.json {
+            return self.json(&points);
+        }
+        let mut table = self.table(&["point", "kind"]);
+        for point in points {
+            table.add_row(vec![&point.id, &point.kind]);
+        }
+        println!("{table}");
+    }
+
+    pub(crate) fn point(&self, machine: &str, point: &Point) {
+        if self.json {
+            return self.json(point);
+        }
+        println!("{machine} has the {} point {}", point.kind, point.id);
+    }
+
+    pub(crate) fn failed_over(&self, machine: &Machine) {
+        if self.json {
+            return self.json(machine);
+        }
+        let name = &machine.name;
+        if let Some(failover) = &machine.failover {
+            println!("{name} is at {} ({:.1} s)", failover.point.id, failover.seconds);
+            if failover.source_drained {
+                println!("data loss: none, the source was shut down and drained");
+            } else {
+                println!("data loss: up to {:.1} s of writes", failover.data_loss_seconds);
+            }
+        }
+        for disk in &machine.disks {
+            println!("disk {}: {}", disk.name, disk.image);
+        }
+        println!(
+            "next: start the machine on these disks and check it, then `backhaul commit {name}`;"
+        );
+        println!("      or `backhaul cancel {name}` to go back to replicating it");
+    }
+
+    pub(crate) fn cancelled(&self, machine: &Machine) {
+        if self.json {
+            return self.json(machine);
+        }
+        println!("{} replicates again", machine.name);
+    }
+
+    pub(crate) fn committed(&self, machine: &Machine) {
+        if self.json {
+            return self.json(machine);
+        }
+        println!("{} lives on-premises; its protection has ended, its disks stay:", machine.name);
+        for disk in &machine.disks {
+            println!("disk {}: {}", disk.name, disk.image);
+        }
+    }
+}
+
+fn stage(machine: &Machine) -> String {
+    let word = match machine.stage {
+        Stage::Replicating => "replicating",
+        Stage::FailingOver => "failing over",
+        Stage::FailedOver => "failed over",
+        Stage::Cancelling => "cancelling",
+        Stage::Committing => "committing",
+        Stage::Committed => "committed",
+    };
+    word.to_owned()
+}

@@ -1,0 +1,91 @@
+//! Watching a failover, cancel or commit until it is done. The work is the target's: whoever
+//! interrupts this interrupts nothing.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::bail;
+use backhaul_api::{Client, Machine, Stage};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::show::Output;
+
+/// How often the target is asked.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Shows each step until the machine is in one of `ends`, or says why it is not.
+pub(crate) async fn watch(
+    client: &Client,
+    name: &str,
+    output: &Output,
+    ends: &[Stage],
+) -> anyhow::Result<Machine> {
+    let view = StepView::new(output);
+    let mut shown = String::new();
+    loop {
+        let machine = client.machine(name).await?;
+        if ends.contains(&machine.stage) && machine.failure.is_empty() {
+            view.finish();
+            return Ok(machine);
+        }
+        if !machine.failure.is_empty() {
+            view.finish();
+            bail!("{}", machine.failure);
+        }
+        let waits_for_agent = !machine.connected && machine.stage == Stage::Cancelling;
+        let step = if waits_for_agent {
+            format!("{} (waiting for agent {} to connect)", machine.step, machine.agent)
+        } else {
+            machine.step.clone()
+        };
+        if step != shown {
+            view.show(&step);
+            shown = step;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// A line that turns on a terminal; a line a step elsewhere; nothing for programs.
+pub(crate) struct StepView {
+    bar: Option<ProgressBar>,
+    quiet: bool,
+}
+
+impl StepView {
+    pub(crate) fn new(output: &Output) -> Self {
+        let terminal = std::io::stderr().is_terminal() && !output.is_json();
+        let bar = terminal.then(|| {
+            let bar = ProgressBar::new_spinner();
+            if let Ok(style) = ProgressStyle::with_template("{spinner:.cyan} {msg}") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Self { bar, quiet: output.is_json() }
+    }
+
+    pub(crate) fn show(&self, step: &str) {
+        match &self.bar {
+            Some(bar) => bar.set_message(step.to_owned()),
+            None if self.quiet => {}
+            None => eprintln!("{step}"),
+        }
+    }
+
+    /// Something that stays on the screen.
+    pub(crate) fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None if self.quiet => {}
+            None => eprintln!("{line}"),
+        }
+    }
+
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! Both daemons as real processes with throw-away keys, and what can be done to them.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use backhaul_api::{Client, ClientError, Machine};
+
+use crate::link::{Link, LinkSpec};
+
+/// The name of the lab's one machine.
+pub const MACHINE: &str = "lab";
+
+/// How often the target is asked how things stand while something is waited for.
+const POLL: Duration = Duration::from_millis(50);
+
+/// What to set up.
+#[derive(Debug, Clone)]
+pub struct RigSpec {
+    /// Where everything is put; it exists.
+    pub dir: PathBuf,
+    /// Where the three programs are.
+    pub programs: PathBuf,
+    /// The protected disks, in order. Their names are `disk0`, `disk1` and so on.
+    pub disks: Vec<PathBuf>,
+    /// How often a point is set.
+    pub point_period: Duration,
+    /// The link between the two, if it is not loopback.
+    pub link: Option<LinkSpec>,
+    /// The kind of image: `vmfs`, `monolithicFlat` or `raw`.
+    pub kind: String,
+    /// More lines for the top of the agent's configuration.
+    pub agent_options: String,
+    /// More lines for the top of the target's configuration.
+    pub target_options: String,
+}
+
+impl RigSpec {
+    /// The plainest rig for one disk: loopback, ESXi images, points every five minutes.
+    pub fn new(dir: &Path, disk: &Path) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("this program's own path is not known")?;
+        let programs = programs_beside(&program)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            programs,
+            disks: vec![disk.to_owned()],
+            point_period: Duration::from_secs(300),
+            link: None,
+            kind: "vmfs".into(),
+            agent_options: String::new(),
+            target_options: String::new(),
+        })
+    }
+}
+
+/// The folder that holds the daemons, next to `program` or above it (tests run from `deps/`).
+fn programs_beside(program: &Path) -> anyhow::Result<PathBuf> {
+    for folder in program.ancestors().skip(1).take(3) {
+        if ["backhaul-agent", "backhaul-master-target"]
+            .iter()
+            .all(|name| folder.join(name).exists())
+        {
+            return Ok(folder.to_owned());
+        }
+    }
+    bail!(
+        "backhaul-agent and backhaul-master-target are not beside {}; build them with `cargo build --release`",
+        program.display()
+    )
+}
+
+/// A running pair of daemons. Dropping it kills them.
+#[derive(Debug)]
+pub struct Rig {
+    spec: RigSpec,
+    link: Option<Link>,
+    target: Option<Child>,
+    agent: Option<Child>,
+    client: Client,
+}
+
+impl Rig {
+    /// Makes keys and configurations. Starts nothing but the link.
+    pub fn prepare(spec: RigSpec) -> anyhow::Result<Self> {
+        let link = spec.link.clone().map(Link::start).transpose()?;
+        let rig = Self {
+            client: Client::new(&spec.dir.join("api.sock")),
+            spec,
+            link,
+            target: None,
+            agent: None,
+        };
+        rig.make_keys()?;
+        rig.write_configurations()?;
+        Ok(rig)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.spec.dir.join(name)
+    }
+
+    fn make_keys(&self) -> anyhow::Result<()> {
+        let pki = self.path("pki");
+        if pki.join("ca.pem").exists() {
+            return Ok(());
+        }
+        let run = |arguments: &[&str]| {
+            let program = self.spec.programs.join("backhaul-master-target");
+            let output = Command::new(program).arg("pki").args(arguments).output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "no keys could be made: {}", said.trim());
+            Ok(())
+        };
+        let dir = pki.to_str().context("the lab's folder has a name that is not UTF-8")?;
+        run(&["init", dir])?;
+        run(&["issue", dir, "target", "lab-target"])?;
+        run(&["issue", dir, "agent", "lab-agent"])
+    }
+
+    fn write_configurations(&self) -> anyhow::Result<()> {
+        let address: SocketAddr = match &self.link {
+            Some(link) => (link.site_b().address(), 4433).into(),
+            None => UdpSocket::bind("127.0.0.1:0")?.local_addr()?,
+        };
+        let dir = self.spec.dir.display();
+        let period = self.spec.point_period.as_millis();
+        let kind = &self.spec.kind;
+        let identity = |name: &str| {
+            format!(
+                "[identity]\nca = \"{dir}/pki/ca.pem\"\ncert = \"{dir}/pki/{name}.pem\"\nkey = \"{dir}/pki/{name}.key\"\n"
+            )
+        };
+        let mut target = format!(
+            "listen = \"{address}\"\nstore = \"{dir}/store\"\napi_socket = \"{dir}/api.sock\"\n{}\n{}\n[[machine]]\nname = \"{MACHINE}\"\nagent = \"lab-agent\"\npoint_period = \"{period} ms\"\n",
+            self.spec.target_options,
+            identity("lab-target")
+        );
+        let mut agent = format!(
+            "target = \"{address}\"\ntarget_name = \"lab-target\"\nstate_dir = \"{dir}/agent\"\n{}\n{}\n[nbd]\nunix = \"{dir}/nbd.sock\"\n[[machine]]\nname = \"{MACHINE}\"\nshutdown_hook = [\"touch\", \"{dir}/guest-off\"]\nremoval_hook = [\"touch\", \"{dir}/guest-removed\"]\n",
+            self.spec.agent_options,
+            identity("lab-agent")
+        );
+        for (index, disk) in self.spec.disks.iter().enumerate() {
+            let image = self.image(index);
+            target += &format!(
+                "[[machine.disk]]\nname = \"disk{index}\"\nimage = \"{}\"\nkind = \"{kind}\"\n",
+                image.display()
+            );
+            agent += &format!(
+                "[[machine.disk]]\nname = \"disk{index}\"\npath = \"{}\"\n",
+                disk.display()
+            );
+        }
+        fs::create_dir_all(self.path("images"))?;
+        fs::write(self.path("master-target.toml"), target)?;
+        fs::write(self.path("agent.toml"), agent)?;
+        Ok(())
+    }
+
+    /// Where the image of a disk is or will be.
+    pub fn image(&self, disk: usize) -> PathBuf {
+        let ending = if self.spec.kind == "raw" { "raw" } else { "vmdk" };
+        self.path("images").join(format!("{MACHINE}-disk{disk}.{ending}"))
+    }
+
+    /// The agent's NBD socket.
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.path("nbd.sock")
+    }
+
+    /// The name of a disk's export.
+    pub fn export(&self, disk: usize) -> String {
+        format!("{MACHINE}-disk{disk}")
+    }
+
+    /// What the shutdown hook leaves behind: the guest is off.
+    pub fn guest_off(&self) -> PathBuf {
+        self.path("guest-off")
+    }
+
+    /// What the removal hook leaves behind.
+    pub fn guest_removed(&self) -> PathBuf {
+        self.path("guest-removed")
+    }
+
+    /// A client of the target's API.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The emulated link, if there is one.
+    pub fn link(&self) -> Option<&Link> {
+        self.link.as_ref()
+    }
+
+    fn spawn(&self, program: &str, configuration: &str, log: &str) -> anyhow::Result<Child> {
+        let path = self.spec.programs.join(program);
+        let mut command = match &self.link {
+            Some(link) if program == "backhaul-agent" => link.site_a().command_in(&path),
+            Some(link) => link.site_b().command_in(&path),
+            None => Command::new(&path),
+        };
+        // SAFETY: the closure makes one system call, and neither allocates nor takes a lock, as is
+        // required between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                // Even a lab that is killed leaves no daemon behind.
+                let signal = Some(rustix::process::Signal::KILL);
+                Ok(rustix::process::set_parent_process_death_signal(signal)?)
+            });
+        }
+        let log = File::options().create(true).append(true).open(self.path(log))?;
+        command
+            .args(["run", "--config"])
+            .arg(self.path(configuration))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("{} cannot be started", path.display()))
+    }
+
+    /// Starts the target.
+    pub fn start_target(&mut self) -> anyhow::Result<()> {
+        self.target = Some(self.spawn(
+            "backhaul-master-target",
+            "master-target.toml",
+            "master-target.log",
+        )?);
+        Ok(())
+    }
+
+    /// Starts the agent.
+    pub fn start_agent(&mut self) -> anyhow::Result<()> {
+        self.agent = Some(self.spawn("backhaul-agent", "agent.toml", "agent.log")?);
+        Ok(())
+    }
+
+    /// Kills the target as a power cut would, and waits for its end.
+    pub fn kill_target(&mut self) {
+        kill(&mut self.target);
+    }
+
+    /// Kills the agent as a power cut would, and waits for its end.
+    pub fn kill_agent(&mut self) {
+        kill(&mut self.agent);
+    }
+
+    /// Asks both to stop, agent first, and waits for their ends.
+    pub fn stop(&mut self) {
+        for child in [&mut self.agent, &mut self.target] {
+            if let Some(mut child) = child.take() {
+                if let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+                }
+                let _ = child.wait();
+            }
+        }
+    }
+
+    /// The most memory that agent and target have held so far, in bytes (`VmHWM`).
+    pub fn memory_bytes_max(&self) -> (u64, u64) {
+        (memory_of(self.agent.as_ref()), memory_of(self.target.as_ref()))
+    }
+
+    /// Fails when a daemon that was started has ended by itself, with the end of its log.
+    fn check_alive(&mut self) -> anyhow::Result<()> {
+        let ended = |child: &mut Option<Child>| {
+            child.as_mut().and_then(|child| child.try_wait().ok().flatten())
+        };
+        for (name, status) in
+            [("agent", ended(&mut self.agent)), ("master-target", ended(&mut self.target))]
+        {
+            if let Some(status) = status {
+                let log = fs::read_to_string(self.path(&format!("{name}.log"))).unwrap_or_default();
+                let tail: Vec<_> = log.lines().rev().take(5).collect();
+                let tail: Vec<_> = tail.into_iter().rev().collect();
+                bail!("the {name} ended ({status}); it said:\n{}", tail.join("\n"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the machine is as `wanted` says, looking at it every now and then. `what` names
+    /// what is waited for.
+    pub async fn wait(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut wanted: impl FnMut(&Machine) -> bool,
+    ) -> anyhow::Result<Machine> {
+        let start = Instant::now();
+        loop {
+            self.check_alive()?;
+            let last = match self.client.machine(MACHINE).await {
+                Ok(machine) if wanted(&machine) => return Ok(machine),
+                Ok(machine) => format!("{machine:?}"),
+                Err(ClientError::Refused(failure)) => bail!("{}", failure.sentence),
+                Err(error) => error.to_string(),
+            };
+            if start.elapsed() > limit {
+                bail!("{what} did not happen within {limit:?}; at the end: {last}");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Waits until the agent's NBD server answers.
+    pub async fn connect(&mut self, disk: usize) -> anyhow::Result<backhaul_nbd::Client> {
+        let start = Instant::now();
+        loop {
+            self.check_alive()?;
+            match backhaul_nbd::Client::unix(&self.nbd_socket(), &self.export(disk)).await {
+                Ok(client) => return Ok(client),
+                Err(error) if start.elapsed() > Duration::from_secs(20) => return Err(error.into()),
+                Err(_) => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.kill_agent();
+        self.kill_target();
+    }
+}
+
+fn kill(child: &mut Option<Child>) {
+    if let Some(mut child) = child.take() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+fn memory_of(child: Option<&Child>) -> u64 {
+    let read = |child: &Child| -> io::Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(kib.unwrap_or(0) << 10)
+    };
+    child.and_then(|child| read(child).ok()).unwrap_or(0)
+}
