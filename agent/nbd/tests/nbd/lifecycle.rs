@@ -1,10 +1,12 @@
 //! Exports that come and go, connections that end, exports that misbehave.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use backhaul_nbd::{Client, ClientError, Errno, ServerOptions};
+use backhaul_nbd::{Client, ClientError, Errno, Export, FileExport, ServerOptions, ZeroOptions};
 use bytes::Bytes;
+use tempfile::NamedTempFile;
 
 use crate::common::{MIB, PATIENCE, Site};
 use crate::memory::{Gated, Memory, Then};
@@ -137,4 +139,41 @@ async fn a_panic_in_an_export_costs_one_request_or_one_connection() {
     let client = site.client("at once").await;
     assert!(matches!(client.read(0, 4).await, Err(ClientError::Closed)));
     site.client("late").await.flush().await.unwrap();
+}
+
+#[tokio::test]
+async fn after_a_failed_sync_a_file_takes_no_writes() {
+    // The kernel cannot sync this one, and says that it is full when written to.
+    let export = FileExport::open(Path::new("/dev/full"), false).unwrap();
+    let write = || export.write(0, Bytes::from_static(b"x"), false);
+    assert_eq!(write().await, Err(Errno::ENOSPC));
+    assert_eq!(export.flush().await, Err(Errno::EIO));
+    assert_eq!(write().await, Err(Errno::EIO));
+    assert_eq!(export.write_zeroes(0, 1, ZeroOptions::default()).await, Err(Errno::EIO));
+    assert_eq!(export.flush().await, Err(Errno::EIO));
+}
+
+#[tokio::test]
+async fn zeroes_are_written_where_the_file_system_cannot_make_them() {
+    let shm = Path::new("/dev/shm");
+    if !shm.exists() {
+        println!("skipped: there is no tmpfs at /dev/shm");
+        return;
+    }
+    // A tmpfs punches holes, but has no zeroed allocated ranges.
+    let file = NamedTempFile::new_in(shm).unwrap();
+    std::fs::write(file.path(), vec![1; 200_000]).unwrap();
+    let export = FileExport::open(file.path(), false).unwrap();
+    let zero = |no_hole, fast| ZeroOptions { fua: true, no_hole, fast };
+    let fast = export.write_zeroes(0, 1000, zero(true, true)).await;
+    assert!(matches!(fast, Ok(()) | Err(Errno::ENOTSUP)), "{fast:?}");
+    export.write_zeroes(1000, 150_000, zero(true, false)).await.unwrap();
+    export.write_zeroes(160_000, 10_000, zero(false, true)).await.unwrap();
+    let content = std::fs::read(file.path()).unwrap();
+    let zeroed = |at: usize| {
+        fast.is_ok() && at < 1000
+            || (1000..151_000).contains(&at)
+            || (160_000..170_000).contains(&at)
+    };
+    assert!(content.iter().enumerate().all(|(at, byte)| *byte == u8::from(!zeroed(at))));
 }
