@@ -1,4 +1,5 @@
-//! Serves a file on a Unix socket: `cargo run -p backhaul-nbd --example serve -- FILE SOCKET`.
+//! Serves a file on a Unix socket until interrupted:
+//! `cargo run -p backhaul-nbd --example serve -- FILE SOCKET`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ async fn main() -> std::io::Result<()> {
     exports.insert("disk", Arc::new(FileExport::open(Path::new(&file), false)?));
     let listener = Listener::unix(Path::new(&socket))?;
     let server = Server::start(vec![listener], exports, ServerOptions::default());
-    std::future::pending::<()>().await;
-    server.stop();
+    tokio::signal::ctrl_c().await?;
+    server.stopped().await;
     Ok(())
 }
