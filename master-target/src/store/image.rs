@@ -3,8 +3,9 @@
 use backhaul_proto::batch::RecordKind;
 use backhaul_proto::id::DiskIndex;
 
-use crate::apply::{Content, plan};
+use crate::apply::{Content, Extent, plan};
 use crate::batch_buffer::BatchView;
+use crate::journal::reader::Ahead;
 use crate::storage::{FileId, Op, OpenMode, Storage, StorageError};
 use crate::store::{ImageFile, StoreError};
 
@@ -77,27 +78,55 @@ impl Images {
         storage: &mut dyn Storage,
         batches: &[BatchView<'_>],
     ) -> Result<(), StoreError> {
+        let extents = self.plan(batches)?;
+        let mut ops = self.ops(&extents, batches);
+        storage.run(&mut ops).map_err(|error| full_or_io(error, batches))
+    }
+
+    /// The same, while the journal is read ahead. Gives the room back if it was filled.
+    pub(super) fn write_and_read(
+        &mut self,
+        storage: &mut dyn Storage,
+        batches: &[BatchView<'_>],
+        mut ahead: Ahead,
+    ) -> Result<Option<Ahead>, StoreError> {
+        let extents = self.plan(batches)?;
+        let mut ops = self.ops(&extents, batches);
+        ops.push(ahead.read());
+        match storage.run(&mut ops) {
+            Ok(()) => Ok(Some(ahead)),
+            // Reading ahead is not worth an error: who fails is found out without it. Writing the
+            // same again is harmless.
+            Err(_) => self.write(storage, batches).map(|()| None),
+        }
+    }
+
+    fn plan(&mut self, batches: &[BatchView<'_>]) -> Result<Vec<Extent>, StoreError> {
         for batch in batches {
             self.check(batch)?;
         }
         let extents = plan(batches);
-        let mut ops = Vec::with_capacity(extents.len());
         for extent in &extents {
-            let image = &mut self.images[usize::from(extent.disk.0)];
-            image.dirty = true;
+            self.images[usize::from(extent.disk.0)].dirty = true;
+        }
+        Ok(extents)
+    }
+
+    fn ops<'a>(&self, extents: &[Extent], batches: &[BatchView<'a>]) -> Vec<Op<'a>> {
+        let op = |extent: &Extent| {
+            let image = &self.images[usize::from(extent.disk.0)];
             let file = image.file;
             let offset_bytes = image.place.base_offset_bytes + extent.offset_bytes;
-            ops.push(match &extent.content {
+            match &extent.content {
                 Content::Data { batch, range } => {
                     Op::Write { file, offset_bytes, buf: &batches[*batch].data[range.clone()] }
                 }
                 Content::Zero { len_bytes, may_unmap } => {
                     Op::Zero { file, offset_bytes, len_bytes: *len_bytes, may_unmap: *may_unmap }
                 }
-            });
-        }
-        let needed_bytes = batches.iter().map(|batch| batch.data.len() as u64).sum();
-        storage.run(&mut ops).map_err(|error| full_or_io(error, needed_bytes))
+            }
+        };
+        extents.iter().map(op).collect()
     }
 
     /// Makes all images durable.
@@ -130,8 +159,9 @@ impl Images {
 }
 
 /// A write that found no space changed nothing that counts: the journal still has the batch.
-fn full_or_io(source: StorageError, needed_bytes: u64) -> StoreError {
+fn full_or_io(source: StorageError, batches: &[BatchView<'_>]) -> StoreError {
     if source.is_full() {
+        let needed_bytes = batches.iter().map(|batch| batch.data.len() as u64).sum();
         StoreError::Full { path: source.path.clone(), needed_bytes, source }
     } else {
         StoreError::Io(source)

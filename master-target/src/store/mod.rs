@@ -312,24 +312,38 @@ impl MachineStore {
             *reader = Some(Reader::open(&mut *self.storage, &self.journal.dir, number, key)?);
         }
         let Some(reader) = reader else { return Ok(0) };
-        reader.load(&mut *self.storage, at.offset_bytes);
-        let loaded = self.parse_run(reader, limit, step_bytes);
+        let (mut loaded, mut more) = self.parse_run(reader, limit, step_bytes);
         if loaded.is_empty() {
-            return Err(self.journal_damaged(at));
+            reader.load(&mut *self.storage, at.offset_bytes);
+            (loaded, more) = self.parse_run(reader, limit, step_bytes);
         }
+        let Some(end_bytes) = loaded.last().map(|last| last.end_bytes) else {
+            return Err(self.journal_damaged(at));
+        };
+        let ahead = if more { reader.ahead(end_bytes) } else { None };
         let views: Vec<BatchView<'_>> = loaded
             .iter()
             .map(|l| BatchView { header: &l.header, records: &l.records, data: reader.data(l) })
             .collect();
-        self.images.write(&mut *self.storage, &views)?;
+        let ahead = match ahead {
+            Some(ahead) => self.images.write_and_read(&mut *self.storage, &views, ahead)?,
+            None => {
+                self.images.write(&mut *self.storage, &views)?;
+                None
+            }
+        };
         let bytes = views.iter().map(BatchView::apply_bytes).sum::<u64>();
         for l in &loaded {
             self.advance(&l.header, &l.records, Place { offset_bytes: l.end_bytes, ..at });
         }
+        if let Some(ahead) = ahead {
+            reader.keep(ahead);
+        }
         Ok(bytes.max(1))
     }
 
-    fn parse_run(&self, reader: &Reader, limit: BatchSeq, step_bytes: u64) -> Vec<Loaded> {
+    /// The next records in the reader's window, and whether more are wanted from behind it.
+    fn parse_run(&self, reader: &Reader, limit: BatchSeq, step_bytes: u64) -> (Vec<Loaded>, bool) {
         let mut order = Order {
             generation: self.journal.generation.unwrap_or_default(),
             batch: self.applied.next(),
@@ -339,13 +353,17 @@ impl MachineStore {
         let mut run = Vec::new();
         let mut run_bytes = 0;
         while order.batch <= limit && (run.is_empty() || run_bytes < step_bytes) {
-            let Parsed::Record(loaded) = reader.parse(at, &order) else { break };
+            let loaded = match reader.parse(at, &order) {
+                Parsed::Record(loaded) => loaded,
+                Parsed::OutOfWindow => return (run, true),
+                Parsed::Blank | Parsed::Torn | Parsed::Unreadable => break,
+            };
             order = Order::after(&loaded.header);
             run_bytes += loaded.end_bytes - at;
             at = loaded.end_bytes;
             run.push(loaded);
         }
-        run
+        (run, false)
     }
 
     fn journal_damaged(&self, at: Place) -> StoreError {
@@ -403,7 +421,8 @@ impl MachineStore {
     }
 
     /// Makes a spare journal segment if there is none. Call it when there is nothing else to do:
-    /// otherwise the batch that needs one waits while 64 MiB of zeroes are written.
+    /// otherwise the batch that needs one goes into reserved but
+    /// unwritten space, which is slower. Takes the time of writing a segment.
     pub fn prepare(&mut self) -> Result<(), StoreError> {
         self.check_latch()?;
         let prepared = self.journal.prepare(&mut *self.storage);

@@ -62,7 +62,7 @@ fn append(
     kind: impl Fn(u64) -> BatchKind,
 ) -> Result<(), StoreError> {
     let count = 1 + world.rng.below(4);
-    let salt = world.rng.next() % 1000;
+    let salt = world.rng.draw() % 1000;
     let mut group: Vec<_> = (0..count).map(|i| world.send(kind(salt + i))).collect();
     let result = again_if_full(|| store.append(&mut group));
     world.acknowledged = store.durable().durable.0;
@@ -160,14 +160,14 @@ fn assert_latched(world: &mut World, store: &mut MachineStore) {
 
 #[test]
 fn a_quiet_life_is_exact() {
-    for seed in 0..200 {
+    for seed in 0..60 {
         life(seed, Trouble::None, 0);
     }
 }
 
 #[test]
 fn power_fails_at_every_operation() {
-    for seed in 1000..1006 {
+    for seed in 1000..1002 {
         let steps = life(seed, Trouble::None, 0);
         for step in 1..=steps {
             life(seed, Trouble::PowerFails, step);
@@ -177,7 +177,7 @@ fn power_fails_at_every_operation() {
 
 #[test]
 fn power_fails_anywhere_in_many_lives() {
-    for seed in 2000..2800 {
+    for seed in 2000..2300 {
         life(seed, Trouble::PowerFails, 1 + seed.wrapping_mul(0x9e37_79b9) % 400);
     }
 }
@@ -185,7 +185,7 @@ fn power_fails_anywhere_in_many_lives() {
 #[test]
 fn any_operation_fails() {
     for errno in [libc::EIO, libc::ENOSPC] {
-        for seed in 3000..3004 {
+        for seed in 3000..3001 {
             let steps = life(seed, Trouble::None, 0);
             for step in 1..=steps {
                 life(seed, Trouble::Fails(errno), step);

@@ -120,11 +120,11 @@ impl World {
                 let len = (unit * (1 + self.rng.below(9))) as usize;
                 let room = (DISK_BYTES - len) as u64 / unit + 1;
                 let offset_bytes = self.rng.below(room) * unit;
-                let fill = self.rng.next() as u8;
+                let fill = self.rng.draw() as u8;
                 match (self.rng.below(8), kind) {
                     (0, BatchKind::Ordered) => Write::Other(Record {
                         disk: DiskIndex(0),
-                        kind: RecordKind::Point(PointId(self.rng.next())),
+                        kind: RecordKind::Point(PointId(self.rng.draw())),
                     }),
                     (1 | 2, _) => Write::Other(Record {
                         disk: DiskIndex(disk),
