@@ -12,7 +12,6 @@ use crate::link::LinkSpec;
 use crate::rig::{MACHINE, Rig, RigSpec};
 use crate::verify::{Judgement, verify};
 use crate::workload::WorkloadSpec;
-use crate::writer::{Until, write};
 
 /// What a workload writes a second at most: a busy server, and well within what a site-to-site
 /// link of 200 Mbit/s carries.
@@ -117,16 +116,13 @@ pub async fn run(failback: Failback, tell: impl Fn(Step)) -> anyhow::Result<Repo
     let client = rig.connect(0).await?;
     tell(Step::Done("the export is up, the guest writes".into()));
 
-    let guest = tokio::spawn(write(
-        client,
-        WorkloadSpec {
-            ranges: disk.writable_ranges.clone(),
-            rate_bytes_per_second: Some(WRITE_BYTES_PER_SECOND),
-            flush_every: 32,
-            seed: failback.seed,
-        },
-        Until::Off(rig.guest_off()),
-    ));
+    let workload = WorkloadSpec {
+        ranges: disk.writable_ranges.clone(),
+        rate_bytes_per_second: Some(WRITE_BYTES_PER_SECOND),
+        flush_every: 32,
+        seed: failback.seed,
+    };
+    let guest = rig.start_guest(client, workload, None)?;
 
     tell(Step::Begin("first sync, while the guest writes".into()));
     let synced = rig

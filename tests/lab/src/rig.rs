@@ -10,8 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use backhaul_api::{Client, ClientError, Machine};
+use tokio::task::JoinHandle;
 
 use crate::link::{Link, LinkSpec};
+use crate::workload::WorkloadSpec;
+use crate::writer::{Until, Written, write};
 
 /// The name of the lab's one machine.
 pub const MACHINE: &str = "lab";
@@ -141,7 +144,7 @@ impl Rig {
             identity("lab-target")
         );
         let mut agent = format!(
-            "target = \"{address}\"\ntarget_name = \"lab-target\"\nstate_dir = \"{dir}/agent\"\n{}\n{}\n[nbd]\nunix = \"{dir}/nbd.sock\"\n[[machine]]\nname = \"{MACHINE}\"\nshutdown_hook = [\"touch\", \"{dir}/guest-off\"]\nremoval_hook = [\"touch\", \"{dir}/guest-removed\"]\n",
+            "target = \"{address}\"\ntarget_name = \"lab-target\"\nstate_dir = \"{dir}/agent\"\n{}\n{}\n[nbd]\nunix = \"{dir}/nbd.sock\"\n[[machine]]\nname = \"{MACHINE}\"\nshutdown_hook = [\"sh\", \"-c\", \"touch {dir}/guest-off; while test -e {dir}/guest-running; do sleep 0.02; done\"]\nremoval_hook = [\"touch\", \"{dir}/guest-removed\"]\n",
             self.spec.agent_options,
             identity("lab-agent")
         );
@@ -178,9 +181,34 @@ impl Rig {
         format!("{MACHINE}-disk{disk}")
     }
 
-    /// What the shutdown hook leaves behind: the guest is off.
+    /// What the shutdown hook leaves behind: the guest is asked to go down. The hook returns when
+    /// it is down.
     pub fn guest_off(&self) -> PathBuf {
         self.path("guest-off")
+    }
+
+    /// Starts a guest that writes until it is shut down, or until it has done `operations`.
+    ///
+    /// # Errors
+    ///
+    /// When the lab's folder cannot be written.
+    pub fn start_guest(
+        &self,
+        client: backhaul_nbd::Client,
+        spec: WorkloadSpec,
+        operations: Option<u64>,
+    ) -> io::Result<JoinHandle<Result<Written, backhaul_nbd::ClientError>>> {
+        let running = self.path("guest-running");
+        File::create(&running)?;
+        let until = match operations {
+            Some(most) => Until::Operations(most),
+            None => Until::Off(self.guest_off()),
+        };
+        Ok(tokio::spawn(async move {
+            let written = write(client, spec, until).await;
+            fs::remove_file(&running)?;
+            written
+        }))
     }
 
     /// What the removal hook leaves behind.
