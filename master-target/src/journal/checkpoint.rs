@@ -84,6 +84,8 @@ impl CheckpointFile {
         }
         match newest {
             Some((number, checkpoint)) => {
+                // Segments below it are freed next; the slot may be in a cache only.
+                storage.run(&mut [Op::Sync { file }])?;
                 this.file = Some(file);
                 this.number = number;
                 Ok((this, Found::Good(number, checkpoint)))

@@ -42,6 +42,8 @@ pub(crate) fn open(
 ) -> Result<Opened, JournalError> {
     let machine = MachineTag::of(machine);
     storage.create_dir(dir)?;
+    // A killed predecessor may have left names that only the cache knows.
+    storage.sync_dir(dir)?;
     let names = storage.list(dir)?;
     for name in names.iter().filter(|name| name.ends_with(".new")) {
         storage.remove(&dir.join(name))?;

@@ -70,24 +70,6 @@ pub(crate) struct Reader {
     window_bytes: usize,
     /// The medium refused what follows the window.
     unreadable: bool,
-    ahead: Option<Ahead>,
-}
-
-/// Room for the window after the current one, read while the current one is being applied.
-#[derive(Debug)]
-pub(crate) struct Ahead {
-    file: FileId,
-    at: u64,
-    bytes: usize,
-    window: AlignedBuf,
-}
-
-impl Ahead {
-    /// The operation that fills it.
-    pub(crate) fn read(&mut self) -> Op<'_> {
-        let buf = &mut self.window[..self.bytes];
-        Op::Read { file: self.file, offset_bytes: self.at, buf }
-    }
 }
 
 impl Reader {
@@ -109,7 +91,6 @@ impl Reader {
             window_at: 0,
             window_bytes: 0,
             unreadable: false,
-            ahead: None,
         })
     }
 
@@ -128,37 +109,10 @@ impl Reader {
         self.file_bytes
     }
 
-    /// Room to read ahead from `offset_bytes` on; none at the end of the segment.
-    pub(crate) fn ahead(&self, offset_bytes: u64) -> Option<Ahead> {
-        let bytes = self.want_bytes(offset_bytes);
-        let (file, at) = (self.file, offset_bytes);
-        (bytes > 0).then(|| Ahead {
-            file,
-            at,
-            bytes,
-            window: AlignedBuf::zeroed(self.window.len()),
-        })
-    }
-
-    /// Gives back what [`Ahead::read`] has filled.
-    pub(crate) fn keep(&mut self, ahead: Ahead) {
-        self.ahead = Some(ahead);
-    }
-
-    fn want_bytes(&self, offset_bytes: u64) -> usize {
-        let left_bytes = self.file_bytes.saturating_sub(offset_bytes);
-        left_bytes.min(self.window.len() as u64) as usize
-    }
-
     /// Reads a window that starts at `offset_bytes`, as long as the medium gives.
     pub(crate) fn load(&mut self, storage: &mut dyn Storage, offset_bytes: u64) {
-        if let Some(ahead) = self.ahead.take_if(|ahead| ahead.at == offset_bytes) {
-            self.window = ahead.window;
-            (self.window_at, self.window_bytes) = (ahead.at, ahead.bytes);
-            self.unreadable = false;
-            return;
-        }
-        let want_bytes = self.want_bytes(offset_bytes);
+        let left_bytes = self.file_bytes.saturating_sub(offset_bytes);
+        let want_bytes = left_bytes.min(self.window.len() as u64) as usize;
         self.window_at = offset_bytes;
         self.window_bytes = want_bytes;
         self.unreadable = false;

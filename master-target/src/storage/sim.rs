@@ -138,6 +138,14 @@ impl SimDisk {
         state.faults.clear();
     }
 
+    /// Only the process died: what it wrote is still in the cache, and no more durable than before.
+    pub fn restart(&self) {
+        let mut state = self.state();
+        state.dead = false;
+        state.crash_at = None;
+        state.faults.clear();
+    }
+
     /// A file's content as a reader sees it now.
     pub fn read_file(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         let state = self.state();

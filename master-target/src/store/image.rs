@@ -5,7 +5,6 @@ use backhaul_proto::id::DiskIndex;
 
 use crate::apply::{Content, Extent, plan};
 use crate::batch_buffer::BatchView;
-use crate::journal::reader::Ahead;
 use crate::storage::{FileId, Op, OpenMode, Storage, StorageError};
 use crate::store::{ImageFile, StoreError};
 
@@ -81,24 +80,6 @@ impl Images {
         let extents = self.plan(batches)?;
         let mut ops = self.ops(&extents, batches);
         storage.run(&mut ops).map_err(|error| full_or_io(error, batches))
-    }
-
-    /// The same, while the journal is read ahead. Gives the room back if it was filled.
-    pub(super) fn write_and_read(
-        &mut self,
-        storage: &mut dyn Storage,
-        batches: &[BatchView<'_>],
-        mut ahead: Ahead,
-    ) -> Result<Option<Ahead>, StoreError> {
-        let extents = self.plan(batches)?;
-        let mut ops = self.ops(&extents, batches);
-        ops.push(ahead.read());
-        match storage.run(&mut ops) {
-            Ok(()) => Ok(Some(ahead)),
-            // Reading ahead is not worth an error: who fails is found out without it. Writing the
-            // same again is harmless.
-            Err(_) => self.write(storage, batches).map(|()| None),
-        }
     }
 
     fn plan(&mut self, batches: &[BatchView<'_>]) -> Result<Vec<Extent>, StoreError> {

@@ -312,38 +312,28 @@ impl MachineStore {
             *reader = Some(Reader::open(&mut *self.storage, &self.journal.dir, number, key)?);
         }
         let Some(reader) = reader else { return Ok(0) };
-        let (mut loaded, mut more) = self.parse_run(reader, limit, step_bytes);
+        let mut loaded = self.parse_run(reader, limit, step_bytes);
         if loaded.is_empty() {
             reader.load(&mut *self.storage, at.offset_bytes);
-            (loaded, more) = self.parse_run(reader, limit, step_bytes);
+            loaded = self.parse_run(reader, limit, step_bytes);
         }
-        let Some(end_bytes) = loaded.last().map(|last| last.end_bytes) else {
+        if loaded.is_empty() {
             return Err(self.journal_damaged(at));
-        };
-        let ahead = if more { reader.ahead(end_bytes) } else { None };
+        }
         let views: Vec<BatchView<'_>> = loaded
             .iter()
             .map(|l| BatchView { header: &l.header, records: &l.records, data: reader.data(l) })
             .collect();
-        let ahead = match ahead {
-            Some(ahead) => self.images.write_and_read(&mut *self.storage, &views, ahead)?,
-            None => {
-                self.images.write(&mut *self.storage, &views)?;
-                None
-            }
-        };
+        self.images.write(&mut *self.storage, &views)?;
         let bytes = views.iter().map(BatchView::apply_bytes).sum::<u64>();
         for l in &loaded {
             self.advance(&l.header, &l.records, Place { offset_bytes: l.end_bytes, ..at });
         }
-        if let Some(ahead) = ahead {
-            reader.keep(ahead);
-        }
         Ok(bytes.max(1))
     }
 
-    /// The next records in the reader's window, and whether more are wanted from behind it.
-    fn parse_run(&self, reader: &Reader, limit: BatchSeq, step_bytes: u64) -> (Vec<Loaded>, bool) {
+    /// The next records, as far as the reader's window has them.
+    fn parse_run(&self, reader: &Reader, limit: BatchSeq, step_bytes: u64) -> Vec<Loaded> {
         let mut order = Order {
             generation: self.journal.generation.unwrap_or_default(),
             batch: self.applied.next(),
@@ -353,17 +343,13 @@ impl MachineStore {
         let mut run = Vec::new();
         let mut run_bytes = 0;
         while order.batch <= limit && (run.is_empty() || run_bytes < step_bytes) {
-            let loaded = match reader.parse(at, &order) {
-                Parsed::Record(loaded) => loaded,
-                Parsed::OutOfWindow => return (run, true),
-                Parsed::Blank | Parsed::Torn | Parsed::Unreadable => break,
-            };
+            let Parsed::Record(loaded) = reader.parse(at, &order) else { break };
             order = Order::after(&loaded.header);
             run_bytes += loaded.end_bytes - at;
             at = loaded.end_bytes;
             run.push(loaded);
         }
-        (run, false)
+        run
     }
 
     fn journal_damaged(&self, at: Place) -> StoreError {
