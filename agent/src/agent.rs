@@ -34,6 +34,9 @@ const TICK: Duration = Duration::from_millis(250);
 /// compresses about four times as fast.
 const SLOW_LINK_BYTES_PER_SECOND: f64 = 150e6;
 
+/// Less than this under way says nothing about the link.
+const LINK_BACKLOG_BYTES: u64 = 2 << 20;
+
 /// How long a stopping agent waits for the target to acknowledge what it holds.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -563,8 +566,11 @@ impl Agent {
         if seconds >= 0.2 {
             let rate = (self.acked_wire_bytes - bytes) as f64 / seconds;
             self.rate_since = (now, self.acked_wire_bytes);
-            let waiting = self.machines.iter().any(|machine| machine.sender.is_link_limited());
-            self.pool.set_link_limited(waiting && rate < SLOW_LINK_BYTES_PER_SECOND);
+            // What waits for the link, and what waits for the encoders: the larger is the bottleneck.
+            let for_link: u64 = self.machines.iter().map(|m| m.sender.held_bytes()).sum();
+            let queued: u64 = self.machines.iter().map(|m| m.capture.order().queued_bytes()).sum();
+            let link_limits = for_link > LINK_BACKLOG_BYTES && for_link > queued - for_link.min(queued);
+            self.pool.set_link_limited(link_limits && rate < SLOW_LINK_BYTES_PER_SECOND);
         }
         if now.duration_since(self.last_progress) >= Duration::from_secs(1) {
             self.report_progress();

@@ -106,12 +106,6 @@ impl Sender {
         self.held.front().map(|batch| batch.header.captured_at_us)
     }
 
-    /// Whether sealed batches wait although the link is up: then the link, not the capture, is what
-    /// limits, and compressing harder pays.
-    pub fn is_link_limited(&self) -> bool {
-        matches!(self.link, Link::Up { sent, .. } if sent < self.held.len())
-    }
-
     /// Takes the next batch of the order.
     ///
     /// # Panics

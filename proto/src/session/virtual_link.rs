@@ -193,7 +193,6 @@ fn the_window_bounds_what_is_under_way() {
         under_way += batch.window_bytes();
     }
     assert!(under_way <= 20_000 && under_way > 15_000, "{under_way}");
-    assert!(world.sender.is_link_limited());
 }
 
 #[test]
