@@ -569,7 +569,8 @@ impl Agent {
             // What waits for the link, and what waits for the encoders: the larger is the bottleneck.
             let for_link: u64 = self.machines.iter().map(|m| m.sender.held_bytes()).sum();
             let queued: u64 = self.machines.iter().map(|m| m.capture.order().queued_bytes()).sum();
-            let link_limits = for_link > LINK_BACKLOG_BYTES && for_link > queued - for_link.min(queued);
+            let link_limits =
+                for_link > LINK_BACKLOG_BYTES && for_link > queued - for_link.min(queued);
             self.pool.set_link_limited(link_limits && rate < SLOW_LINK_BYTES_PER_SECOND);
         }
         if now.duration_since(self.last_progress) >= Duration::from_secs(1) {

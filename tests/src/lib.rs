@@ -1,1 +1,127 @@
-//! Scenarios with real processes and simulations of the whole system.
+//! Scenarios with real processes: what they share.
+//!
+//! A [`Scenario`] is a pair of daemons, one machine and a guest that writes. The judge of every
+//! scenario is `qemu-img compare` of the protected disk and the VMDK.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use backhaul_api::{Consistency, FailoverRequest, Machine, Stage};
+use backhaul_lab::rig::{MACHINE, Rig, RigSpec};
+use backhaul_lab::workload::WorkloadSpec;
+use backhaul_lab::writer::Written;
+use backhaul_nbd::ClientError;
+use tokio::task::JoinHandle;
+
+/// Longest that any step may take on a slow machine.
+pub const STEP_TIME_MAX: Duration = Duration::from_secs(120);
+
+/// A running guest.
+pub type Guest = JoinHandle<Result<Written, ClientError>>;
+
+/// Two daemons, a machine with one disk, and where they live.
+pub struct Scenario {
+    /// The daemons.
+    pub rig: Rig,
+    /// The protected disk.
+    pub protected: PathBuf,
+    /// Removed at the end.
+    pub folder: tempfile::TempDir,
+    size_bytes: u64,
+}
+
+impl Scenario {
+    /// Prepares a scenario with an empty disk of this size; starts nothing. `adjust` may change
+    /// what is set up.
+    pub fn prepare(size_bytes: u64, adjust: impl FnOnce(&mut RigSpec)) -> anyhow::Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let protected = folder.path().join("protected.raw");
+        std::fs::File::create(&protected)?.set_len(size_bytes)?;
+        let mut spec = RigSpec::new(folder.path(), &protected)?;
+        adjust(&mut spec);
+        Ok(Self { rig: Rig::prepare(spec)?, protected, folder, size_bytes })
+    }
+
+    /// Starts both daemons.
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        self.rig.start_target()?;
+        self.rig.start_agent()
+    }
+
+    /// Starts a guest that writes all over the disk, at most `rate_bytes` a second, until it is
+    /// shut down or the export goes away.
+    pub async fn start_guest(&mut self, seed: u64, rate_bytes: u64) -> anyhow::Result<Guest> {
+        let client = self.rig.connect(0).await?;
+        let workload = WorkloadSpec {
+            ranges: std::iter::once(0..self.size_bytes).collect(),
+            rate_bytes_per_second: Some(rate_bytes),
+            flush_every: 16,
+            seed,
+        };
+        Ok(self.rig.start_guest(client, workload, None)?)
+    }
+
+    /// Waits until the machine is consistent and has a point.
+    pub async fn wait_consistent(&mut self) -> anyhow::Result<Machine> {
+        self.rig
+            .wait("a consistent machine", STEP_TIME_MAX, |machine| {
+                machine.connected
+                    && machine.consistency == Consistency::Consistent
+                    && !machine.points.is_empty()
+            })
+            .await
+    }
+
+    /// Waits until the target that runs now has received so many bytes.
+    pub async fn wait_received(&mut self, bytes: u64) -> anyhow::Result<()> {
+        let enough = |machine: &Machine| machine.received_plain_bytes >= bytes;
+        self.rig.wait("more batches", STEP_TIME_MAX, enough).await?;
+        Ok(())
+    }
+
+    /// Fails over to the latest point.
+    pub async fn fail_over(&mut self) -> anyhow::Result<Machine> {
+        let request = FailoverRequest {
+            to: "latest".into(),
+            without_shutdown: false,
+            drain_timeout_seconds: 60.0,
+        };
+        self.rig.client().failover(MACHINE, &request).await?;
+        let done = self
+            .rig
+            .wait("the failover", STEP_TIME_MAX, |machine| {
+                machine.stage == Stage::FailedOver || !machine.failure.is_empty()
+            })
+            .await?;
+        ensure!(done.stage == Stage::FailedOver, "{}", done.failure);
+        Ok(done)
+    }
+
+    /// Fails unless protected disk and VMDK are equal, as qemu-img sees them.
+    pub fn compare(&self) -> anyhow::Result<()> {
+        compare(&self.protected, &self.rig.image(0))
+    }
+}
+
+/// Fails unless `raw` and `vmdk` are equal, as qemu-img sees them.
+pub fn compare(raw: &Path, vmdk: &Path) -> anyhow::Result<()> {
+    let output = Command::new("qemu-img")
+        .args(["compare", "-f", "raw", "-F", "vmdk"])
+        .args([raw, vmdk])
+        .output()
+        .context("qemu-img is missing: install the Debian package qemu-utils")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "qemu-img compare: {}", said.trim());
+    Ok(())
+}
+
+/// Whether this is root; tests that mount or make namespaces say that they were skipped otherwise.
+pub fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("skipped: this needs root");
+    }
+    root
+}

@@ -338,6 +338,27 @@ impl Rig {
         }
     }
 
+    /// Waits until a daemon's log (`agent` or `master-target`) holds `text`.
+    pub async fn wait_log(&mut self, daemon: &str, text: &str) -> anyhow::Result<()> {
+        let start = Instant::now();
+        loop {
+            let log = fs::read_to_string(self.path(&format!("{daemon}.log"))).unwrap_or_default();
+            if log.contains(text) {
+                return Ok(());
+            }
+            self.check_alive()?;
+            if start.elapsed() > Duration::from_secs(30) {
+                bail!("the {daemon} never said `{text}`; its log:\n{log}");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// The folder that everything is in.
+    pub fn dir(&self) -> &Path {
+        &self.spec.dir
+    }
+
     /// Waits until the agent's NBD server answers.
     pub async fn connect(&mut self, disk: usize) -> anyhow::Result<backhaul_nbd::Client> {
         let start = Instant::now();

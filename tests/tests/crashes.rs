@@ -1,0 +1,107 @@
+//! kill -9 under load. The disk that comes out must be the protected one, byte for byte.
+
+use std::time::Duration;
+
+use backhaul_api::{Consistency, Stage};
+use backhaul_lab::rig::MACHINE;
+use backhaul_tests::{STEP_TIME_MAX, Scenario};
+
+const DISK_BYTES: u64 = 96 << 20;
+const RATE_BYTES: u64 = 24 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_killed_again_and_again_loses_nothing_and_the_guest_never_notices() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |spec| {
+        spec.point_period = Duration::from_secs(1);
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(11, RATE_BYTES).await.unwrap();
+    for round in 0..5 {
+        scenario.wait_received(1 + round * (3 << 20)).await.unwrap();
+        scenario.rig.kill_target();
+        scenario.rig.start_target().unwrap();
+        scenario.rig.wait_log("master-target", "waiting for agents").await.unwrap();
+    }
+    scenario.wait_consistent().await.unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    assert!(done.failover.unwrap().source_drained);
+    let written = guest.await.unwrap().unwrap();
+    assert!(written.operations > 100, "{written:?}");
+    scenario.compare().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_killed_during_sync_and_during_replication_is_compared_anew() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    scenario.start().unwrap();
+    for seed in 0..4 {
+        let guest = scenario.start_guest(seed, RATE_BYTES).await.unwrap();
+        if seed % 2 == 0 {
+            scenario.wait_received(1 << 20).await.unwrap();
+        } else {
+            scenario.wait_consistent().await.unwrap();
+        }
+        scenario.rig.kill_agent();
+        let _ = guest.await.unwrap();
+        scenario.rig.start_agent().unwrap();
+    }
+    let guest = scenario.start_guest(99, RATE_BYTES).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.fail_over().await.unwrap();
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_gone_costs_seconds_and_a_cancel_brings_it_back() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(5, RATE_BYTES).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.rig.kill_agent();
+    let _ = guest.await.unwrap();
+    let away = |machine: &backhaul_api::Machine| !machine.connected;
+    scenario.rig.wait("the agent's absence", STEP_TIME_MAX, away).await.unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    let outcome = done.failover.unwrap();
+    assert!(!outcome.source_drained && outcome.data_loss_seconds > 0.0, "{outcome:?}");
+
+    scenario.rig.start_agent().unwrap();
+    scenario.rig.client().cancel(MACHINE).await.unwrap();
+    let guest = scenario.start_guest(6, RATE_BYTES).await.unwrap();
+    scenario
+        .rig
+        .wait("replication", STEP_TIME_MAX, |machine| {
+            machine.stage == Stage::Replicating && machine.connected
+        })
+        .await
+        .unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    assert!(done.failover.unwrap().source_drained);
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_blocks_nobody_and_is_caught_up_with() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |spec| {
+        spec.agent_options = "queue = \"4 MiB\"".into();
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.rig.kill_target();
+    let guest = scenario.start_guest(21, 200 << 20).await.unwrap();
+    scenario.rig.wait_log("agent", "no connection to the target").await.unwrap();
+    scenario.rig.start_target().unwrap();
+    scenario.wait_received(1).await.unwrap();
+    std::fs::write(scenario.rig.guest_off(), "").unwrap();
+    let written = guest.await.unwrap().unwrap();
+    assert!(written.bytes > 8 << 20, "{written:?}");
+    let done = scenario.wait_consistent().await.unwrap();
+    assert_eq!(done.consistency, Consistency::Consistent);
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}

@@ -1,0 +1,156 @@
+//! The whole story, as operators live it.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use backhaul_api::{ClientError, CommitRequest, FailoverRequest, Stage};
+use backhaul_lab::failback::{Failback, run};
+use backhaul_lab::rig::MACHINE;
+use backhaul_tests::{STEP_TIME_MAX, Scenario, compare, is_root};
+
+fn story(dir: &Path, link: Option<&str>) -> Failback {
+    Failback {
+        dir: dir.to_owned(),
+        disk: None,
+        size_bytes: 128 << 20,
+        seconds: 2,
+        link: link.map(|link| link.parse().unwrap()),
+        seed: 3,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lab_verifies_a_real_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let report = run(story(dir.path(), None), |_| {}).await.unwrap();
+    assert!(report.verified, "{report:?}");
+    assert_eq!(report.data_loss_seconds, 0.0);
+    assert!(report.agent_memory_bytes_max <= 256 << 20, "{report:?}");
+    assert!(report.target_memory_bytes_max <= 512 << 20, "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lab_verifies_over_a_long_link_that_loses_packets() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let report = run(story(dir.path(), Some("200mbit,20ms,0.5%")), |_| {}).await.unwrap();
+    assert!(report.verified, "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_resumes_without_a_copy_and_a_commit_keeps_the_disk() {
+    let mut scenario = Scenario::prepare(64 << 20, |_| {}).unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(1, 8 << 20).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let first = scenario.fail_over().await.unwrap();
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+    let before = first.received_plain_bytes;
+
+    scenario.rig.client().cancel(MACHINE).await.unwrap();
+    let replicates = |machine: &backhaul_api::Machine| machine.stage == Stage::Replicating;
+    scenario.rig.wait("the cancel", STEP_TIME_MAX, replicates).await.unwrap();
+    std::fs::remove_file(scenario.rig.guest_off()).unwrap();
+    let guest = scenario.start_guest(2, 4 << 20).await.unwrap();
+    scenario.wait_received(before + (1 << 20)).await.unwrap();
+    let second = scenario.fail_over().await.unwrap();
+    let written = guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+    let sent = second.received_plain_bytes - before;
+    assert!(sent < written.bytes + (4 << 20), "{sent} bytes for {} written", written.bytes);
+
+    scenario.rig.client().commit(MACHINE, &CommitRequest::default()).await.unwrap();
+    let committed = |machine: &backhaul_api::Machine| machine.stage == Stage::Committed;
+    scenario.rig.wait("the commit", STEP_TIME_MAX, committed).await.unwrap();
+    assert!(scenario.rig.guest_removed().exists());
+    scenario.compare().unwrap();
+    let again = FailoverRequest {
+        to: "latest".into(),
+        without_shutdown: false,
+        drain_timeout_seconds: 1.0,
+    };
+    let refused = scenario.rig.client().failover(MACHINE, &again).await.unwrap_err();
+    let ClientError::Refused(failure) = refused else { panic!("{refused}") };
+    assert_eq!(failure.code, "wrong-direction");
+    // What was decided outlives the processes.
+    scenario.rig.stop();
+    scenario.rig.start_target().unwrap();
+    scenario.rig.wait("the restart", STEP_TIME_MAX, committed).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_image_is_the_seed_and_little_is_sent() {
+    let mut scenario = Scenario::prepare(64 << 20, |_| {}).unwrap();
+    let noise: Vec<u8> =
+        (0..64u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    std::fs::write(&scenario.protected, &noise).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.rig.kill_agent();
+    // Somebody changes 1 MiB while nobody looks.
+    use std::os::unix::fs::FileExt;
+    let disk = std::fs::File::options().write(true).open(&scenario.protected).unwrap();
+    disk.write_all_at(&vec![7; 1 << 20], 20 << 20).unwrap();
+    let before = scenario.rig.client().machine(MACHINE).await.unwrap().received_plain_bytes;
+    scenario.rig.start_agent().unwrap();
+    let generation_ended = |machine: &backhaul_api::Machine| !machine.connected;
+    let _ = scenario.rig.wait("the old link's end", Duration::from_secs(1), generation_ended).await;
+    scenario.rig.wait_log("master-target", "synced: the machine is consistent").await.unwrap();
+    scenario.wait_received(before + (1 << 20)).await.unwrap();
+    let after = scenario.wait_consistent().await.unwrap();
+    let sent = after.received_plain_bytes - before;
+    assert!(sent < 2 << 20, "{sent} bytes were sent for 1 MiB that changed");
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
+
+/// A file system that a kernel mounted through the export: nbdfuse shows it as a file, a loop
+/// device as a disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn real_files_written_by_a_kernel_come_home() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(96 << 20, |_| {}).unwrap();
+    scenario.start().unwrap();
+    scenario.rig.connect(0).await.unwrap();
+    let dir = scenario.folder.path().to_owned();
+    let socket = scenario.rig.nbd_socket();
+    let uri = format!("nbd+unix:///{}?socket={}", scenario.rig.export(0), socket.display());
+    let run = |script: &str| {
+        let output = Command::new("sh").args(["-ec", script]).current_dir(&dir).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{script}: {said}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    run("mkdir -p fuse mnt; : > fuse/disk");
+    let mut fuse = Command::new("nbdfuse")
+        .args([dir.join("fuse/disk").as_os_str(), uri.as_ref()])
+        .spawn()
+        .expect("nbdfuse is missing: install the Debian package libnbd-bin");
+    run("for i in $(seq 100); do test -s fuse/disk && exit 0; sleep 0.1; done; exit 1");
+    run("mkfs.ext4 -q fuse/disk && mount -o loop fuse/disk mnt");
+    let files =
+        "cp -r /usr/share/common-licenses /usr/lib/os-release mnt/ && cp /bin/bash mnt/ && sync";
+    run(files);
+    scenario.wait_consistent().await.unwrap();
+    run("rm mnt/bash && cp /bin/tar mnt/ && truncate -s 3M mnt/sparse && sync");
+    let expected = run("cd mnt && find . -type f -print0 | sort -z | xargs -0 sha256sum");
+    run("umount mnt; umount fuse 2>/dev/null || fusermount3 -u fuse/disk");
+    let _ = fuse.wait();
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+
+    let flat = scenario.rig.image(0).with_file_name("lab-disk0-flat.vmdk");
+    run(&format!("e2fsck -fn {}", flat.display()));
+    run(&format!("mount -o loop,ro {} mnt", flat.display()));
+    let found = run("cd mnt && find . -type f -print0 | sort -z | xargs -0 sha256sum");
+    run("umount mnt");
+    assert_eq!(found, expected);
+    assert!(expected.lines().count() > 5);
+    compare(&scenario.protected, &scenario.rig.image(0)).unwrap();
+}
