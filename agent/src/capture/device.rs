@@ -1,14 +1,13 @@
 //! The protected disk itself: a raw file or a block device.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backhaul_proto::limits::DISK_BYTES_MAX;
 use rustix::fs::FallocateFlags;
-use rustix::io::ReadWriteFlags;
 use thiserror::Error;
 
 /// A protected disk, open for reading and writing.
@@ -100,31 +99,10 @@ impl Device {
         self.file.read_exact_at(buf, offset_bytes)
     }
 
-    /// Writes all of `data`; with `durable`, returns only once it is on stable storage.
-    pub fn write(&self, data: &[u8], offset_bytes: u64, durable: bool) -> io::Result<()> {
+    /// Writes all of `data`.
+    pub fn write(&self, data: &[u8], offset_bytes: u64) -> io::Result<()> {
         self.check()?;
-        if !durable {
-            return self.file.write_all_at(data, offset_bytes);
-        }
-        let mut done = 0;
-        while done < data.len() {
-            let slices = [IoSlice::new(&data[done..])];
-            let at = offset_bytes + done as u64;
-            match rustix::io::pwritev2(&self.file, &slices, at, ReadWriteFlags::DSYNC) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => done += written,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::OPNOTSUPP) => {
-                    self.file.write_all_at(&data[done..], at)?;
-                    return self.flush();
-                }
-                Err(error) => {
-                    self.broken.store(true, Ordering::Release);
-                    return Err(error.into());
-                }
-            }
-        }
-        Ok(())
+        self.file.write_all_at(data, offset_bytes)
     }
 
     /// Makes a range read as zeroes. `may_unmap` lets the file system or device give the space back.

@@ -10,6 +10,19 @@ use bytes::{Bytes, BytesMut};
 use crate::capture::machine::now_us;
 use crate::capture::{CapturedDisk, Change, MachineCapture};
 
+/// Reads up to this size are done in place; larger ones may wait for a disk for long, and go to a
+/// thread of their own.
+const INLINE_BYTES_MAX: u32 = 256 << 10;
+
+/// Runs in one answer: each costs two seeks, and a client asks again from where the answer ends.
+const RUNS_MAX: usize = 512;
+
+fn read(disk: &CapturedDisk, offset_bytes: u64, len_bytes: u32) -> io::Result<Bytes> {
+    let mut content = BytesMut::zeroed(len_bytes as usize);
+    disk.device.read(&mut content, offset_bytes)?;
+    Ok(content.freeze())
+}
+
 /// Serves one disk of a machine, and adds every write to the machine's order.
 ///
 /// The place in the order is taken after the write reached the disk and before the guest is
@@ -89,9 +102,13 @@ impl Export for DiskExport {
 
     fn read(&self, offset_bytes: u64, len_bytes: u32) -> IoFuture<'_, Bytes> {
         Box::pin(async move {
-            let mut buf = BytesMut::zeroed(len_bytes as usize);
-            self.disk.device.read(&mut buf, offset_bytes)?;
-            Ok(buf.freeze())
+            if len_bytes <= INLINE_BYTES_MAX {
+                return Ok(read(&self.disk, offset_bytes, len_bytes)?);
+            }
+            let disk = Arc::clone(&self.disk);
+            let reading = move || read(&disk, offset_bytes, len_bytes);
+            let content = tokio::task::spawn_blocking(reading).await.map_err(|_| Errno::EIO)?;
+            Ok(content?)
         })
     }
 
@@ -100,10 +117,11 @@ impl Export for DiskExport {
         Box::pin(async move {
             let len_bytes = data.len() as u64;
             self.change(offset_bytes, len_bytes, || {
-                device.write(&data, offset_bytes, fua)?;
+                device.write(&data, offset_bytes)?;
                 Ok(Some(Change::Data(data)))
             })
-            .await
+            .await?;
+            if fua { self.flush_device().await } else { Ok(()) }
         })
     }
 
@@ -153,7 +171,7 @@ impl Export for DiskExport {
             let end = offset_bytes + u64::from(len_bytes);
             let mut runs = Vec::new();
             let mut at = offset_bytes;
-            while at < end {
+            while at < end && runs.len() < RUNS_MAX {
                 let (stop, hole) = self.disk.device.run(at, end);
                 runs.push(Run { len_bytes: stop - at, hole });
                 at = stop;

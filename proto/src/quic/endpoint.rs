@@ -135,7 +135,7 @@ impl Listener {
         let bind = |source| BindError::Bind { address, source };
         let socket = udp_socket(address, options.socket_buffer_bytes).map_err(bind)?;
         let endpoint = Endpoint::new(
-            TransportOptions::endpoint_config(),
+            TransportOptions::endpoint_config(identity.reset_secret()),
             Some(config),
             socket,
             Arc::new(TokioRuntime),
@@ -213,9 +213,13 @@ pub async fn connect(
     // A socket for each attempt: after a VPN came back its old route may be gone for good.
     let socket = udp_socket(any, options.socket_buffer_bytes)
         .map_err(|error| local(format!("no UDP socket can be opened: {error}")))?;
-    let endpoint =
-        Endpoint::new(TransportOptions::endpoint_config(), None, socket, Arc::new(TokioRuntime))
-            .map_err(|error| local(error.to_string()))?;
+    let endpoint = Endpoint::new(
+        TransportOptions::endpoint_config(identity.reset_secret()),
+        None,
+        socket,
+        Arc::new(TokioRuntime),
+    )
+    .map_err(|error| local(error.to_string()))?;
     let connecting = endpoint
         .connect_with(config, address, "backhaul")
         .map_err(|error| local(error.to_string()))?;

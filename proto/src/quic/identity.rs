@@ -169,6 +169,11 @@ impl Identity {
         self.role
     }
 
+    /// A secret of this identity for stateless resets, derived from its private key.
+    pub(crate) fn reset_secret(&self) -> [u8; 32] {
+        blake3::derive_key("backhaul 2026 quic stateless reset", self.key.secret_der())
+    }
+
     fn refused(&self, source: rustls::Error) -> IdentityError {
         IdentityError::Refused { path: self.cert_path.clone(), source }
     }
