@@ -295,7 +295,7 @@ impl Machine {
 
     fn sync_view(&self) -> Option<Sync> {
         let progress = self.progress.as_ref().filter(|_| self.link.is_some())?;
-        (progress.sync_total_bytes > 0).then(|| Sync {
+        (progress.sync_total_bytes > 0).then_some(Sync {
             total_bytes: progress.sync_total_bytes,
             done_bytes: progress.sync_done_bytes,
             sent_bytes: progress.sync_sent_bytes,

@@ -3,13 +3,16 @@
 use backhaul_api::{Consistency, Machine};
 use prometheus::{GaugeVec, IntGauge, IntGaugeVec, Opts, Registry};
 
+/// Reads a metric off a machine's view.
+type Read = fn(&Machine) -> u64;
+
 /// Every metric of the target.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     target: String,
     agents: IntGauge,
     rpo_seconds: GaugeVec,
-    gauges: Vec<(IntGaugeVec, fn(&Machine) -> u64)>,
+    gauges: Vec<(IntGaugeVec, Read)>,
 }
 
 impl Metrics {
@@ -21,7 +24,7 @@ impl Metrics {
         let help = "Writes that would be lost now; -1 before the first sync";
         let rpo_seconds = GaugeVec::new(prefixed("rpo_seconds", help), &["machine"])?;
         registry.register(Box::new(rpo_seconds.clone()))?;
-        let table: [(&str, &str, fn(&Machine) -> u64); 9] = [
+        let table: [(&str, &str, Read); 9] = [
             ("session_up", "Whether the machine's agent is connected", |m| m.connected.into()),
             ("consistent", "Whether its disks are a prefix of its writes", |m| {
                 (m.consistency == Consistency::Consistent).into()

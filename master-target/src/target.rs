@@ -134,11 +134,11 @@ impl Target {
         if machine.state.disks.is_empty() {
             return;
         }
-        if !matches!(machine.failover.stage(), crate::failover::Stage::Committed(_)) {
-            if let Err(sentence) = self.open(name) {
-                tracing::error!(machine = %name, "{sentence}");
-                return;
-            }
+        if !matches!(machine.failover.stage(), crate::failover::Stage::Committed(_))
+            && let Err(sentence) = self.open(name)
+        {
+            tracing::error!(machine = %name, "{sentence}");
+            return;
         }
         if let Some(machine) = self.machines.get(name) {
             let actions = machine.failover.resume_local();

@@ -38,7 +38,7 @@ pub mod agent_message {
     }
 }
 
-/// What a target says on the control stream. The first message is a [`Welcome`] or a [`Refused`].
+/// What a target says on the control stream. The first message is a [`Welcome`] or a [`Refusal`].
 #[derive(Clone, PartialEq, Message)]
 pub struct TargetMessage {
     /// The one thing it says.

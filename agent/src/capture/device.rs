@@ -64,7 +64,7 @@ impl Device {
         }
         // A block device's metadata says 0; its end is where seeking to the end leads.
         let size_bytes = file.seek(SeekFrom::End(0)).map_err(open)?;
-        if size_bytes == 0 || size_bytes % 512 != 0 || size_bytes > DISK_BYTES_MAX {
+        if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes > DISK_BYTES_MAX {
             return Err(DeviceError::Size { path: path.to_owned(), size_bytes });
         }
         Ok(Self { path: path.to_owned(), file, size_bytes, broken: AtomicBool::new(false) })

@@ -39,7 +39,7 @@ fn flat_path(descriptor: &Path) -> PathBuf {
 /// descriptor that names it; nothing is overwritten.
 pub fn create(path: &Path, options: &CreateOptions) -> Result<(), ImageError> {
     let size_bytes = options.size_bytes;
-    if size_bytes == 0 || size_bytes % SECTOR_BYTES != 0 || size_bytes > DISK_BYTES_MAX {
+    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) || size_bytes > DISK_BYTES_MAX {
         return Err(ImageError::Size { size_bytes });
     }
     let Some(create_type) = options.kind.create_type() else {

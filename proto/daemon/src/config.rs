@@ -1,8 +1,8 @@
 //! Reading a TOML configuration whole: every mistake is found in one go, with file, line and mend.
 //!
 //! A daemon describes what it expects by asking a [`Table`] for its keys. What is missing, of the
-//! wrong type, out of bounds or unknown is collected in the [`Document`]; only when there is nothing
-//! does [`Document::finish`] let the configuration through.
+//! wrong type, out of bounds or unknown is collected, and [`load`] returns a configuration only when
+//! there is nothing to complain of.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
