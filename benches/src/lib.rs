@@ -1,1 +1,8 @@
 //! Workloads, peers and reports.
+//!
+//! `cargo run --release -p backhaul-benches -- --help` lists what can be measured. Each benchmark
+//! runs Backhaul and its peers in turn, several times, and prints medians, spreads and ratios.
+
+pub mod first_sync;
+pub mod guest_writes;
+pub mod sample;

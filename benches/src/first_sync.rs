@@ -1,0 +1,113 @@
+//! First sync of a disk with real files over loopback, encrypted and durable, against `nbdcopy`
+//! into a `qemu-nbd` VMDK and `qemu-img convert`, which are neither.
+
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use backhaul_api::Consistency;
+use backhaul_lab::disk::{DiskSpec, make_disk};
+use backhaul_lab::rig::{Rig, RigSpec};
+
+use crate::sample::Sample;
+
+/// Longest that a run may take.
+const RUN_TIME_MAX: Duration = Duration::from_secs(600);
+
+/// Runs it, `runs` times each, in `dir`; prints a table.
+pub async fn run(dir: &Path, size_bytes: u64, runs: usize) -> anyhow::Result<()> {
+    let disk = dir.join("disk.raw");
+    if !disk.exists() {
+        eprintln!("making a disk of {} GiB", size_bytes >> 30);
+        make_disk(&disk, &DiskSpec::with_size(size_bytes))?;
+    }
+    let (mut ours, mut nbdcopy, mut convert) = Default::default();
+    let (mut agent_max, mut target_max) = (0, 0);
+    for _ in 0..runs {
+        let (seconds, agent, target) = backhaul(dir, &disk).await?;
+        push(&mut ours, "backhaul", seconds);
+        (agent_max, target_max) = (agent_max.max(agent), target_max.max(target));
+        push(&mut nbdcopy, "nbdcopy", into_qemu_nbd(dir, &disk)?);
+        push(&mut convert, "qemu-img convert", qemu_convert(dir, &disk)?);
+    }
+    println!(
+        "| first sync of {} GiB | seconds, median (range) | against nbdcopy |",
+        size_bytes >> 30
+    );
+    println!("| --- | --- | --- |");
+    for (name, sample) in
+        [("backhaul", &ours), ("nbdcopy", &nbdcopy), ("qemu-img convert", &convert)]
+    {
+        println!("| {name} | {sample} | {:.2} |", sample.median() / nbdcopy.median());
+    }
+    println!("\nmemory at most: agent {} MiB, target {} MiB", agent_max >> 20, target_max >> 20);
+    Ok(())
+}
+
+fn push(sample: &mut Sample, name: &str, seconds: f64) {
+    eprintln!("{name}: {seconds:.2} s");
+    sample.push(seconds);
+}
+
+async fn backhaul(dir: &Path, disk: &Path) -> anyhow::Result<(f64, u64, u64)> {
+    let folder = tempfile::tempdir_in(dir)?;
+    let mut rig = Rig::prepare(RigSpec::new(folder.path(), disk)?)?;
+    rig.start_target()?;
+    rig.wait("the target", RUN_TIME_MAX, |_| true).await?;
+    let began = Instant::now();
+    rig.start_agent()?;
+    rig.wait("the sync", RUN_TIME_MAX, |machine| {
+        machine.consistency == Consistency::Consistent && !machine.points.is_empty()
+    })
+    .await?;
+    let seconds = began.elapsed().as_secs_f64();
+    let (agent, target) = rig.memory_bytes_max();
+    rig.stop();
+    Ok((seconds, agent, target))
+}
+
+fn command(line: &mut Command) -> anyhow::Result<()> {
+    let status = line.status().with_context(|| format!("{line:?} cannot be started"))?;
+    ensure!(status.success(), "{line:?}: {status}");
+    Ok(())
+}
+
+/// A server that is ended with its handle.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn into_qemu_nbd(dir: &Path, disk: &Path) -> anyhow::Result<f64> {
+    let folder = tempfile::tempdir_in(dir)?;
+    let image = folder.path().join("image.vmdk");
+    let size = std::fs::metadata(disk)?.len().to_string();
+    let options = ["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat"];
+    command(Command::new("qemu-img").args(options).arg(&image).arg(size))?;
+    let socket = folder.path().join("nbd.sock");
+    let server = Command::new("qemu-nbd")
+        .args(["-f", "vmdk", "-t", "-e", "8", "-k"])
+        .args([&socket, &image])
+        .spawn()?;
+    let _server = Server(server);
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let began = Instant::now();
+    command(Command::new("nbdcopy").arg(disk).arg(uri))?;
+    Ok(began.elapsed().as_secs_f64())
+}
+
+fn qemu_convert(dir: &Path, disk: &Path) -> anyhow::Result<f64> {
+    let folder = tempfile::tempdir_in(dir)?;
+    let options = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat"];
+    let began = Instant::now();
+    command(Command::new("qemu-img").args(options).arg(disk).arg(folder.path().join("c.vmdk")))?;
+    Ok(began.elapsed().as_secs_f64())
+}
