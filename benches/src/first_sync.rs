@@ -91,7 +91,8 @@ fn into_qemu_nbd(dir: &Path, disk: &Path) -> anyhow::Result<f64> {
     command(Command::new("qemu-img").args(options).arg(&image).arg(size))?;
     let socket = folder.path().join("nbd.sock");
     let server = Command::new("qemu-nbd")
-        .args(["-f", "vmdk", "-t", "-e", "8", "-k"])
+        // Its fastest setting here; with the page cache (its default) it takes nearly twice as long.
+        .args(["--cache=none", "--aio=native", "-f", "vmdk", "-t", "-e", "8", "-k"])
         .args([&socket, &image])
         .spawn()?;
     let _server = Server(server);
