@@ -38,7 +38,9 @@ fn fail(output: &Output, error: &anyhow::Error) -> ExitCode {
         Some(ClientError::Unreachable { .. }) => "unreachable",
         _ => "failed",
     };
-    output.failure(code, &format!("{error:#}"));
+    // A client error's own sentence says all; its source would only repeat the end of it.
+    let sentence = client_error.map_or_else(|| format!("{error:#}"), ToString::to_string);
+    output.failure(code, &sentence);
     match client_error {
         Some(ClientError::Unreachable { .. }) => ExitCode::from(EXIT_UNREACHABLE),
         _ => ExitCode::from(EXIT_FAILED),
