@@ -105,3 +105,41 @@ async fn a_full_queue_blocks_nobody_and_is_caught_up_with() {
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }
+
+/// Rot in the journal while the target is down: the damage is named, nothing damaged is applied,
+/// and what is gone comes again from the source.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_with_flipped_bits_is_named_and_made_good_from_the_source() {
+    use std::os::unix::fs::FileExt;
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(31, RATE_BYTES).await.unwrap();
+    let synced = scenario.wait_consistent().await.unwrap().received_plain_bytes;
+    // Held at the first point, all of this stays in the journal.
+    scenario.wait_received(synced + (12 << 20)).await.unwrap();
+    scenario.rig.kill_target();
+    let journal = scenario.folder.path().join("store/lab/journal");
+    let mut flipped = 0;
+    for entry in std::fs::read_dir(&journal).unwrap() {
+        let path = entry.unwrap().path();
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        if file.metadata().unwrap().len() < 8 << 20 {
+            continue;
+        }
+        for at in (2 << 20..6 << 20).step_by(64 << 10) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+            flipped += 1;
+        }
+    }
+    assert!(flipped > 0, "there was no segment to damage in {}", journal.display());
+    scenario.rig.start_target().unwrap();
+    scenario.rig.wait_log("agent", "new generation").await.unwrap();
+    let said = std::fs::read_to_string(scenario.folder.path().join("master-target.log")).unwrap();
+    assert!(said.contains("store/lab/journal"), "the damaged file is not named: {said}");
+    scenario.wait_consistent().await.unwrap();
+    scenario.fail_over().await.unwrap();
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
