@@ -180,3 +180,39 @@ async fn both_daemons_tell_prometheus_how_things_stand() {
         assert!(text.contains(metric), "{daemon}: {text}");
     }
 }
+
+/// Somebody boots the machine, it writes to its disk, and the operator cancels: what was written
+/// here must not stay under what comes from the source.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_after_the_disks_were_used_compares_them_with_the_source() {
+    use std::os::unix::fs::FileExt;
+    let mut scenario = Scenario::prepare(32 << 20, |_| {}).unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(41, 8 << 20).await.unwrap();
+    let point = scenario.wait_consistent().await.unwrap().points[0].id.clone();
+    let wrong = FailoverRequest {
+        to: "2001-01-01T00:00:00.000000Z".into(),
+        without_shutdown: false,
+        drain_timeout_seconds: 30.0,
+    };
+    let refused = scenario.rig.client().failover(MACHINE, &wrong).await.unwrap_err();
+    assert!(refused.to_string().contains("does not keep that recovery point"), "{refused}");
+    let request = FailoverRequest { to: point.clone(), ..wrong };
+    scenario.rig.client().failover(MACHINE, &request).await.unwrap();
+    let failed_over = |machine: &backhaul_api::Machine| machine.stage == Stage::FailedOver;
+    let done = scenario.rig.wait("the failover", STEP_TIME_MAX, failed_over).await.unwrap();
+    assert_eq!(done.failover.unwrap().point.id, point);
+
+    let flat = scenario.rig.image(0).with_file_name("lab-disk0-flat.vmdk");
+    let flat = std::fs::File::options().write(true).open(flat).unwrap();
+    flat.write_all_at(&[0xee; 8192], 5 << 20).unwrap();
+    scenario.rig.client().cancel(MACHINE).await.unwrap();
+    scenario.rig.wait_log("master-target", "were written to since the failover").await.unwrap();
+    scenario.rig.wait_log("agent", "new generation").await.unwrap();
+    let replicates = |machine: &backhaul_api::Machine| machine.stage == Stage::Replicating;
+    scenario.rig.wait("the cancel", STEP_TIME_MAX, replicates).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.fail_over().await.unwrap();
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
