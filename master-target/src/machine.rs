@@ -262,8 +262,7 @@ impl Machine {
             RecordKind::Point(id) => {
                 self.state.newest_point_us = self.state.newest_point_us.max(id.0);
                 // During a failover the point that the disks are brought to stands.
-                if self.state.consistency == Consistency::Consistent
-                    && self.failover.is_replicating()
+                if self.state.consistency == Consistency::Consistent && self.failover.takes_points()
                 {
                     self.state.point = Some(RecoveryPoint::new(id, generation, batch));
                 }

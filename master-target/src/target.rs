@@ -874,6 +874,7 @@ impl Target {
                     without_shutdown: request.without_shutdown,
                     drain_timeout_seconds: request.drain_timeout_seconds.clamp(0.0, 86_400.0),
                     requested_at_us: facts.now_us,
+                    to: None,
                 };
                 (machine.failover.handle_failover(now, &facts, to, plan), answer)
             }
@@ -949,7 +950,7 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) -> Re
                 machine.persist().map_err(|error| error.to_string())?;
                 hold = Some(None);
             }
-            RecordKind::Point(_) if machine.failover.is_replicating() => hold = Some(Some(batch)),
+            RecordKind::Point(_) if machine.failover.takes_points() => hold = Some(Some(batch)),
             _ => {}
         }
     }

@@ -88,6 +88,22 @@ pub struct Plan {
     pub drain_timeout_seconds: f64,
     /// When it was asked for, in microseconds since 1970 UTC, to say how long it took.
     pub requested_at_us: u64,
+    /// The point that was named; none for the newest state.
+    #[serde(default)]
+    pub to: Option<RecoveryPoint>,
+}
+
+impl Plan {
+    /// Where the disks are brought when the source is not waited for any longer.
+    fn goal_without_source(&self, facts: &Facts) -> Goal {
+        match self.to {
+            Some(point) => {
+                let loss_seconds = facts.now_us.saturating_sub(point.id_us) as f64 / 1e6;
+                Goal::Point { point, drained: false, loss_seconds }
+            }
+            None => Goal::JournalEnd { loss_seconds: facts.loss_seconds() },
+        }
+    }
 }
 
 /// Where the disks are brought to.
@@ -211,6 +227,16 @@ impl Failover {
         )
     }
 
+    /// Whether points that come in become the newest one, up to which the disks are brought. Not
+    /// while a failover goes to one that was named.
+    pub fn takes_points(&self) -> bool {
+        match &self.stage {
+            Stage::Replicating => true,
+            Stage::ShuttingDown { plan, .. } | Stage::Draining { plan, .. } => plan.to.is_none(),
+            _ => false,
+        }
+    }
+
     /// What must be asked for anew after a restart of the target, or when the agent connects.
     pub fn resume(&mut self, now: Instant, connected: bool) -> Vec<Action> {
         match &self.stage {
@@ -304,20 +330,16 @@ impl Failover {
                     "does not keep that recovery point; `backhaul points` lists those that it can be failed over to",
                 )
             }
-            Some(_) => {
-                let since = facts.now_us.saturating_sub(newest.id_us) as f64 / 1e6;
-                let goal = Goal::Point { point: newest, drained: false, loss_seconds: since };
-                Ok(self.prepare(plan, goal))
-            }
-            None if facts.connected => {
+            _ if facts.connected && !(to.is_some() && plan.without_shutdown) => {
+                let plan = Plan { to: to.map(|_| newest), ..plan };
                 let job = facts.now_us;
                 self.deadline = Some(now + Duration::from_secs_f64(plan.drain_timeout_seconds));
                 self.stage = Stage::ShuttingDown { job, plan };
                 Ok(vec![Action::Persist, Action::SendJob(JobId(job), shutdown_kind(&plan))])
             }
-            None => {
-                let goal = Goal::JournalEnd { loss_seconds: facts.loss_seconds() };
-                Ok(self.prepare(plan, goal))
+            _ => {
+                let plan = Plan { to: to.map(|_| newest), ..plan };
+                Ok(self.prepare(plan, plan.goal_without_source(facts)))
             }
         }
     }
@@ -412,6 +434,10 @@ impl Failover {
         match (&self.stage, result) {
             (Stage::ShuttingDown { job: asked, plan }, Ok(Some(point))) if *asked == job.0 => {
                 let plan = *plan;
+                if plan.to.is_some() {
+                    // The source is off; what it wrote after the chosen point is not wanted.
+                    return self.prepare(plan, plan.goal_without_source(facts));
+                }
                 self.stage =
                     Stage::Draining { job: job.0, plan, point_us: point.id_us, batch: point.batch };
                 let mut actions = vec![Action::Persist];
@@ -499,8 +525,7 @@ impl Failover {
         match &self.stage {
             Stage::ShuttingDown { plan, .. } | Stage::Draining { plan, .. } => {
                 let plan = *plan;
-                let goal = Goal::JournalEnd { loss_seconds: facts.loss_seconds() };
-                self.prepare(plan, goal)
+                self.prepare(plan, plan.goal_without_source(facts))
             }
             _ => {
                 self.deadline = None;

@@ -26,7 +26,7 @@ fn facts() -> Facts {
 }
 
 fn plan() -> Plan {
-    Plan { without_shutdown: false, drain_timeout_seconds: 60.0, requested_at_us: 0 }
+    Plan { without_shutdown: false, drain_timeout_seconds: 60.0, requested_at_us: 0, to: None }
 }
 
 fn machine() -> Failover {
@@ -99,6 +99,22 @@ fn a_hook_that_fails_changes_nothing_and_can_be_tried_again() {
     assert_eq!(machine.stage(), &Stage::Replicating);
     assert!(machine.failure().contains("vm-off"));
     assert!(machine.handle_failover(now, &facts(), None, plan()).is_ok());
+}
+
+#[test]
+fn a_named_point_shuts_the_source_down_too_and_stays_where_it_is() {
+    let (now, facts) = (Instant::now(), facts());
+    let mut machine = machine();
+    let actions = machine.handle_failover(now, &facts, Some(point(5).id()), plan()).unwrap();
+    let job = JobId(1_000_000);
+    assert_eq!(actions[1], Action::SendJob(job, JobKind::Shutdown));
+    assert!(!machine.takes_points(), "the final point must not take the place of the chosen one");
+    let actions = machine.handle_job_reply(&facts, job, Ok(Some(point(9))));
+    let Action::Prepare(Goal::Point { point: chosen, drained, loss_seconds }) = actions[2] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!((chosen, drained), (point(5), false));
+    assert!(loss_seconds > 0.9, "{loss_seconds}");
 }
 
 #[derive(Debug, Clone)]
