@@ -2,8 +2,8 @@
 //!
 //! | stage | waits for | then |
 //! | --- | --- | --- |
-//! | `Replicating` | a request | `ShuttingDown`, or `Preparing` when the agent is away or a point was named |
-//! | `ShuttingDown` | the agent: hook run, fence up, final point set | `Draining`; hook failed: `Replicating`; deadline: `Preparing` |
+//! | `Replicating` | a request | `ShuttingDown`, or `Preparing` when the agent is away |
+//! | `ShuttingDown` | the agent: hook run, fence up, final point set | `Draining`, or `Preparing` when a point was named; hook failed: `Replicating`; deadline: `Preparing` |
 //! | `Draining` | the final point on stable storage | `Preparing`; deadline: `Preparing` with what is there |
 //! | `Preparing` | the disks at the point, durable, with a new content id | `FailedOver`; failed: asked again on request |
 //! | `FailedOver` | commit or cancel | `Removing` or `Cancelling` |
