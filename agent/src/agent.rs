@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId};
 use backhaul_proto::message::{
@@ -87,9 +86,6 @@ impl Agent {
     /// Opens every machine's disks and starts their workers. Machines whose protection has ended
     /// are left out.
     pub fn new(config: Config, metrics: Metrics) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(&config.state_dir).with_context(|| {
-            format!("the state folder {} cannot be made", config.state_dir.display())
-        })?;
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let pool = EncodePool::new(threads, config.compression)?;
         let (events, inbox) = mpsc::unbounded_channel();

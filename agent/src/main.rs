@@ -9,6 +9,7 @@ use backhaul_agent::agent::Agent;
 use backhaul_agent::config::Config;
 use backhaul_agent::link;
 use backhaul_agent::metrics::Metrics;
+use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
 use backhaul_daemon::{lifecycle, logging, metrics};
 use backhaul_nbd::{Exports, Listener, Server, ServerOptions};
@@ -97,6 +98,8 @@ fn run(path: &std::path::Path) -> anyhow::Result<()> {
 }
 
 async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
+    // A second agent on this state would replicate the same machines.
+    let _state = FolderLock::take(&config.state_dir)?;
     let registry = prometheus::Registry::new();
     let agent = Agent::new(config.clone(), Metrics::new(&registry)?)?;
     if let Some(address) = config.metrics {

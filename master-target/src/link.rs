@@ -16,6 +16,9 @@ use crate::receive::read_batch;
 /// How long an agent may take to say hello.
 const HELLO_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 
+/// How long an agent may take to read why it is refused.
+const REFUSAL_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Batches of one connection that are read at a time. A whole window of small ones may be open;
 /// more than these wait in the transport, whose windows bound them.
 const READING_MAX: usize = 256;
@@ -104,10 +107,11 @@ async fn converse(
     let controls = async {
         while let Some(message) = control_queue.recv().await {
             control_out.send(&message).await?;
-            if matches!(message.kind, Some(target_message::Kind::Refused(_))) {
-                // The agent must have read it before the connection goes.
-                control_out.finish().await;
-                return Ok(());
+            if let Some(target_message::Kind::Refused(refusal)) = message.kind {
+                // Closing at once could overtake what the agent has not read yet. The agent closes
+                // when it has; if it does not, the reason of the close says the same.
+                let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.closed()).await;
+                return Err(StreamError::Stream(refusal.sentence));
             }
         }
         Ok::<_, StreamError>(())
@@ -116,7 +120,8 @@ async fn converse(
         while let Some(reply) = sync_queue.recv().await {
             sync_out.send(&reply).await?;
         }
-        Ok::<_, StreamError>(())
+        // The owner loop let go of the link; a refusal may still be on its way.
+        std::future::pending().await
     };
     let messages = async {
         while let Some(message) = control_in.recv::<AgentMessage>().await? {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
+use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
 use backhaul_daemon::{lifecycle, logging, metrics};
 use backhaul_master_target::config::Config;
@@ -133,6 +134,8 @@ fn run(path: &Path) -> anyhow::Result<()> {
 }
 
 async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
+    // Before anything is bound: a second target on this store must not take the first one's socket.
+    let _store = FolderLock::take(&config.store)?;
     let registry = prometheus::Registry::new();
     let counters = Metrics::new(&registry, identity.name().as_str())?;
     if let Some(address) = config.metrics {

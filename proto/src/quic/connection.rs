@@ -188,12 +188,6 @@ impl FrameSender {
         let bytes = frame(message);
         self.0.write_chunk(bytes).await.map_err(|error| StreamError::Stream(error.to_string()))
     }
-
-    /// Says that nothing more will come, and waits until the peer has everything.
-    pub async fn finish(&mut self) {
-        let _ = self.0.finish();
-        let _ = self.0.stopped().await;
-    }
 }
 
 /// The receiving half of a stream of messages.
