@@ -22,7 +22,7 @@ use crate::config::{Config, MachineConfig};
 use crate::job::{self, JobContext};
 use crate::link::{LinkEvent, LinkUp};
 use crate::metrics::Metrics;
-use crate::progress::ProgressView;
+use crate::progress::{ProgressView, SyncStanding};
 use crate::state::{MachineState, Protection};
 use crate::sync::{self, SyncHandle, SyncInput, SyncOutput};
 
@@ -85,7 +85,7 @@ pub struct Agent {
 impl Agent {
     /// Opens every machine's disks and starts their workers. Machines whose protection has ended
     /// are left out.
-    pub fn new(config: Config, metrics: Metrics) -> anyhow::Result<Self> {
+    pub fn new(config: Config, metrics: Metrics, progress: ProgressView) -> anyhow::Result<Self> {
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let pool = EncodePool::new(threads, config.compression)?;
         let (events, inbox) = mpsc::unbounded_channel();
@@ -97,7 +97,7 @@ impl Agent {
             events,
             inbox,
             metrics,
-            progress: ProgressView::new(),
+            progress,
             acked_wire_bytes: 0,
             rate_since: (Instant::now(), 0),
             last_progress: Instant::now(),
@@ -584,7 +584,13 @@ impl Agent {
             drop(order);
             let name = machine.config.name.as_str();
             self.metrics.machine(name, machine.replicating.is_some(), queued, dirty, total_bytes);
-            self.progress.update(name, total_bytes, dirty, machine.sync_sent_bytes);
+            let standing = SyncStanding {
+                total_bytes,
+                dirty_bytes: dirty,
+                sent_bytes: machine.sync_sent_bytes,
+                replicating: machine.replicating.is_some(),
+            };
+            self.progress.update(name, standing);
         }
     }
 

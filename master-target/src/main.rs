@@ -88,7 +88,7 @@ enum RoleArgument {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Run { config, log_json, log } => {
-            logging::start(if log_json { LogFormat::Json } else { LogFormat::Plain }, &log);
+            logging::start(LogFormat::of(log_json), &log, std::io::stderr);
             run(&config)
         }
         Verb::Check { config } => check(&config),

@@ -220,3 +220,21 @@ async fn a_second_daemon_on_the_same_folder_is_refused_and_the_first_goes_on() {
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }
+
+/// The datastore is mounted after the daemons: the machine was refused once and never looked at
+/// again, until the agent was restarted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_datastore_that_is_mounted_late_needs_no_restart() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    let images = scenario.folder.path().join("images");
+    std::fs::remove_dir(&images).unwrap();
+    scenario.start().unwrap();
+    let complains = |machine: &Machine| machine.trouble.contains("mount its datastore");
+    let machine = scenario.rig.wait("the complaint", STEP_TIME_MAX, complains).await.unwrap();
+    assert!(machine.trouble.contains(images.to_str().unwrap()), "{}", machine.trouble);
+    std::fs::create_dir(&images).unwrap();
+    let done = scenario.wait_consistent().await.unwrap();
+    assert_eq!(done.trouble, "");
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
