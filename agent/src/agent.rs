@@ -1,16 +1,19 @@
 //! The owner loop: one task owns every machine's session; everything else sends it events.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use backhaul_daemon::bandwidth::Rate;
+use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId};
 use backhaul_proto::message::{
     Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, MachineHello,
     MachineWelcome, Progress, Standing, agent_message, target_message,
 };
-use backhaul_proto::session::Sender;
+use backhaul_proto::session::{RateLimit, Sender};
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
 use tokio::sync::mpsc;
 
@@ -52,6 +55,8 @@ struct Machine {
     config: MachineConfig,
     capture: Arc<MachineCapture>,
     sender: Sender,
+    /// Its ceiling at present.
+    limit: RateLimit,
     /// Encoded batches that wait for one before them.
     encoded: BTreeMap<BatchSeq, Encoded>,
     sync: SyncHandle,
@@ -67,6 +72,7 @@ struct Machine {
 
 /// The agent.
 pub struct Agent {
+    config_path: PathBuf,
     config: Config,
     machines: Vec<Machine>,
     pool: EncodePool,
@@ -85,11 +91,17 @@ pub struct Agent {
 impl Agent {
     /// Opens every machine's disks and starts their workers. Machines whose protection has ended
     /// are left out.
-    pub fn new(config: Config, metrics: Metrics, progress: ProgressView) -> anyhow::Result<Self> {
+    pub fn new(
+        config_path: &Path,
+        config: Config,
+        metrics: Metrics,
+        progress: ProgressView,
+    ) -> anyhow::Result<Self> {
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let pool = EncodePool::new(threads, config.compression)?;
         let (events, inbox) = mpsc::unbounded_channel();
         let mut agent = Self {
+            config_path: config_path.to_owned(),
             machines: Vec::new(),
             pool,
             link: None,
@@ -155,6 +167,7 @@ impl Agent {
         tokio::spawn(sealing);
         self.machines.push(Machine {
             sender: Sender::new(generation),
+            limit: RateLimit::unlimited(),
             encoded: BTreeMap::new(),
             sync,
             replicating: None,
@@ -206,13 +219,19 @@ impl Agent {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tokio::pin!(stop);
         let mut stopping = None;
+        let mut reload = lifecycle::Reload::new();
         loop {
+            let limited = self.next_transmit();
             tokio::select! {
                 event = self.inbox.recv() => {
                     let Some(event) = event else { return };
                     self.apply(event);
                 }
                 _ = tick.tick() => self.upkeep(),
+                () = lifecycle::sleep_until(limited), if limited.is_some() => {
+                    (0..self.machines.len()).for_each(|index| self.transmit(index));
+                }
+                () = reload.asked() => self.reload(),
                 () = &mut stop, if stopping.is_none() => {
                     tracing::info!("stopping: waiting for the target to have everything");
                     stopping = Some(Instant::now());
@@ -230,6 +249,22 @@ impl Agent {
                 }
             }
         }
+    }
+
+    /// Reads the configuration again for what may change while the agent runs: the ceilings.
+    fn reload(&mut self) {
+        let config = match Config::load(&self.config_path) {
+            Ok(config) => config,
+            Err(errors) => return tracing::error!("the old configuration stays: {errors}"),
+        };
+        self.config.limit = config.limit;
+        for machine in &mut self.machines {
+            let new = config.machines.iter().find(|new| new.name == machine.config.name);
+            if let Some(new) = new {
+                machine.config.limit = new.limit.clone();
+            }
+        }
+        tracing::info!("the limits were read again; other changes need a restart");
     }
 
     fn apply(&mut self, event: Event) {
@@ -391,10 +426,23 @@ impl Agent {
     fn transmit(&mut self, index: usize) {
         let (Some(link), machine) = (&self.link, &mut self.machines[index]) else { return };
         let Some(on_wire) = machine.replicating else { return };
-        while let Some(batch) = machine.sender.poll_transmit() {
+        let now = Instant::now();
+        while machine.limit.poll_ready(now).is_ok()
+            && let Some(batch) = machine.sender.poll_transmit()
+        {
+            machine.limit.handle_sent(now, batch.wire_bytes() as u64);
             self.metrics.sent(machine.config.name.as_str(), &batch);
             tokio::spawn(send(link.connection.clone(), batch, on_wire));
         }
+    }
+
+    /// When a machine that its ceiling holds back may send again.
+    fn next_transmit(&self) -> Option<Instant> {
+        let replicating = self.machines.iter().filter(|machine| machine.replicating.is_some());
+        replicating
+            .filter(|machine| machine.sender.held_bytes() > 0)
+            .filter_map(|machine| machine.limit.poll_ready(Instant::now()).err())
+            .min()
     }
 
     fn handle_message(&mut self, message: target_message::Kind) {
@@ -545,6 +593,8 @@ impl Agent {
     fn upkeep(&mut self) {
         let now = Instant::now();
         for machine in &mut self.machines {
+            let ceiling = machine.config.limit.now();
+            machine.limit.set(ceiling.map(Rate::bytes_per_second));
             let Some(period) = machine.point_period else { continue };
             if machine.replicating.is_some() && now >= machine.next_point {
                 machine.next_point = now + period;
@@ -557,6 +607,8 @@ impl Agent {
                 machine.sync.send(SyncInput::Wake);
             }
         }
+        // A ceiling that was lifted leaves no timer behind that would go on sending.
+        (0..self.machines.len()).for_each(|index| self.transmit(index));
         let (since, bytes) = self.rate_since;
         let seconds = now.duration_since(since).as_secs_f64();
         if seconds >= 0.2 {

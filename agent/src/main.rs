@@ -98,14 +98,19 @@ fn run(path: &std::path::Path, progress: ProgressView) -> anyhow::Result<()> {
     let config = Config::load(path)?;
     let identity = Identity::load(&config.identity, Role::Agent)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(serve(config, identity, progress))
+    runtime.block_on(serve(path, config, identity, progress))
 }
 
-async fn serve(config: Config, identity: Identity, progress: ProgressView) -> anyhow::Result<()> {
+async fn serve(
+    path: &std::path::Path,
+    config: Config,
+    identity: Identity,
+    progress: ProgressView,
+) -> anyhow::Result<()> {
     // A second agent on this state would replicate the same machines.
     let _state = FolderLock::take(&config.state_dir)?;
     let registry = prometheus::Registry::new();
-    let agent = Agent::new(config.clone(), Metrics::new(&registry)?, progress)?;
+    let agent = Agent::new(path, config.clone(), Metrics::new(&registry)?, progress)?;
     if let Some(address) = config.metrics {
         let bound = metrics::serve(address, registry)
             .await

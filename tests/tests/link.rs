@@ -1,0 +1,53 @@
+//! The link: its ceilings.
+
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use backhaul_api::{Consistency, Machine};
+use backhaul_lab::random::Random;
+use backhaul_tests::{STEP_TIME_MAX, Scenario};
+
+/// A ceiling holds from the first batch on, and is changed while the machine replicates, over the
+/// same connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machines_ceiling_holds_and_is_lifted_without_a_reconnect() {
+    const RATE_BYTES: u64 = 2_000_000;
+    let mut scenario = Scenario::prepare(24 << 20, |_| {}).unwrap();
+    let mut noise = vec![0; 24 << 20];
+    Random::new(81).fill(&mut noise);
+    let disk = std::fs::File::options().write(true).open(&scenario.protected).unwrap();
+    disk.write_all_at(&noise, 0).unwrap();
+    let limited = |text: String| {
+        text.replace(
+            "[[machine]]\n",
+            "[[machine]]\nlimit = [\"16 Mbit/s daily 00:00-24:00 UTC\"]\n",
+        )
+    };
+    scenario.rig.edit_configuration("agent", limited).unwrap();
+    scenario.start().unwrap();
+    let begun = |machine: &Machine| machine.received_plain_bytes > 0;
+    let first = scenario.rig.wait("the first batch", STEP_TIME_MAX, begun).await.unwrap();
+    let since = Instant::now();
+    let enough = |machine: &Machine| {
+        machine.received_plain_bytes > first.received_plain_bytes + 3 * RATE_BYTES
+    };
+    let later = scenario.rig.wait("three seconds' worth", STEP_TIME_MAX, enough).await.unwrap();
+    let bytes = later.received_plain_bytes - first.received_plain_bytes;
+    // A batch that was under way at the beginning counts as well.
+    let least = (bytes - (2 << 20)) as f64 / RATE_BYTES as f64;
+    let took = since.elapsed().as_secs_f64();
+    assert!(took > least, "{bytes} bytes in {took} s are more than 16 Mbit/s");
+    assert_eq!(later.consistency, Consistency::Syncing);
+
+    let lifted = |text: String| text.replace("[\"16 Mbit/s daily 00:00-24:00 UTC\"]", "[]");
+    scenario.rig.edit_configuration("agent", lifted).unwrap();
+    scenario.rig.reload_agent();
+    scenario.rig.wait_log("agent", "the limits were read again").await.unwrap();
+    let whole = scenario.wait_consistent().await.unwrap();
+    let left = whole.received_plain_bytes - later.received_plain_bytes;
+    assert!(left > 4 << 20, "the ceiling was not there to be lifted: only {left} bytes were left");
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert_eq!(log.matches("connected target=").count(), 1, "{log}");
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
