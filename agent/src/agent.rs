@@ -10,8 +10,8 @@ use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId};
 use backhaul_proto::message::{
-    Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, MachineHello,
-    MachineWelcome, Progress, Standing, agent_message, target_message,
+    Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, LinkReport,
+    MachineHello, MachineWelcome, Progress, Standing, agent_message, target_message,
 };
 use backhaul_proto::session::{RateLimit, Sender};
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
@@ -85,6 +85,7 @@ pub struct Agent {
     progress: ProgressView,
     acked_wire_bytes: u64,
     rate_since: (Instant, u64),
+    acked_bytes_per_second: f64,
     last_progress: Instant,
 }
 
@@ -112,6 +113,7 @@ impl Agent {
             progress,
             acked_wire_bytes: 0,
             rate_since: (Instant::now(), 0),
+            acked_bytes_per_second: 0.0,
             last_progress: Instant::now(),
             config,
         };
@@ -614,6 +616,8 @@ impl Agent {
         if seconds >= 0.2 {
             let rate = (self.acked_wire_bytes - bytes) as f64 / seconds;
             self.rate_since = (now, self.acked_wire_bytes);
+            // Over about a second, so that a person can read it.
+            self.acked_bytes_per_second += (rate - self.acked_bytes_per_second) * seconds.min(1.0);
             // What waits for the link, and what waits for the encoders: the larger is the bottleneck.
             let for_link: u64 = self.machines.iter().map(|m| m.sender.held_bytes()).sum();
             let queued: u64 = self.machines.iter().map(|m| m.capture.order().queued_bytes()).sum();
@@ -624,6 +628,7 @@ impl Agent {
         if now.duration_since(self.last_progress) >= Duration::from_secs(1) {
             self.report_progress();
             self.say(agent_message::Kind::Heartbeat(Heartbeat { nonce: now_us() }));
+            self.report_link();
         }
         self.metrics.link(self.link.as_ref().map(|link| link.connection.stats()));
         for machine in &self.machines {
@@ -644,6 +649,28 @@ impl Agent {
             };
             self.progress.update(name, standing);
         }
+    }
+
+    fn report_link(&self) {
+        let Some(link) = &self.link else { return };
+        let stats = link.connection.stats();
+        self.say(agent_message::Kind::Link(LinkReport {
+            transport: "quic".into(),
+            congestion: self.config.congestion.to_string(),
+            rtt_us: stats.rtt.as_micros() as u64,
+            window_bytes: stats.congestion_window_bytes,
+            acked_bytes_per_second: self.acked_bytes_per_second as u64,
+            ceiling_bytes_per_second: self.config.limit.now().map_or(0, Rate::bytes_per_second),
+            mtu_bytes: stats.mtu_bytes.into(),
+            sent_bytes: stats.sent_bytes,
+            sent_packets: stats.sent_packets,
+            lost_packets: stats.lost_packets,
+            lost_bytes: stats.lost_bytes,
+            mtu_black_holes: stats.mtu_black_holes,
+            receive_buffer_bytes: stats.socket.receive_bytes as u64,
+            send_buffer_bytes: stats.socket.send_bytes as u64,
+            dropped_datagrams: stats.socket.dropped_datagrams(),
+        }));
     }
 
     fn report_progress(&mut self) {

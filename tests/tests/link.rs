@@ -51,3 +51,30 @@ async fn a_machines_ceiling_holds_and_is_lifted_without_a_reconnect() {
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_of_a_link_tells_what_its_transport_knows() {
+    let mut scenario = Scenario::prepare(16 << 20, |_| {}).unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(82, 8 << 20).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.wait_received(24 << 20).await.unwrap();
+    let links = scenario.rig.client().links().await.unwrap();
+    let [link] = links.as_slice() else { panic!("{links:?}") };
+    assert_eq!((link.agent.as_str(), link.transport.as_str()), ("lab-agent", "quic"), "{link:?}");
+    assert_eq!(link.congestion, "auto");
+    assert!(link.sent_bytes > 8 << 20 && link.rtt_seconds > 0.0, "{link:?}");
+    assert!(link.mtu_bytes >= 1200 && link.window_bytes > 0, "{link:?}");
+    assert!(link.target_receive_buffer_bytes > 0 && link.agent_receive_buffer_bytes > 0);
+    assert_eq!((link.target_dropped_datagrams, link.ceiling_bytes_per_second), (0, None));
+    let table = std::process::Command::new(backhaul_tests::programs().join("backhaul"))
+        .arg("--socket")
+        .arg(scenario.folder.path().join("api.sock"))
+        .args(["link", "status"])
+        .output()
+        .unwrap();
+    let table = String::from_utf8_lossy(&table.stdout);
+    assert!(table.contains("lab-agent") && table.contains("quic, auto"), "{table}");
+    scenario.fail_over().await.unwrap();
+    guest.await.unwrap().unwrap();
+}

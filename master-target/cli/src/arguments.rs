@@ -68,6 +68,9 @@ pub(crate) enum Verb {
         #[arg(long)]
         without_removal: bool,
     },
+    /// The link to the agents
+    #[command(subcommand)]
+    Link(LinkVerb),
     /// A whole failback on this machine, with throw-away keys: protect, sync, write, fail over,
     /// verify, commit
     Lab(LabArguments),
@@ -78,6 +81,12 @@ pub(crate) enum Verb {
     },
     /// Print the manual page
     Man,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LinkVerb {
+    /// How every connected agent's link stands: rates, loss, windows, buffers
+    Status,
 }
 
 #[derive(Debug, Args)]

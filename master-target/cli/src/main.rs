@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use backhaul_api::{Client, ClientError, CommitRequest, FailoverRequest, Stage};
 use clap::{CommandFactory, Parser};
 
-use crate::arguments::{Arguments, Verb};
+use crate::arguments::{Arguments, LinkVerb, Verb};
 use crate::show::Output;
 
 /// The target refused, or what was asked for failed.
@@ -75,6 +75,7 @@ async fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<ExitCode>
             let done = steps::watch(&client, machine, output, &[Stage::Committed]).await?;
             output.committed(&done);
         }
+        Verb::Link(LinkVerb::Status) => output.links(&client.links().await?),
         Verb::Lab(lab) => return lab::run(lab, output).await,
         Verb::Completions { shell } => {
             let mut command = Arguments::command();

@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::batch::{BatchHeader, HEADER_BYTES, HeaderError};
 use crate::id::PeerName;
 use crate::message::{FrameError, decode, frame, frame_len};
+use crate::quic::SocketFacts;
 
 /// First byte of the control stream.
 const CONTROL_STREAM: u8 = 1;
@@ -50,6 +51,7 @@ pub enum StreamError {
 pub struct Connection {
     quinn: quinn::Connection,
     peer: PeerName,
+    socket: SocketFacts,
 }
 
 /// What the transport knows of the link.
@@ -67,13 +69,19 @@ pub struct LinkStats {
     pub received_bytes: u64,
     /// Packets declared lost.
     pub lost_packets: u64,
+    /// Bytes in those, sent again.
+    pub lost_bytes: u64,
+    /// Times that an MTU black hole was found.
+    pub mtu_black_holes: u64,
+    /// The socket under it.
+    pub socket: SocketFacts,
     /// Packets sent.
     pub sent_packets: u64,
 }
 
 impl Connection {
-    pub(crate) fn new(quinn: quinn::Connection, peer: PeerName) -> Self {
-        Self { quinn, peer }
+    pub(crate) fn new(quinn: quinn::Connection, peer: PeerName, socket: SocketFacts) -> Self {
+        Self { quinn, peer, socket }
     }
 
     /// The name in the peer's certificate.
@@ -156,6 +164,9 @@ impl Connection {
             sent_bytes: stats.udp_tx.bytes,
             received_bytes: stats.udp_rx.bytes,
             lost_packets: stats.path.lost_packets,
+            lost_bytes: stats.path.lost_bytes,
+            mtu_black_holes: stats.path.black_holes_detected,
+            socket: self.socket,
             sent_packets: stats.path.sent_packets,
         }
     }

@@ -9,10 +9,12 @@ mod connection;
 mod endpoint;
 mod identity;
 mod pki;
+mod socket;
 mod transport;
 
 pub use connection::{BatchStream, Connection, FrameReceiver, FrameSender, LinkStats, StreamError};
 pub use endpoint::{AcceptError, BindError, ConnectError, Handshake, Listener, connect};
 pub use identity::{Identity, IdentityError, IdentityFiles, Role};
 pub use pki::{PkiError, create_ca, issue};
+pub use socket::SocketFacts;
 pub use transport::{Congestion, TransportOptions};
