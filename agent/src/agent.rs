@@ -86,6 +86,11 @@ pub struct Agent {
     acked_wire_bytes: u64,
     rate_since: (Instant, u64),
     acked_bytes_per_second: f64,
+    /// The ceiling of all machines together at present.
+    link_limit: RateLimit,
+    first_to_send: usize,
+    /// How long the last heartbeat took there and back, in microseconds.
+    heartbeat_us: u64,
     last_progress: Instant,
 }
 
@@ -114,6 +119,9 @@ impl Agent {
             acked_wire_bytes: 0,
             rate_since: (Instant::now(), 0),
             acked_bytes_per_second: 0.0,
+            link_limit: RateLimit::unlimited(),
+            first_to_send: 0,
+            heartbeat_us: 0,
             last_progress: Instant::now(),
             config,
         };
@@ -231,7 +239,7 @@ impl Agent {
                 }
                 _ = tick.tick() => self.upkeep(),
                 () = lifecycle::sleep_until(limited), if limited.is_some() => {
-                    (0..self.machines.len()).for_each(|index| self.transmit(index));
+                    self.transmit_all();
                 }
                 () = reload.asked() => self.reload(),
                 () = &mut stop, if stopping.is_none() => {
@@ -281,6 +289,7 @@ impl Agent {
                 tracing::info!(
                     target = %link.connection.peer(),
                     address = %link.connection.remote_address(),
+                    transport = %link.connection.transport(),
                     "connected"
                 );
                 self.down_reason.clear();
@@ -429,21 +438,34 @@ impl Agent {
         let (Some(link), machine) = (&self.link, &mut self.machines[index]) else { return };
         let Some(on_wire) = machine.replicating else { return };
         let now = Instant::now();
-        while machine.limit.poll_ready(now).is_ok()
+        while self.link_limit.poll_ready(now).is_ok()
+            && machine.limit.poll_ready(now).is_ok()
             && let Some(batch) = machine.sender.poll_transmit()
         {
             machine.limit.handle_sent(now, batch.wire_bytes() as u64);
+            self.link_limit.handle_sent(now, batch.wire_bytes() as u64);
             self.metrics.sent(machine.config.name.as_str(), &batch);
             tokio::spawn(send(link.connection.clone(), batch, on_wire));
         }
     }
 
-    /// When a machine that its ceiling holds back may send again.
+    /// Each machine in turn is the first under the common ceiling.
+    fn transmit_all(&mut self) {
+        let count = self.machines.len();
+        self.first_to_send = (self.first_to_send + 1) % count.max(1);
+        for step in 0..count {
+            self.transmit((self.first_to_send + step) % count);
+        }
+    }
+
+    /// When a machine that a ceiling holds back may send again.
     fn next_transmit(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let link = self.link_limit.poll_ready(now).err();
         let replicating = self.machines.iter().filter(|machine| machine.replicating.is_some());
         replicating
             .filter(|machine| machine.sender.held_bytes() > 0)
-            .filter_map(|machine| machine.limit.poll_ready(Instant::now()).err())
+            .filter_map(|machine| machine.limit.poll_ready(now).err().max(link))
             .min()
     }
 
@@ -452,7 +474,9 @@ impl Agent {
             target_message::Kind::Ack(ack) => self.handle_ack(&ack),
             target_message::Kind::Job(job) => self.handle_job(job),
             target_message::Kind::Machine(welcome) => self.handle_standing(&welcome),
-            target_message::Kind::Heartbeat(_) => {}
+            target_message::Kind::Heartbeat(Heartbeat { nonce }) => {
+                self.heartbeat_us = now_us().saturating_sub(nonce);
+            }
             target_message::Kind::Welcome(_) | target_message::Kind::Refused(_) => {
                 self.drop_link("the target greeted twice");
             }
@@ -594,6 +618,7 @@ impl Agent {
     /// What is done on every tick.
     fn upkeep(&mut self) {
         let now = Instant::now();
+        self.link_limit.set(self.config.limit.now().map(Rate::bytes_per_second));
         for machine in &mut self.machines {
             let ceiling = machine.config.limit.now();
             machine.limit.set(ceiling.map(Rate::bytes_per_second));
@@ -610,7 +635,7 @@ impl Agent {
             }
         }
         // A ceiling that was lifted leaves no timer behind that would go on sending.
-        (0..self.machines.len()).for_each(|index| self.transmit(index));
+        self.transmit_all();
         let (since, bytes) = self.rate_since;
         let seconds = now.duration_since(since).as_secs_f64();
         if seconds >= 0.2 {
@@ -655,9 +680,12 @@ impl Agent {
         let Some(link) = &self.link else { return };
         let stats = link.connection.stats();
         self.say(agent_message::Kind::Link(LinkReport {
-            transport: "quic".into(),
             congestion: self.config.congestion.to_string(),
-            rtt_us: stats.rtt.as_micros() as u64,
+            rtt_us: if stats.rtt.is_zero() {
+                self.heartbeat_us
+            } else {
+                stats.rtt.as_micros() as u64
+            },
             window_bytes: stats.congestion_window_bytes,
             acked_bytes_per_second: self.acked_bytes_per_second as u64,
             ceiling_bytes_per_second: self.config.limit.now().map_or(0, Rate::bytes_per_second),
@@ -719,7 +747,7 @@ fn new_generation(last: Generation) -> Generation {
 }
 
 async fn send(
-    connection: backhaul_proto::quic::Connection,
+    connection: backhaul_proto::link::Connection,
     batch: EncodedBatch,
     machine: MachineIndex,
 ) {

@@ -7,8 +7,10 @@ use std::time::Duration;
 use backhaul_daemon::bandwidth::{BandwidthLimits, Rate};
 use backhaul_daemon::config::{ConfigErrors, Size, Table, load};
 use backhaul_proto::id::{DiskName, MachineName, PeerName};
+use backhaul_proto::identity::IdentityFiles;
 use backhaul_proto::limits::{DISKS_MAX, MACHINES_MAX};
-use backhaul_proto::quic::{Congestion, IdentityFiles};
+use backhaul_proto::link::TransportChoice;
+use backhaul_proto::quic::Congestion;
 
 use crate::batch::CompressionChoice;
 
@@ -30,6 +32,8 @@ pub struct Config {
     pub queue_bytes: u64,
     /// When to compress.
     pub compression: CompressionChoice,
+    /// Which transports may be used.
+    pub transport: TransportChoice,
     /// How the sending rate is found.
     pub congestion: Congestion,
     /// Ceilings of the link as a whole, over the week. Read again on SIGHUP.
@@ -86,6 +90,15 @@ fn read(top: &Table<'_>) -> Option<Config> {
     let metrics = top.parsed_or("metrics", None);
     let queue = top.within("queue", Size(64 << 20), Size(4 << 20)..=Size(4 << 30));
     let compression = read_compression(top);
+    let transport = match top.or("transport", "auto".to_owned()).map(|text| text.parse()) {
+        Some(Ok(choice)) => Some(choice),
+        Some(Err(sentence)) => {
+            let sentence: String = sentence;
+            top.report("transport", sentence);
+            None
+        }
+        None => None,
+    };
     let congestion = read_congestion(top);
     let limit = top.or("limit", BandwidthLimits::default());
     let batch_delay = top.within(
@@ -119,6 +132,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
         metrics: metrics?,
         queue_bytes: queue?.0,
         compression: compression?,
+        transport: transport?,
         congestion: congestion?,
         limit: limit?,
         batch_delay: batch_delay?,

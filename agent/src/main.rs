@@ -14,7 +14,7 @@ use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
 use backhaul_daemon::{lifecycle, logging, metrics};
 use backhaul_nbd::{Exports, Listener, Server, ServerOptions};
-use backhaul_proto::quic::{Identity, Role};
+use backhaul_proto::identity::{Identity, Role};
 use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::MultiProgress;
 

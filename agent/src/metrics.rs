@@ -1,7 +1,7 @@
 //! The agent's Prometheus metrics.
 
 use backhaul_proto::batch::EncodedBatch;
-use backhaul_proto::quic::LinkStats;
+use backhaul_proto::link::LinkStats;
 use prometheus::{Gauge, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 /// Every metric of the agent. Names end in their unit, as Prometheus asks.

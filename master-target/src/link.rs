@@ -1,11 +1,11 @@
 //! One agent's connection, pumped into the owner loop.
 
 use backhaul_proto::batch::BatchHeader;
+use backhaul_proto::link::{Connection, StreamError};
 use backhaul_proto::message::{
     AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
     target_message,
 };
-use backhaul_proto::quic::{Connection, StreamError};
 use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
 

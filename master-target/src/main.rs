@@ -13,7 +13,9 @@ use backhaul_master_target::metrics::Metrics;
 use backhaul_master_target::target::Target;
 use backhaul_master_target::{api, link};
 use backhaul_proto::id::PeerName;
-use backhaul_proto::quic::{Identity, Listener, Role, TransportOptions, create_ca, issue};
+use backhaul_proto::identity::{Identity, Role, create_ca, issue};
+use backhaul_proto::link::Listener;
+use backhaul_proto::quic::TransportOptions;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 #[derive(Parser)]
@@ -146,7 +148,8 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     }
     let api_socket = api::bind(&config.api_socket)
         .with_context(|| format!("the API cannot be served on {}", config.api_socket.display()))?;
-    let listener = Listener::bind(config.listen, &identity, &TransportOptions::default())?;
+    let options = TransportOptions::default();
+    let listener = Listener::bind(config.listen, &identity, &options, config.tcp).await?;
     let target = tokio::task::block_in_place(|| Target::new(config, counters))?;
     tracing::info!(address = %listener.local_address()?, name = %identity.name(), "waiting for agents");
 

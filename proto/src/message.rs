@@ -277,9 +277,6 @@ pub struct Heartbeat {
 /// The link as the agent's transport sees it. Counters are those of the present connection.
 #[derive(Clone, PartialEq, Message)]
 pub struct LinkReport {
-    /// `quic` or `tcp`.
-    #[prost(string, tag = "1")]
-    pub transport: String,
     /// How the sending rate is found: `auto`, `cubic`, `fixed 200 Mbit/s`.
     #[prost(string, tag = "2")]
     pub congestion: String,

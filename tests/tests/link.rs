@@ -1,4 +1,4 @@
-//! The link: its ceilings.
+//! The link: its ceilings, its status, and TCP where UDP does not pass.
 
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
@@ -77,4 +77,39 @@ async fn the_status_of_a_link_tells_what_its_transport_knows() {
     assert!(table.contains("lab-agent") && table.contains("quic, auto"), "{table}");
     scenario.fail_over().await.unwrap();
     guest.await.unwrap().unwrap();
+}
+
+/// A firewall that passes TCP only: the agent finds out by itself, says so, and the whole story
+/// works, a killed target in the middle of it included.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_udp_does_not_pass_tcp_brings_the_machine_home() {
+    let mut scenario = Scenario::prepare(48 << 20, |_| {}).unwrap();
+    let wall = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let through = wall.local_addr().unwrap().to_string();
+    let mut behind = String::new();
+    let edit = |text: String| {
+        behind = text.split('"').nth(1).unwrap().to_owned();
+        text.replacen(&behind, &through, 1)
+    };
+    scenario.rig.edit_configuration("agent", edit).unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut here, _)) = wall.accept().await {
+            let Ok(mut there) = tokio::net::TcpStream::connect(&behind).await else { continue };
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut here, &mut there).await });
+        }
+    });
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(83, 8 << 20).await.unwrap();
+    scenario.rig.wait_log("agent", "nothing answers over UDP: TCP is used").await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.rig.kill_target();
+    scenario.rig.start_target().unwrap();
+    scenario.wait_received(4 << 20).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let links = scenario.rig.client().links().await.unwrap();
+    assert_eq!(links[0].transport, "tcp", "{links:?}");
+    let done = scenario.fail_over().await.unwrap();
+    assert!(done.failover.unwrap().source_drained);
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
 }

@@ -5,14 +5,15 @@ use std::path::Path;
 use backhaul_api::Machine;
 use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
+use backhaul_proto::identity::{Identity, IdentityFiles, Role};
+use backhaul_proto::link::{
+    ConnectOptions, Connection, FrameReceiver, FrameSender, Listener, TransportChoice, connect,
+};
 use backhaul_proto::message::{
     AgentMessage, Code, DiskHello, Hello, MachineHello, Refusal, Standing, TargetMessage,
     agent_message, target_message,
 };
-use backhaul_proto::quic::{
-    Connection, FrameReceiver, FrameSender, Identity, IdentityFiles, Listener, Role,
-    TransportOptions, connect,
-};
+use backhaul_proto::quic::TransportOptions;
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
 use backhaul_tests::{STEP_TIME_MAX, Scenario};
 use bytes::Bytes;
@@ -47,9 +48,12 @@ impl FakeAgent {
     async fn connect(scenario: &Scenario) -> Self {
         let address = setting(&scenario.folder.path().join("agent.toml"), "target");
         let identity = identity(scenario, "lab-agent", Role::Agent);
-        let expected = Some("lab-target".parse().unwrap());
-        let options = TransportOptions::default();
-        let connection = connect(&address, &identity, expected, &options).await.unwrap();
+        let options = ConnectOptions {
+            choice: TransportChoice::Quic,
+            expected: Some("lab-target".parse().unwrap()),
+            transport: TransportOptions::default(),
+        };
+        let connection = connect(&address, &identity, &options).await.unwrap();
         let (sender, receiver) = connection.open_control().await.unwrap();
         let sync = connection.open_sync().await.unwrap();
         Self { connection, sender, receiver, _sync: sync }
@@ -112,7 +116,8 @@ async fn an_agent_says_why_a_target_of_another_version_refuses_it() {
     let address = setting(&scenario.folder.path().join("agent.toml"), "target");
     let target = identity(&scenario, "lab-target", Role::Target);
     let options = TransportOptions::default();
-    let listener = Listener::bind(address.parse().unwrap(), &target, &options).unwrap();
+    let listener =
+        Listener::bind(address.parse().unwrap(), &target, &options, false).await.unwrap();
     scenario.rig.start_agent().unwrap();
     let connection = listener.accept().await.unwrap().finish().await.unwrap();
     let (mut sender, mut receiver) = connection.accept_control().await.unwrap();

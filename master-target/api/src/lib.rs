@@ -50,7 +50,7 @@ pub struct Link {
     pub address: String,
     /// Seconds since it did.
     pub connected_seconds: u64,
-    /// `quic` or `tcp`; empty until the agent has told.
+    /// `quic` or `tcp`.
     pub transport: String,
     /// How the sending rate is found.
     pub congestion: String,

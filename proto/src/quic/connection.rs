@@ -1,50 +1,16 @@
 //! A connection between an agent and a target, and the streams on it.
 
-use std::time::Duration;
-
 use bytes::{Bytes, BytesMut};
-use prost::Message;
 use quinn::{RecvStream, SendStream, VarInt};
-use thiserror::Error;
 
-use crate::batch::{BatchHeader, HEADER_BYTES, HeaderError};
+use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
-use crate::message::{FrameError, decode, frame, frame_len};
+use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
 use crate::quic::SocketFacts;
-
-/// First byte of the control stream.
-const CONTROL_STREAM: u8 = 1;
-/// First byte of the sync stream.
-const SYNC_STREAM: u8 = 2;
 
 /// Control goes before everything, hashes before batches.
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
-
-/// Why a stream ended.
-#[derive(Debug, Error)]
-pub enum StreamError {
-    /// The connection is gone.
-    #[error("the connection ended: {0}")]
-    Connection(#[from] quinn::ConnectionError),
-    /// The peer ended or reset the stream, or it broke.
-    #[error("the stream ended: {0}")]
-    Stream(String),
-    /// The stream is not the one that had to come.
-    #[error("the peer opened a stream of kind {found} where {expected} had to come")]
-    Kind {
-        /// What came.
-        found: u8,
-        /// What had to.
-        expected: u8,
-    },
-    /// A frame is not a message.
-    #[error(transparent)]
-    Frame(#[from] FrameError),
-    /// A batch's header is not one.
-    #[error(transparent)]
-    Header(#[from] HeaderError),
-}
 
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
@@ -52,31 +18,6 @@ pub struct Connection {
     quinn: quinn::Connection,
     peer: PeerName,
     socket: SocketFacts,
-}
-
-/// What the transport knows of the link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LinkStats {
-    /// Smoothed round-trip time.
-    pub rtt: Duration,
-    /// Bytes that may be in flight.
-    pub congestion_window_bytes: u64,
-    /// The path's MTU, as a UDP payload.
-    pub mtu_bytes: u16,
-    /// UDP bytes sent, headers of QUIC included.
-    pub sent_bytes: u64,
-    /// UDP bytes received.
-    pub received_bytes: u64,
-    /// Packets declared lost.
-    pub lost_packets: u64,
-    /// Bytes in those, sent again.
-    pub lost_bytes: u64,
-    /// Times that an MTU black hole was found.
-    pub mtu_black_holes: u64,
-    /// The socket under it.
-    pub socket: SocketFacts,
-    /// Packets sent.
-    pub sent_packets: u64,
 }
 
 impl Connection {
@@ -95,63 +36,59 @@ impl Connection {
     }
 
     /// Opens the control stream (agents).
-    pub async fn open_control(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn open_control(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.open(CONTROL_STREAM, CONTROL_PRIORITY).await
     }
 
     /// Opens the sync stream (agents).
-    pub async fn open_sync(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn open_sync(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.open(SYNC_STREAM, SYNC_PRIORITY).await
     }
 
     /// Takes the control stream (targets). It is the first that an agent opens.
-    pub async fn accept_control(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn accept_control(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.accept(CONTROL_STREAM, CONTROL_PRIORITY).await
     }
 
     /// Takes the sync stream (targets). It is the second that an agent opens.
-    pub async fn accept_sync(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn accept_sync(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.accept(SYNC_STREAM, SYNC_PRIORITY).await
     }
 
-    async fn open(
-        &self,
-        kind: u8,
-        priority: i32,
-    ) -> Result<(FrameSender, FrameReceiver), StreamError> {
-        let (mut send, recv) = self.quinn.open_bi().await?;
+    async fn open(&self, kind: u8, priority: i32) -> Result<(SendHalf, ReceiveHalf), StreamError> {
+        let (mut send, recv) = self.quinn.open_bi().await.map_err(ended)?;
         let _ = send.set_priority(priority);
         send.write_all(&[kind]).await.map_err(|error| StreamError::Stream(error.to_string()))?;
-        Ok((FrameSender(send), FrameReceiver { recv, buffer: BytesMut::new() }))
+        Ok((SendHalf(send), ReceiveHalf(recv)))
     }
 
     async fn accept(
         &self,
         expected: u8,
         priority: i32,
-    ) -> Result<(FrameSender, FrameReceiver), StreamError> {
-        let (send, mut recv) = self.quinn.accept_bi().await?;
+    ) -> Result<(SendHalf, ReceiveHalf), StreamError> {
+        let (send, mut recv) = self.quinn.accept_bi().await.map_err(ended)?;
         let _ = send.set_priority(priority);
         let mut kind = [0];
         recv.read_exact(&mut kind).await.map_err(|error| StreamError::Stream(error.to_string()))?;
         if kind[0] != expected {
             return Err(StreamError::Kind { found: kind[0], expected });
         }
-        Ok((FrameSender(send), FrameReceiver { recv, buffer: BytesMut::new() }))
+        Ok((SendHalf(send), ReceiveHalf(recv)))
     }
 
     /// Sends a batch on a stream of its own; returns when the transport has taken all of it. The
     /// chunks are not copied: quinn keeps them until they are acknowledged.
     pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
-        let mut stream = self.quinn.open_uni().await?;
+        let mut stream = self.quinn.open_uni().await.map_err(ended)?;
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
         stream.finish().map_err(|error| broken(error.to_string()))
     }
 
     /// The next batch stream that the peer opens.
     pub async fn accept_batch(&self) -> Result<BatchStream, StreamError> {
-        Ok(BatchStream(self.quinn.accept_uni().await?))
+        Ok(BatchStream(self.quinn.accept_uni().await.map_err(ended)?))
     }
 
     /// What the transport knows of the link.
@@ -189,42 +126,34 @@ impl Connection {
     }
 }
 
-/// The sending half of a stream of messages.
-#[derive(Debug)]
-pub struct FrameSender(SendStream);
+fn ended(error: quinn::ConnectionError) -> StreamError {
+    StreamError::Connection(error.to_string())
+}
 
-impl FrameSender {
-    /// Sends one message.
-    pub async fn send(&mut self, message: &impl Message) -> Result<(), StreamError> {
-        let bytes = frame(message);
+/// The sending half of a stream.
+#[derive(Debug)]
+pub struct SendHalf(SendStream);
+
+impl SendHalf {
+    pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<(), StreamError> {
         self.0.write_chunk(bytes).await.map_err(|error| StreamError::Stream(error.to_string()))
     }
 }
 
-/// The receiving half of a stream of messages.
+/// The receiving half of a stream.
 #[derive(Debug)]
-pub struct FrameReceiver {
-    recv: RecvStream,
-    buffer: BytesMut,
-}
+pub struct ReceiveHalf(RecvStream);
 
-impl FrameReceiver {
-    /// The next message; `None` when the peer finished the stream. Cancel safe.
-    pub async fn recv<M: Message + Default>(&mut self) -> Result<Option<M>, StreamError> {
-        loop {
-            if let Some(prefix) = self.buffer.first_chunk::<4>() {
-                let len = frame_len(*prefix)?;
-                if self.buffer.len() >= 4 + len {
-                    let content = self.buffer.split_to(4 + len);
-                    return Ok(Some(decode(&content[4..])?));
-                }
+impl ReceiveHalf {
+    /// Appends what has come in; 0 when the peer finished the stream. Cancel safe.
+    pub(crate) async fn read(&mut self, into: &mut BytesMut) -> Result<usize, StreamError> {
+        match self.0.read_chunk(64 << 10, true).await {
+            Ok(Some(chunk)) => {
+                into.extend_from_slice(&chunk.bytes);
+                Ok(chunk.bytes.len())
             }
-            match self.recv.read_chunk(64 << 10, true).await {
-                Ok(Some(chunk)) => self.buffer.extend_from_slice(&chunk.bytes),
-                Ok(None) if self.buffer.is_empty() => return Ok(None),
-                Ok(None) => return Err(StreamError::Stream("it ended inside a message".into())),
-                Err(error) => return Err(StreamError::Stream(error.to_string())),
-            }
+            Ok(None) => Ok(0),
+            Err(error) => Err(StreamError::Stream(error.to_string())),
         }
     }
 }

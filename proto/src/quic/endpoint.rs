@@ -10,15 +10,15 @@ use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 
 use crate::id::PeerName;
-use crate::quic::identity::holder;
+use crate::identity::{Identity, IdentityError, Role, holder};
 use crate::quic::socket::{self, SocketFacts};
-use crate::quic::{Connection, Identity, IdentityError, Role, TransportOptions};
+use crate::quic::{Connection, TransportOptions};
 
 /// Why a listener could not be opened.
 #[derive(Debug, Error)]
 pub enum BindError {
     /// The address is taken, or not ours.
-    #[error("UDP address {address} cannot be listened on: {source}")]
+    #[error("address {address} cannot be listened on: {source}")]
     Bind {
         /// The address.
         address: SocketAddr,
@@ -46,7 +46,7 @@ pub enum ConnectError {
     },
     /// Nobody answers.
     #[error(
-        "target {address} does not answer; check that it runs, and that UDP to this port passes the VPN and every firewall"
+        "target {address} does not answer; check that it runs, and that UDP (or at least TCP) to this port passes the VPN and every firewall"
     )]
     NoAnswer {
         /// Its address.
