@@ -477,7 +477,9 @@ impl Agent {
             target_message::Kind::Heartbeat(Heartbeat { nonce }) => {
                 self.heartbeat_us = now_us().saturating_sub(nonce);
             }
-            target_message::Kind::Welcome(_) | target_message::Kind::Refused(_) => {
+            target_message::Kind::Welcome(_)
+            | target_message::Kind::Refused(_)
+            | target_message::Kind::Probe(_) => {
                 self.drop_link("the target greeted twice");
             }
         }

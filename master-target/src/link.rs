@@ -1,16 +1,19 @@
 //! One agent's connection, pumped into the owner loop.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use backhaul_proto::batch::BatchHeader;
 use backhaul_proto::link::{Connection, StreamError};
 use backhaul_proto::message::{
     AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
     target_message,
 };
-use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::batch_buffer::IncomingBatch;
 use crate::machine::LinkId;
+use crate::probe;
 use crate::receive::read_batch;
 
 /// How long an agent may take to say hello.
@@ -70,9 +73,10 @@ impl LinkUp {
 pub async fn run(
     id: LinkId,
     connection: Connection,
+    store: &Path,
     events: mpsc::UnboundedSender<(LinkId, LinkEvent)>,
 ) {
-    let reason = match converse(id, &connection, &events).await {
+    let reason = match converse(id, &connection, store, &events).await {
         Ok(()) => "the agent ended the session".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -85,6 +89,7 @@ pub async fn run(
 async fn converse(
     id: LinkId,
     connection: &Connection,
+    store: &Path,
     events: &mpsc::UnboundedSender<(LinkId, LinkEvent)>,
 ) -> Result<(), StreamError> {
     let greeting = async {
@@ -96,8 +101,13 @@ async fn converse(
     let late = |_| StreamError::Stream("the agent did not say hello".into());
     let greeted = tokio::time::timeout(HELLO_TIME_MAX, greeting).await.map_err(late)??;
     let (mut control_out, mut control_in, (mut sync_out, mut sync_in), hello) = greeted;
-    let Some(AgentMessage { kind: Some(agent_message::Kind::Hello(hello)) }) = hello else {
-        return Err(StreamError::Stream("the agent's first message is not a hello".into()));
+    let hello = match hello.and_then(|message| message.kind) {
+        Some(agent_message::Kind::Hello(hello)) => hello,
+        Some(agent_message::Kind::Probe(first)) => {
+            tracing::info!(agent = %connection.peer(), "the link is probed");
+            return probe::serve(connection, store, first, &mut control_out, &mut control_in).await;
+        }
+        _ => return Err(StreamError::Stream("the agent's first message is not a hello".into())),
     };
     let (control, mut control_queue) = mpsc::unbounded_channel::<TargetMessage>();
     let (sync, mut sync_queue) = mpsc::unbounded_channel::<HashReply>();

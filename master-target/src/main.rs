@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use backhaul_daemon::folder::FolderLock;
@@ -138,6 +139,7 @@ fn run(path: &Path) -> anyhow::Result<()> {
 async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     // Before anything is bound: a second target on this store must not take the first one's socket.
     let _store = FolderLock::take(&config.store)?;
+    let store_dir = config.store.clone();
     let registry = prometheus::Registry::new();
     let counters = Metrics::new(&registry, identity.name().as_str())?;
     if let Some(address) = config.metrics {
@@ -154,14 +156,15 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     tracing::info!(address = %listener.local_address()?, name = %identity.name(), "waiting for agents");
 
     let events = target.link_events();
+    let store: Arc<Path> = store_dir.into();
     let accepting = async move {
         let mut next = 0;
         while let Some(handshake) = listener.accept().await {
             next += 1;
-            let (id, events) = (LinkId(next), events.clone());
+            let (id, events, store) = (LinkId(next), events.clone(), Arc::clone(&store));
             tokio::spawn(async move {
                 match handshake.finish().await {
-                    Ok(connection) => link::run(id, connection, events).await,
+                    Ok(connection) => link::run(id, connection, &store, events).await,
                     Err(error) => tracing::warn!("{error}"),
                 }
             });

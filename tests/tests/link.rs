@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use backhaul_api::{Consistency, Machine};
 use backhaul_lab::random::Random;
-use backhaul_tests::{STEP_TIME_MAX, Scenario};
+use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
 
 /// A ceiling holds from the first batch on, and is changed while the machine replicates, over the
 /// same connection.
@@ -111,5 +111,44 @@ async fn where_udp_does_not_pass_tcp_brings_the_machine_home() {
     let done = scenario.fail_over().await.unwrap();
     assert!(done.failover.unwrap().source_drained);
     guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
+
+/// The probe finds out what the emulated link is like, while a machine replicates over it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_tells_what_the_line_is_like() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(16 << 20, |spec| {
+        spec.link = Some("40mbit,15ms,1%".parse().unwrap());
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let site = scenario.rig.link().unwrap().site_a();
+    let output = site
+        .command_in(backhaul_tests::programs().join("backhaul"))
+        .args(["link", "probe", "--time", "3s", "--json", "--config"])
+        .arg(scenario.folder.path().join("agent.toml"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["reach"][0]["transport"], "quic", "{report}");
+    for reach in report["reach"].as_array().unwrap() {
+        assert!(reach["seconds"].as_f64().unwrap() >= 0.03, "{report}");
+    }
+    let number = |name: &str| report[name].as_f64().unwrap();
+    assert!((0.030..0.1).contains(&report["rtt_seconds"][0].as_f64().unwrap()), "{report}");
+    // Both ends share a clock here; half a round trip is what can be told.
+    assert!(number("clock_skew_seconds").abs() < 0.05, "{report}");
+    assert!((1200.0..1420.0).contains(&number("mtu_bytes")), "{report}");
+    for way in ["up_bytes_per_second", "down_bytes_per_second"] {
+        assert!((1e6..5.2e6).contains(&number(way)), "{way}: {report}");
+    }
+    assert!((0.001..0.1).contains(&number("lost_share")), "{report}");
+    assert_eq!(report["limit"], "link", "{report}");
+    scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }

@@ -87,6 +87,16 @@ pub(crate) enum Verb {
 pub(crate) enum LinkVerb {
     /// How every connected agent's link stands: rates, loss, windows, buffers
     Status,
+    /// Measure the way from this agent to its target: reach, round-trip time, loss, MTU, clocks,
+    /// rates, and what limits them
+    Probe {
+        /// The agent's configuration, for the target's address and the identity
+        #[arg(long, default_value = "/etc/backhaul/agent.toml")]
+        config: PathBuf,
+        /// How long each direction is measured
+        #[arg(long, default_value = "10s", value_parser = time)]
+        time: Duration,
+    },
 }
 
 #[derive(Debug, Args)]

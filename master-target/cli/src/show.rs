@@ -2,10 +2,12 @@
 
 use std::io::{IsTerminal, Write};
 
+use backhaul_agent::probe::Report;
 use backhaul_api::{Consistency, Link, Machine, Point, Stage, Status};
 use bytesize::ByteSize;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Cell, Color, ContentArrangement, Table};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::json;
 
@@ -136,6 +138,51 @@ impl Output {
             ]);
         }
         say!("{table}");
+    }
+
+    /// Something that turns while one waits; nothing where nobody looks.
+    pub(crate) fn spinner(&self) -> ProgressBar {
+        if self.json || !std::io::stderr().is_terminal() {
+            return ProgressBar::hidden();
+        }
+        let spinner = ProgressBar::new_spinner();
+        spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+        spinner
+    }
+
+    pub(crate) fn probe(&self, report: &Report) {
+        if self.json {
+            return self.json(report);
+        }
+        let ms = |seconds: f64| format!("{:.1} ms", seconds * 1e3);
+        let rate = |bytes: f64| format!("{:.1} Mbit/s", bytes * 8.0 / 1e6);
+        say!("target      {} ({})", report.target, report.name);
+        for reach in &report.reach {
+            match reach.seconds {
+                Some(seconds) => {
+                    say!("{:<11} reached in {}", reach.transport, ms(seconds));
+                }
+                None => {
+                    say!("{:<11} {}", reach.transport, reach.failure);
+                }
+            }
+        }
+        let (least, median) = report.rtt_seconds;
+        let loaded = ms(report.loaded_rtt_seconds);
+        say!(
+            "round trip  {} at least, {} in the middle, {loaded} under load",
+            ms(least),
+            ms(median)
+        );
+        say!("clock       the target's is {:+.3} s from this one", report.clock_skew_seconds);
+        if report.mtu_bytes > 0 {
+            say!("MTU         {} bytes of UDP payload", report.mtu_bytes);
+            say!("lost        {:.2} % of the packets under load", report.lost_share * 100.0);
+        }
+        say!("up          {}", rate(report.up_bytes_per_second));
+        say!("down        {}", rate(report.down_bytes_per_second));
+        say!("store       {}", rate(report.disk_bytes_per_second as f64));
+        say!("limited by  {}", report.limit.sentence());
     }
 
     fn consistency(&self, machine: &Machine) -> Cell {

@@ -1,7 +1,7 @@
 //! Signals, and telling the service manager.
 
 use std::os::unix::net::UnixDatagram;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -50,6 +50,12 @@ pub async fn sleep_until(at: Option<Instant>) {
         Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
     }
+}
+
+/// The processor time that this process has used, by all threads, in user mode and in the kernel.
+pub fn cpu_time() -> Duration {
+    let clock = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(clock.tv_sec.max(0) as u64, clock.tv_nsec.clamp(0, 999_999_999) as u32)
 }
 
 /// Tells systemd that the daemon is ready, when it runs under systemd (sd_notify(3)).

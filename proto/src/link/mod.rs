@@ -6,6 +6,7 @@
 
 mod endpoint;
 mod frames;
+pub mod probe;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -162,7 +163,8 @@ impl Connection {
         }
     }
 
-    /// Sends a batch; returns when the transport has taken all of it. The chunks are not copied.
+    /// Sends a batch; returns when the transport has no more to do with it: over QUIC when the peer
+    /// has all of it, over TCP when the kernel has. The chunks are not copied.
     pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
         match self {
             Self::Quic(connection) => connection.send_batch(chunks).await,

@@ -1,7 +1,10 @@
 //! A connection between an agent and a target, and the streams on it.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use quinn::{RecvStream, SendStream, VarInt};
+use tokio::sync::Semaphore;
 
 use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
@@ -12,17 +15,35 @@ use crate::quic::SocketFacts;
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
 
+/// What batches leave free of the transport's window. quinn gives the window to whoever writes first,
+/// whatever the priority: batches that fill it would keep a control message out of the transport
+/// until they are acknowledged, ten seconds on a slow line.
+const CONTROL_RESERVE_BYTES: u32 = 2 << 20;
+
+/// The window is counted out in pieces of this size.
+const BULK_UNIT_BYTES: usize = 4 << 10;
+
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Connection {
     quinn: quinn::Connection,
     peer: PeerName,
     socket: SocketFacts,
+    /// What batches may take of the transport's window, in units of [`BULK_UNIT_BYTES`].
+    bulk: Arc<Semaphore>,
 }
 
 impl Connection {
-    pub(crate) fn new(quinn: quinn::Connection, peer: PeerName, socket: SocketFacts) -> Self {
-        Self { quinn, peer, socket }
+    /// `window_bytes` is what the transport holds of data that the peer has not acknowledged.
+    pub(crate) fn new(
+        quinn: quinn::Connection,
+        peer: PeerName,
+        socket: SocketFacts,
+        window_bytes: u32,
+    ) -> Self {
+        let bulk_bytes = window_bytes.saturating_sub(CONTROL_RESERVE_BYTES);
+        let bulk = Arc::new(Semaphore::new(bulk_bytes as usize / BULK_UNIT_BYTES));
+        Self { quinn, peer, socket, bulk }
     }
 
     /// The name in the peer's certificate.
@@ -77,13 +98,18 @@ impl Connection {
         Ok((SendHalf(send), ReceiveHalf(recv)))
     }
 
-    /// Sends a batch on a stream of its own; returns when the transport has taken all of it. The
+    /// Sends a batch on a stream of its own; returns when the peer's transport has all of it. The
     /// chunks are not copied: quinn keeps them until they are acknowledged.
     pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        let units = bytes.div_ceil(BULK_UNIT_BYTES) as u32;
+        // Never closed, so this cannot fail.
+        let _place = self.bulk.acquire_many(units).await;
         let mut stream = self.quinn.open_uni().await.map_err(ended)?;
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
-        stream.finish().map_err(|error| broken(error.to_string()))
+        stream.finish().map_err(|error| broken(error.to_string()))?;
+        stream.stopped().await.map(drop).map_err(|error| broken(error.to_string()))
     }
 
     /// The next batch stream that the peer opens.

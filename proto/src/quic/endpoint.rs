@@ -97,6 +97,7 @@ pub enum AcceptError {
 pub struct Listener {
     endpoint: Endpoint,
     facts: SocketFacts,
+    window_bytes: u32,
 }
 
 impl Listener {
@@ -120,7 +121,7 @@ impl Listener {
             Arc::new(TokioRuntime),
         )
         .map_err(bind)?;
-        Ok(Self { endpoint, facts })
+        Ok(Self { endpoint, facts, window_bytes: options.window_bytes })
     }
 
     /// The address that was bound.
@@ -131,7 +132,11 @@ impl Listener {
     /// The next agent that knocks; `None` when the listener was closed. The handshake is the
     /// caller's to await, so that a slow one holds up nobody.
     pub async fn accept(&self) -> Option<Handshake> {
-        Some(Handshake { incoming: self.endpoint.accept().await?, facts: self.facts })
+        Some(Handshake {
+            incoming: self.endpoint.accept().await?,
+            facts: self.facts,
+            window_bytes: self.window_bytes,
+        })
     }
 
     /// Ends every connection and stops listening.
@@ -146,6 +151,7 @@ impl Listener {
 pub struct Handshake {
     incoming: quinn::Incoming,
     facts: SocketFacts,
+    window_bytes: u32,
 }
 
 impl Handshake {
@@ -156,7 +162,9 @@ impl Handshake {
             |error: ConnectionError| AcceptError::Handshake { address, reason: error.to_string() };
         let connection = self.incoming.await.map_err(failed)?;
         match peer(&connection) {
-            Some((Role::Agent, name)) => Ok(Connection::new(connection, name, self.facts)),
+            Some((Role::Agent, name)) => {
+                Ok(Connection::new(connection, name, self.facts, self.window_bytes))
+            }
             _ => {
                 connection.close(quinn::VarInt::from_u32(1), b"your certificate is not an agent's");
                 Err(AcceptError::NotAnAgent { address })
@@ -211,7 +219,7 @@ pub async fn connect(
         let reason = "it showed no certificate".into();
         return Err(ConnectError::Certificate { address, reason });
     };
-    Ok(Connection::new(connection, name, facts))
+    Ok(Connection::new(connection, name, facts, options.window_bytes))
 }
 
 /// TLS alerts travel as QUIC error codes from 0x100 (RFC 9001, section 4.8).
