@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::batch::{BatchHeader, HEADER_BYTES, HeaderError};
 use crate::id::PeerName;
 use crate::message::{FrameError, decode, frame, frame_len};
+use crate::quic::congestion::{self, CongestionStats};
 
 /// First byte of the control stream.
 const CONTROL_STREAM: u8 = 1;
@@ -158,6 +159,12 @@ impl Connection {
             lost_packets: stats.path.lost_packets,
             sent_packets: stats.path.sent_packets,
         }
+    }
+
+    /// What the congestion controller knows of the path. This copies the controller: ask once a
+    /// second, not once a packet.
+    pub fn congestion(&self) -> Option<CongestionStats> {
+        congestion::stats(&self.quinn)
     }
 
     /// Closes the connection, telling the peer why.

@@ -11,6 +11,7 @@ mod identity;
 mod pki;
 mod transport;
 
+pub use congestion::{CongestionStats, RateLimit};
 pub use connection::{BatchStream, Connection, FrameReceiver, FrameSender, LinkStats, StreamError};
 pub use endpoint::{AcceptError, BindError, ConnectError, Handshake, Listener, connect};
 pub use identity::{Identity, IdentityError, IdentityFiles, Role};
