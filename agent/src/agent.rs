@@ -9,11 +9,13 @@ use backhaul_daemon::bandwidth::Rate;
 use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId};
+use backhaul_proto::link::Transport;
 use backhaul_proto::message::{
     Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, LinkReport,
     MachineHello, MachineWelcome, Progress, Standing, agent_message, target_message,
 };
-use backhaul_proto::session::{RateLimit, Sender};
+use backhaul_proto::quic::RateLimit;
+use backhaul_proto::session::{BatchLimit, Sender};
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
 use tokio::sync::mpsc;
 
@@ -56,7 +58,7 @@ struct Machine {
     capture: Arc<MachineCapture>,
     sender: Sender,
     /// Its ceiling at present.
-    limit: RateLimit,
+    limit: BatchLimit,
     /// Encoded batches that wait for one before them.
     encoded: BTreeMap<BatchSeq, Encoded>,
     sync: SyncHandle,
@@ -86,8 +88,10 @@ pub struct Agent {
     acked_wire_bytes: u64,
     rate_since: (Instant, u64),
     acked_bytes_per_second: f64,
-    /// The ceiling of all machines together at present.
-    link_limit: RateLimit,
+    /// The ceiling of all machines together, as QUIC keeps it.
+    ceiling: RateLimit,
+    /// The same over TCP.
+    link_limit: BatchLimit,
     first_to_send: usize,
     /// How long the last heartbeat took there and back, in microseconds.
     heartbeat_us: u64,
@@ -119,7 +123,8 @@ impl Agent {
             acked_wire_bytes: 0,
             rate_since: (Instant::now(), 0),
             acked_bytes_per_second: 0.0,
-            link_limit: RateLimit::unlimited(),
+            ceiling: RateLimit::default(),
+            link_limit: BatchLimit::unlimited(),
             first_to_send: 0,
             heartbeat_us: 0,
             last_progress: Instant::now(),
@@ -177,7 +182,7 @@ impl Agent {
         tokio::spawn(sealing);
         self.machines.push(Machine {
             sender: Sender::new(generation),
-            limit: RateLimit::unlimited(),
+            limit: BatchLimit::unlimited(),
             encoded: BTreeMap::new(),
             sync,
             replicating: None,
@@ -209,6 +214,11 @@ impl Agent {
             }
         }
         exports
+    }
+
+    /// The ceiling of the link, for its transport to keep.
+    pub fn ceiling(&self) -> RateLimit {
+        self.ceiling.clone()
     }
 
     /// Where the link sends its events.
@@ -620,7 +630,12 @@ impl Agent {
     /// What is done on every tick.
     fn upkeep(&mut self) {
         let now = Instant::now();
-        self.link_limit.set(self.config.limit.now().map(Rate::bytes_per_second));
+        let ceiling = self.config.limit.now().map(Rate::bytes_per_second);
+        self.ceiling.set(ceiling);
+        // QUIC keeps the ceiling packet by packet; over TCP it is counted out in batches.
+        let over_tcp =
+            self.link.as_ref().is_some_and(|link| link.connection.transport() == Transport::Tcp);
+        self.link_limit.set(ceiling.filter(|_| over_tcp));
         for machine in &mut self.machines {
             let ceiling = machine.config.limit.now();
             machine.limit.set(ceiling.map(Rate::bytes_per_second));
@@ -681,6 +696,8 @@ impl Agent {
     fn report_link(&self) {
         let Some(link) = &self.link else { return };
         let stats = link.connection.stats();
+        let path = link.connection.congestion();
+        let min_rtt = path.and_then(|path| path.min_rtt).unwrap_or_default();
         self.say(agent_message::Kind::Link(LinkReport {
             congestion: self.config.congestion.to_string(),
             rtt_us: if stats.rtt.is_zero() {
@@ -700,6 +717,9 @@ impl Agent {
             receive_buffer_bytes: stats.socket.receive_bytes as u64,
             send_buffer_bytes: stats.socket.send_bytes as u64,
             dropped_datagrams: stats.socket.dropped_datagrams(),
+            state: path.map(|path| path.state.to_owned()).unwrap_or_default(),
+            path_bytes_per_second: path.map_or(0, |path| path.bandwidth_bytes_per_second),
+            min_rtt_us: min_rtt.as_micros() as u64,
         }));
     }
 

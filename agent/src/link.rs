@@ -8,7 +8,7 @@ use backhaul_proto::message::{
     AgentMessage, HashReply, HashRequest, Hello, TargetMessage, Welcome, agent_message,
     target_message,
 };
-use backhaul_proto::quic::TransportOptions;
+use backhaul_proto::quic::{RateLimit, TransportOptions};
 use backhaul_proto::session::Backoff;
 use tokio::sync::{mpsc, oneshot};
 
@@ -62,12 +62,18 @@ impl LinkUp {
 }
 
 /// Keeps a connection to the target for as long as the process lives.
-pub async fn run(config: Config, identity: Identity, events: mpsc::UnboundedSender<LinkEvent>) {
+pub async fn run(
+    config: Config,
+    identity: Identity,
+    ceiling: RateLimit,
+    events: mpsc::UnboundedSender<LinkEvent>,
+) {
     let options = ConnectOptions {
         choice: config.transport,
         expected: config.target_name.clone(),
         transport: TransportOptions {
             congestion: config.congestion,
+            rate_limit: ceiling,
             ..TransportOptions::default()
         },
     };

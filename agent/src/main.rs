@@ -134,7 +134,7 @@ async fn serve(
         listeners.push(listener);
     }
     let server = Server::start(listeners, exports, ServerOptions::default());
-    tokio::spawn(link::run(config, identity, agent.link_events()));
+    tokio::spawn(link::run(config, identity, agent.ceiling(), agent.link_events()));
     lifecycle::notify_ready();
     agent.run(lifecycle::asked_to_stop()).await;
     server.stopped().await;

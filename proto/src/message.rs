@@ -325,6 +325,15 @@ pub struct LinkReport {
     /// Datagrams that the agent's kernel dropped because nobody read them in time.
     #[prost(uint64, tag = "15")]
     pub dropped_datagrams: u64,
+    /// Where the congestion controller stands, `probe_bw_cruise` say; empty over TCP.
+    #[prost(string, tag = "16")]
+    pub state: String,
+    /// The rate that it takes the path for, in bytes a second; 0 when it makes no estimate.
+    #[prost(uint64, tag = "17")]
+    pub path_bytes_per_second: u64,
+    /// The smallest round-trip time of late, in microseconds; 0 when none was measured.
+    #[prost(uint64, tag = "18")]
+    pub min_rtt_us: u64,
 }
 
 /// One step of a probe. Batches that come in meanwhile are counted and thrown away.

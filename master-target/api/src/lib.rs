@@ -54,6 +54,12 @@ pub struct Link {
     pub transport: String,
     /// How the sending rate is found.
     pub congestion: String,
+    /// Where the congestion controller stands; empty over TCP.
+    pub state: String,
+    /// The rate that it takes the path for.
+    pub path_bytes_per_second: Option<u64>,
+    /// The smallest round-trip time of late, in seconds; 0 when none was measured.
+    pub min_rtt_seconds: f64,
     /// Smoothed round-trip time, in seconds.
     pub rtt_seconds: f64,
     /// Bytes a second acknowledged as durable, lately.

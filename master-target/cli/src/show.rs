@@ -114,8 +114,18 @@ impl Output {
         if self.json {
             return self.json(&links);
         }
-        let heads =
-            ["agent", "over", "rate", "ceiling", "RTT", "lost", "window", "MTU", "dropped here"];
+        let heads = [
+            "agent",
+            "over",
+            "rate",
+            "path",
+            "ceiling",
+            "RTT (least)",
+            "lost",
+            "window",
+            "MTU",
+            "dropped here",
+        ];
         let mut table = self.table(&heads);
         let rate = |bytes: u64| format!("{:.1} Mbit/s", bytes as f64 * 8.0 / 1e6);
         for link in links {
@@ -127,10 +137,15 @@ impl Output {
             };
             table.add_row(vec![
                 Cell::new(format!("{} ({})", link.agent, link.address)),
-                Cell::new(format!("{}, {}", link.transport, link.congestion)),
+                Cell::new(format!("{}, {} {}", link.transport, link.congestion, link.state)),
                 Cell::new(rate(link.acked_bytes_per_second)),
+                Cell::new(link.path_bytes_per_second.map_or("–".into(), rate)),
                 Cell::new(link.ceiling_bytes_per_second.map_or("none".into(), rate)),
-                Cell::new(format!("{:.1} ms", link.rtt_seconds * 1e3)),
+                Cell::new(format!(
+                    "{:.1} ms ({:.1})",
+                    link.rtt_seconds * 1e3,
+                    link.min_rtt_seconds * 1e3
+                )),
                 self.cell(format!("{lost:.2} %"), colour),
                 Cell::new(ByteSize(link.window_bytes).display().iec()),
                 Cell::new(link.mtu_bytes),

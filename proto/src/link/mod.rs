@@ -18,7 +18,7 @@ use thiserror::Error;
 use crate::batch::{BatchHeader, HeaderError};
 use crate::id::PeerName;
 use crate::message::FrameError;
-use crate::quic::SocketFacts;
+use crate::quic::{CongestionStats, SocketFacts};
 use crate::{quic, tcp};
 
 pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
@@ -185,6 +185,14 @@ impl Connection {
         match self {
             Self::Quic(connection) => connection.stats(),
             Self::Tcp(connection) => connection.stats(),
+        }
+    }
+
+    /// What the congestion controller knows of the path; `None` over TCP.
+    pub fn congestion(&self) -> Option<CongestionStats> {
+        match self {
+            Self::Quic(connection) => connection.congestion(),
+            Self::Tcp(_) => None,
         }
     }
 

@@ -54,12 +54,9 @@ pub async fn flood(connection: &Connection, time: Duration) -> Result<(), Stream
             sending.spawn(async move { connection.send_batch(chunks).await });
         }
         let rest = time.saturating_sub(began.elapsed());
-        match tokio::time::timeout(rest, sending.join_next()).await {
-            Ok(Some(Ok(sent))) => {
-                sent?;
-                sent_bytes += NOISE_BYTES as f64;
-            }
-            Ok(_) | Err(_) => {}
+        if let Ok(Some(Ok(sent))) = tokio::time::timeout(rest, sending.join_next()).await {
+            sent?;
+            sent_bytes += NOISE_BYTES as f64;
         }
     }
     // Over TCP a batch that is cut off would end the session.

@@ -10,6 +10,7 @@ use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
 use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
 use crate::quic::SocketFacts;
+use crate::quic::congestion::{self, CongestionStats};
 
 /// Control goes before everything, hashes before batches.
 const CONTROL_PRIORITY: i32 = 2;
@@ -132,6 +133,12 @@ impl Connection {
             socket: self.socket,
             sent_packets: stats.path.sent_packets,
         }
+    }
+
+    /// What the congestion controller knows of the path. This copies the controller: ask once a
+    /// second, not once a packet.
+    pub fn congestion(&self) -> Option<CongestionStats> {
+        congestion::stats(&self.quinn)
     }
 
     /// Closes the connection, telling the peer why.

@@ -10,6 +10,7 @@ mod endpoint;
 mod socket;
 mod transport;
 
+pub use congestion::{CongestionStats, RateLimit};
 pub use connection::{BatchStream, Connection, ReceiveHalf, SendHalf};
 pub use endpoint::{AcceptError, BindError, ConnectError, Handshake, Listener, connect};
 pub use socket::SocketFacts;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
 
-use crate::quic::congestion::{FixedConfig, SteadyConfig};
+use crate::quic::congestion::{Limited, Method, RateLimit};
 
 /// Largest UDP payload that path-MTU discovery tries. quinn sends ten segments at a time, and ten
 /// times more than this exceeds what one UDP send can carry: the packets would vanish.
@@ -43,6 +43,9 @@ impl fmt::Display for Congestion {
 pub struct TransportOptions {
     /// How the sending rate is found (default [`Congestion::Auto`]).
     pub congestion: Congestion,
+    /// A ceiling on what is sent, changed through any clone while connections run (default: none).
+    /// It holds for each connection that is made with these options.
+    pub rate_limit: RateLimit,
     /// Bytes that may be under way in each direction (default 48 MiB). It must reach bandwidth ×
     /// delay for a link to be filled; it bounds the memory that unread data takes.
     pub window_bytes: u32,
@@ -60,6 +63,7 @@ impl Default for TransportOptions {
     fn default() -> Self {
         Self {
             congestion: Congestion::Auto,
+            rate_limit: RateLimit::default(),
             window_bytes: 48 << 20,
             streams_max: 256,
             idle_timeout: Duration::from_secs(10),
@@ -90,19 +94,15 @@ impl TransportOptions {
         let mut mtu = MtuDiscoveryConfig::default();
         mtu.upper_bound(UDP_PAYLOAD_BYTES_MAX);
         config.mtu_discovery_config(Some(mtu));
-        match self.congestion {
-            Congestion::Auto => {
-                config.congestion_controller_factory(Arc::new(SteadyConfig));
-            }
-            Congestion::Cubic => {
-                let cubic = quinn::congestion::CubicConfig::default();
-                config.congestion_controller_factory(Arc::new(cubic));
-            }
+        let method = match self.congestion {
+            Congestion::Auto => Method::Auto,
+            Congestion::Cubic => Method::Cubic,
             Congestion::Fixed { bits_per_second } => {
-                let fixed = FixedConfig { bytes_per_second: bits_per_second / 8 };
-                config.congestion_controller_factory(Arc::new(fixed));
+                Method::Fixed { bytes_per_second: bits_per_second / 8 }
             }
-        }
+        };
+        let limit = self.rate_limit.clone();
+        config.congestion_controller_factory(Arc::new(Limited { method, limit }));
         config
     }
 

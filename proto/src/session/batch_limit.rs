@@ -10,13 +10,13 @@ const BURST: Duration = Duration::from_millis(20);
 /// out whole and the next one waits for it: over a time long enough for several batches the rate is
 /// exact.
 #[derive(Debug, Clone)]
-pub struct RateLimit {
+pub struct BatchLimit {
     bytes_per_second: Option<u64>,
     /// When everything that was sent is paid for.
     paid_at: Option<Instant>,
 }
 
-impl RateLimit {
+impl BatchLimit {
     /// Without a ceiling.
     pub fn unlimited() -> Self {
         Self { bytes_per_second: None, paid_at: None }
@@ -56,10 +56,10 @@ impl RateLimit {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::RateLimit;
+    use super::BatchLimit;
 
     /// Sends batches of these sizes as soon as it may, for so long; returns the bytes.
-    fn send(limit: &mut RateLimit, start: Instant, time: Duration, batch_bytes: u64) -> u64 {
+    fn send(limit: &mut BatchLimit, start: Instant, time: Duration, batch_bytes: u64) -> u64 {
         let (mut now, mut sent) = (start, 0);
         while now < start + time {
             match limit.poll_ready(now) {
@@ -77,7 +77,7 @@ mod tests {
     fn ten_seconds_are_exact_for_any_batch() {
         for batch_bytes in [1_000, 64 << 10, 1 << 20] {
             let start = Instant::now();
-            let mut limit = RateLimit::unlimited();
+            let mut limit = BatchLimit::unlimited();
             limit.set(Some(6_250_000));
             let sent = send(&mut limit, start, Duration::from_secs(10), batch_bytes);
             let share = sent as f64 / 62_500_000.0;
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn a_change_counts_at_once_and_a_pause_saves_up_little() {
         let start = Instant::now();
-        let mut limit = RateLimit::unlimited();
+        let mut limit = BatchLimit::unlimited();
         limit.set(Some(1_000_000));
         send(&mut limit, start, Duration::from_secs(1), 10_000);
         let later = start + Duration::from_secs(60);

@@ -1,0 +1,234 @@
+//! The cores, as quinn calls a controller.
+
+use std::any::Any;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn_proto::RttEstimator;
+
+use crate::quic::congestion::ceiling::{Ceiling, RateLimit};
+use crate::quic::congestion::fixed::Fixed;
+use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
+
+/// What the congestion controller knows of a connection's path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CongestionStats {
+    /// The controller's state: `startup`, `drain`, `probe_bw_down`, `probe_bw_cruise`,
+    /// `probe_bw_refill`, `probe_bw_up` or `probe_rtt`; `cubic` and `fixed` are their own.
+    pub state: &'static str,
+    /// Estimated rate of the path in bytes a second, 0 where the method makes no estimate.
+    pub bandwidth_bytes_per_second: u64,
+    /// Smallest round-trip time of the last ten seconds, if one was measured.
+    pub min_rtt: Option<Duration>,
+    /// Bytes that may be in flight, the ceiling considered.
+    pub window_bytes: u64,
+    /// Bytes that were declared lost.
+    pub lost_bytes: u64,
+    /// Share of packets that the path loses by chance, in millionths.
+    pub chance_loss_ppm: u32,
+    /// The ceiling in force, in bytes a second.
+    pub limit_bytes_per_second: Option<u64>,
+}
+
+/// How the window is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Method {
+    Auto,
+    Cubic,
+    Fixed { bytes_per_second: u64 },
+}
+
+/// Makes controllers of one method under one ceiling.
+#[derive(Debug)]
+pub(crate) struct Limited {
+    pub(crate) method: Method,
+    pub(crate) limit: RateLimit,
+}
+
+impl ControllerFactory for Limited {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        let inner = match self.method {
+            // Two connections that begin together must not probe together.
+            Method::Auto => {
+                let seed = RandomState::new().hash_one(0u8);
+                Inner::Auto(Box::new(Flow::new(now, current_mtu, seed)))
+            }
+            Method::Cubic => {
+                let cubic = Arc::new(CubicConfig::default());
+                Inner::Cubic(cubic.build(now, current_mtu))
+            }
+            Method::Fixed { bytes_per_second } => {
+                Inner::Fixed(Fixed::new(bytes_per_second, current_mtu))
+            }
+        };
+        let ceiling = Ceiling::new(self.limit.clone(), current_mtu.into());
+        Box::new(Adapter {
+            inner,
+            ceiling,
+            limit: self.limit.clone(),
+            mtu: current_mtu,
+            lost_bytes: 0,
+        })
+    }
+}
+
+/// What the controller of `connection` knows. `None` when it is none of ours.
+pub(crate) fn stats(connection: &quinn::Connection) -> Option<CongestionStats> {
+    let adapter = connection.congestion_state().into_any().downcast::<Adapter>().ok()?;
+    Some(adapter.stats())
+}
+
+enum Inner {
+    Auto(Box<Flow>),
+    Cubic(Box<dyn Controller>),
+    Fixed(Fixed),
+}
+
+struct Adapter {
+    inner: Inner,
+    ceiling: Ceiling,
+    limit: RateLimit,
+    mtu: u16,
+    lost_bytes: u64,
+}
+
+impl Adapter {
+    fn inner_window(&self) -> u64 {
+        match &self.inner {
+            Inner::Auto(flow) => flow.window(),
+            Inner::Cubic(cubic) => cubic.window(),
+            Inner::Fixed(fixed) => fixed.window(),
+        }
+    }
+
+    /// A sender held back by the ceiling says as little about the path as an idle one.
+    fn is_capped(&self) -> bool {
+        let window = self.inner_window();
+        self.ceiling.lower(window) < window
+    }
+
+    fn stats(&self) -> CongestionStats {
+        let (state, rate, min_rtt, chance) = match &self.inner {
+            Inner::Auto(flow) => {
+                let chance = flow.loss.share();
+                (flow.phase.name(), flow.rate() as u64, flow.min_rtt.get(), chance)
+            }
+            Inner::Cubic(_) => ("cubic", 0, None, 0.0),
+            Inner::Fixed(fixed) => ("fixed", fixed.bytes_per_second(), fixed.min_rtt(), 0.0),
+        };
+        CongestionStats {
+            state,
+            bandwidth_bytes_per_second: rate,
+            min_rtt,
+            window_bytes: self.window(),
+            lost_bytes: self.lost_bytes,
+            chance_loss_ppm: (chance * 1e6) as u32,
+            limit_bytes_per_second: self.limit.get(),
+        }
+    }
+}
+
+impl Controller for Adapter {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        self.ceiling.on_sent(now, bytes);
+        match &mut self.inner {
+            Inner::Auto(flow) => flow.on_sent(now, bytes),
+            Inner::Cubic(cubic) => cubic.on_sent(now, bytes, last_packet_number),
+            Inner::Fixed(_) => {}
+        }
+    }
+
+    fn on_ack(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        bytes: u64,
+        app_limited: bool,
+        rtt: &RttEstimator,
+    ) {
+        self.ceiling.on_ack(now, rtt.get());
+        let limited = app_limited || self.is_capped();
+        match &mut self.inner {
+            Inner::Auto(flow) => flow.on_ack(now, sent, bytes, rtt.get()),
+            Inner::Cubic(cubic) => cubic.on_ack(now, sent, bytes, limited, rtt),
+            Inner::Fixed(fixed) => fixed.on_ack(now, sent),
+        }
+    }
+
+    fn on_end_acks(
+        &mut self,
+        now: Instant,
+        in_flight: u64,
+        app_limited: bool,
+        largest_packet_num_acked: Option<u64>,
+    ) {
+        let limited = app_limited || self.is_capped();
+        match &mut self.inner {
+            Inner::Auto(flow) => flow.on_end_acks(now, in_flight, limited),
+            Inner::Cubic(cubic) => {
+                cubic.on_end_acks(now, in_flight, limited, largest_packet_num_acked);
+            }
+            Inner::Fixed(_) => {}
+        }
+    }
+
+    fn on_congestion_event(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        is_persistent_congestion: bool,
+        lost_bytes: u64,
+    ) {
+        self.lost_bytes += lost_bytes;
+        match &mut self.inner {
+            Inner::Auto(flow) => flow.on_loss(now, sent, lost_bytes, is_persistent_congestion),
+            Inner::Cubic(cubic) => {
+                cubic.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+            }
+            Inner::Fixed(_) => {}
+        }
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.mtu = new_mtu;
+        self.ceiling.on_mtu(new_mtu.into());
+        match &mut self.inner {
+            Inner::Auto(flow) => flow.on_mtu(new_mtu),
+            Inner::Cubic(cubic) => cubic.on_mtu_update(new_mtu),
+            Inner::Fixed(fixed) => fixed.on_mtu(new_mtu),
+        }
+    }
+
+    fn window(&self) -> u64 {
+        self.ceiling.lower(self.inner_window())
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        let mut metrics = ControllerMetrics::default();
+        metrics.congestion_window = self.window();
+        if let Inner::Auto(flow) = &self.inner {
+            metrics.pacing_rate = Some(flow.rate() as u64 * 8);
+        }
+        metrics
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        let inner = match &self.inner {
+            Inner::Auto(flow) => Inner::Auto(flow.clone()),
+            Inner::Cubic(cubic) => Inner::Cubic(cubic.clone_box()),
+            Inner::Fixed(fixed) => Inner::Fixed(fixed.clone()),
+        };
+        let (ceiling, limit) = (self.ceiling.clone(), self.limit.clone());
+        Box::new(Self { inner, ceiling, limit, mtu: self.mtu, lost_bytes: self.lost_bytes })
+    }
+
+    fn initial_window(&self) -> u64 {
+        (WINDOW_PACKETS_INITIAL * f64::from(self.mtu)) as u64
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}

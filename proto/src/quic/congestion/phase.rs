@@ -1,0 +1,282 @@
+//! The states, and when one gives way to the next.
+
+use std::time::{Duration, Instant};
+
+use crate::quic::congestion::delivery::Sample;
+use crate::quic::congestion::flow::Flow;
+use crate::quic::congestion::round::RoundEnd;
+
+/// What the controller is doing.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Phase {
+    /// Looking for the rate, doubling: `flat_rounds` rounds in a row brought no quarter more than
+    /// `best_rate`.
+    Startup { best_rate: f64, flat_rounds: u32 },
+    /// Waiting for the queue that startup has made to empty.
+    Drain,
+    /// A little below the rate, so that our queue is gone and the floor can be seen.
+    /// `drained_rounds` ended since no more than `window_bytes` was in flight.
+    Down { window_bytes: f64, drained_rounds: Option<u32> },
+    /// Holding the rate until the next probe.
+    Cruise { until: Instant },
+    /// A round at the full rate, for acknowledgements that tell of nothing else.
+    Refill,
+    /// A little more in flight, to see whether more comes out: `add_bytes` more than a cruise.
+    Up { add_bytes: f64, rounds: u32, best_rate: f64 },
+    /// Half in flight until `until`, to see the path without our queue.
+    ProbeRtt { until: Option<Instant>, rtt: Duration },
+}
+
+impl Phase {
+    pub(super) fn startup() -> Self {
+        Self::Startup { best_rate: 0.0, flat_rounds: 0 }
+    }
+
+    /// The state's name, as metrics and status say it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Startup { .. } => "startup",
+            Self::Drain => "drain",
+            Self::Down { .. } => "probe_bw_down",
+            Self::Cruise { .. } => "probe_bw_cruise",
+            Self::Refill => "probe_bw_refill",
+            Self::Up { .. } => "probe_bw_up",
+            Self::ProbeRtt { .. } => "probe_rtt",
+        }
+    }
+}
+
+impl Flow {
+    /// What each acknowledgement may end.
+    pub(super) fn step(&mut self, now: Instant, sample: &Sample) {
+        let in_flight = self.delivery.in_flight_bytes() as f64;
+        let slack = 2.0 * self.mtu_bytes;
+        match self.phase {
+            Phase::Drain if in_flight <= self.bdp() + slack => self.enter_down(),
+            Phase::Down { window_bytes, drained_rounds: None }
+                if in_flight <= window_bytes + slack =>
+            {
+                self.phase = Phase::Down { window_bytes, drained_rounds: Some(0) };
+                self.round.ends_at_bytes = self.delivery.delivered_bytes();
+            }
+            Phase::Cruise { until } if now >= until => {
+                if self.rival.is_some() && !self.is_defied() {
+                    // Cubic's law probes by itself; only whether anybody is there must be seen.
+                    self.enter_down();
+                } else {
+                    self.refill();
+                }
+            }
+            Phase::ProbeRtt { until, rtt } => self.probe_rtt(now, sample, until, rtt),
+            _ => {}
+        }
+        let probing = matches!(self.phase, Phase::Startup { .. } | Phase::ProbeRtt { .. });
+        if !probing && self.min_rtt.unconfirmed_for(now) > PROBE_RTT_INTERVAL {
+            self.phase = Phase::ProbeRtt { until: None, rtt: Duration::MAX };
+        }
+    }
+
+    /// What the end of a round may end.
+    pub(super) fn turn(&mut self, now: Instant, end: &RoundEnd, queued: bool, congested: bool) {
+        match self.phase {
+            Phase::Startup { best_rate, flat_rounds } => {
+                if congested {
+                    self.bound_inflight(end);
+                    self.phase = Phase::Drain;
+                } else if end.rate > best_rate * GROWTH_STARTUP {
+                    self.phase = Phase::Startup { best_rate: end.rate, flat_rounds: 0 };
+                } else if !end.app_limited {
+                    let flat_rounds = flat_rounds + 1;
+                    self.phase = Phase::Startup { best_rate, flat_rounds };
+                    if flat_rounds >= FLAT_ROUNDS || queued {
+                        self.phase = Phase::Drain;
+                    }
+                }
+            }
+            Phase::Drain | Phase::Down { drained_rounds: None, .. } => {
+                // These packets left while a probe was on.
+                if congested {
+                    self.bound_inflight(end);
+                }
+            }
+            Phase::Down { window_bytes, drained_rounds: Some(rounds) } => {
+                // The first of the two rounds still acknowledges packets from before the drain.
+                if rounds == 0 {
+                    let drained_rounds = Some(1);
+                    self.phase = Phase::Down { window_bytes, drained_rounds };
+                } else {
+                    self.leave_down(now, end);
+                }
+            }
+            Phase::Cruise { .. } | Phase::Refill => {
+                self.judge(end, queued, congested);
+                if self.phase == Phase::Refill {
+                    let best_rate = self.max_rate.get();
+                    let add_bytes = self.probe_bytes();
+                    self.phase = Phase::Up { add_bytes, rounds: 0, best_rate };
+                }
+            }
+            Phase::Up { add_bytes, rounds, best_rate } => {
+                if congested && !self.is_shared() {
+                    self.bound_inflight(end);
+                    self.enter_down();
+                } else {
+                    self.go_up(end, queued, add_bytes, rounds + 1, best_rate);
+                }
+            }
+            Phase::ProbeRtt { .. } => {}
+        }
+    }
+
+    /// Lowers the model when a round without a probe says that it promises too much.
+    fn judge(&mut self, end: &RoundEnd, queued: bool, congested: bool) {
+        let rate = self.rate();
+        if congested {
+            // Beside others, the rival's law is the answer to loss.
+            if self.is_shared() {
+                return;
+            }
+            self.rate_lo = Some(end.rate.max(rate * LOSS_BETA));
+            return;
+        }
+        let slow = !self.is_shared() && queued && !end.app_limited && end.rate < rate * SLOW;
+        self.slow_rounds = if slow { self.slow_rounds + 1 } else { 0 };
+        if self.slow_rounds >= SLOW_ROUNDS {
+            self.rate_lo = Some(end.rate);
+            self.slow_rounds = 0;
+        }
+    }
+
+    /// A probe lost packets: this much in flight is too much.
+    fn bound_inflight(&mut self, end: &RoundEnd) {
+        let at_loss = end.in_flight_at_loss.unwrap_or(self.window_bytes);
+        self.inflight_hi = Some(at_loss.max(self.bdp() * LOSS_BETA));
+    }
+
+    fn go_up(&mut self, end: &RoundEnd, queued: bool, add_bytes: f64, rounds: u32, best_rate: f64) {
+        if let Some(hi) = &mut self.inflight_hi {
+            *hi += self.mtu_bytes * f64::from(1 << rounds.min(16));
+        }
+        // A round's acknowledgements are for what was in flight a round before.
+        let expected = add_bytes / self.bdp().max(1.0);
+        let grew = end.rate > best_rate * (1.0 + expected / 2.0);
+        if rounds < 2 {
+            self.phase = Phase::Up { add_bytes, rounds, best_rate };
+        } else if grew {
+            let (add_bytes, best_rate) = (add_bytes.max(self.probe_bytes()) * 2.0, end.rate);
+            let add_bytes = add_bytes.min(self.bdp());
+            self.phase = Phase::Up { add_bytes, rounds: 0, best_rate };
+        } else if queued || rounds >= UP_ROUNDS {
+            self.enter_down();
+        } else {
+            self.phase = Phase::Up { add_bytes, rounds, best_rate };
+        }
+    }
+
+    /// How much a probe adds: a quarter, or a queue of [`PROBE_QUEUE`] if that is less.
+    fn probe_bytes(&self) -> f64 {
+        let quarter = self.base_rtt().max(Duration::from_millis(4)) / 4;
+        let delay = if self.is_shared() { quarter } else { quarter.min(PROBE_QUEUE) };
+        self.rate() * delay.as_secs_f64() + self.mtu_bytes
+    }
+
+    fn enter_down(&mut self) {
+        self.max_rate.advance();
+        self.clump.advance();
+        let window_bytes = self.bdp() * GAIN_DOWN;
+        self.phase = Phase::Down { window_bytes, drained_rounds: None };
+    }
+
+    /// Our queue is gone: what is left is not ours.
+    fn leave_down(&mut self, now: Instant, end: &RoundEnd) {
+        let was_shared = self.is_shared();
+        let [_, second, third] = self.floors;
+        self.floors = [second, third, end.rtt_mean.saturating_sub(self.base_rtt())];
+        self.floor = self.floors.into_iter().max().unwrap_or_default();
+        self.cruise(now);
+        // Somebody came, or the route is longer than it was: only an empty path can tell.
+        let recent = now.saturating_duration_since(self.probed_rtt_at) < PROBE_RTT_INTERVAL / 2;
+        let risen = end.rtt_min > self.base_rtt().mul_f64(1.25) + FLOOR_SUSPECT;
+        if risen && !was_shared && !recent {
+            self.phase = Phase::ProbeRtt { until: None, rtt: Duration::MAX };
+        }
+    }
+
+    fn cruise(&mut self, now: Instant) {
+        let wait = CRUISE.mul_f64(1.0 + self.random() / 2.0);
+        let wait = if self.is_defied() {
+            wait.min(self.smoothed_rtt.mul_f64(CRUISE_DEFIED * (1.0 + self.random() / 2.0)))
+        } else {
+            wait.max(6 * self.smoothed_rtt)
+        };
+        self.phase = Phase::Cruise { until: now + wait };
+        self.clump_epoch = (now, 0.0);
+    }
+
+    fn refill(&mut self) {
+        let shared = self.is_shared();
+        if let Some(lo) = self.rate_lo.take().filter(|_| !shared) {
+            self.max_rate.set(lo);
+        }
+        self.phase = Phase::Refill;
+        self.round.ends_at_bytes = self.delivery.delivered_bytes();
+    }
+
+    fn probe_rtt(&mut self, now: Instant, sample: &Sample, until: Option<Instant>, rtt: Duration) {
+        let low = self.delivery.in_flight_bytes() as f64 <= self.window_bytes + self.mtu_bytes;
+        match until {
+            None if low => {
+                let wait = PROBE_RTT_TIME.max(self.smoothed_rtt);
+                self.phase = Phase::ProbeRtt { until: Some(now + wait), rtt };
+                self.round.rtt_max = Duration::ZERO;
+            }
+            None => {}
+            Some(until) if now < until => {
+                self.phase = Phase::ProbeRtt { until: Some(until), rtt: rtt.min(sample.rtt) };
+            }
+            Some(_) => {
+                let before = self.base_rtt();
+                let rtt = rtt.min(sample.rtt);
+                if self.round.rtt_max.saturating_sub(rtt) < PROBE_RTT_STILL || before >= rtt {
+                    self.min_rtt.set(now, rtt);
+                } else {
+                    self.min_rtt.confirm(now);
+                }
+                let longer = self.base_rtt().saturating_sub(before);
+                self.floors = self.floors.map(|floor| floor.saturating_sub(longer));
+                self.floor = self.floor.saturating_sub(longer);
+                self.probed_rtt_at = now;
+                self.cruise(now);
+            }
+        }
+    }
+}
+
+/// Growth of a round that keeps startup going (draft: 25 %).
+const GROWTH_STARTUP: f64 = 1.25;
+/// Rounds without growth that end startup when no queue is seen (draft: 3).
+const FLAT_ROUNDS: u32 = 3;
+/// Rounds after which a probe ends even if no queue is seen.
+const UP_ROUNDS: u32 = 4;
+/// Queue that a probe may make on a path that is not shared.
+const PROBE_QUEUE: Duration = Duration::from_millis(15);
+/// Below 1, so that the queue drains while packets still tell of it.
+const GAIN_DOWN: f64 = 0.97;
+/// Shortest time between probes; up to half of it is added by chance (draft: 2 to 3 s).
+const CRUISE: Duration = Duration::from_secs(2);
+/// Round trips between probes beside somebody who does not yield: as often as the first BBR.
+const CRUISE_DEFIED: f64 = 8.0;
+/// Draft: Beta, the most that one congested round takes.
+const LOSS_BETA: f64 = 0.7;
+/// A round below this share of the modelled rate, with a queue, is slow.
+const SLOW: f64 = 0.8;
+/// That many slow rounds in a row say that the link is slower than it was.
+const SLOW_ROUNDS: u32 = 3;
+/// Draft: ProbeRTTInterval.
+const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
+/// Draft: ProbeRTTDuration.
+const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
+/// Delay beyond a quarter of the round trip that makes a drained path suspicious.
+const FLOOR_SUSPECT: Duration = Duration::from_millis(10);
+/// Round-trip times that vary by less while half is in flight are the path's own.
+const PROBE_RTT_STILL: Duration = Duration::from_micros(1500);
