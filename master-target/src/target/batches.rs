@@ -1,0 +1,238 @@
+//! Batches on their way to the journal, and what the workers say of them.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use backhaul_proto::batch::{BatchHeader, RecordKind};
+use backhaul_proto::id::{BatchSeq, Generation, MachineName};
+use backhaul_proto::message::{Ack, HashRequest, target_message};
+use backhaul_proto::session::{Delivery, Rejected};
+
+use super::Target;
+use crate::batch_buffer::IncomingBatch;
+use crate::hashing;
+use crate::machine::{LinkId, Machine};
+use crate::machine_state::Consistency;
+use crate::worker::{Command, Report};
+
+/// Questions of an agent that may wait for batches to be applied; an agent keeps fewer open.
+const QUESTIONS_MAX: usize = 1024;
+
+impl Target {
+    pub(super) fn handle_batch(
+        &mut self,
+        id: LinkId,
+        header: &BatchHeader,
+        batch: IncomingBatch,
+    ) -> Result<(), String> {
+        let window_bytes = self.window_bytes();
+        let Some(machine) = self.machine_on(id, header.machine.0.into()) else {
+            return Ok(());
+        };
+        machine.received.0 += u64::from(header.wire_bytes);
+        machine.received.1 += u64::from(header.plain_bytes);
+        let name = machine.config.name.clone();
+        let Some(open) = &mut machine.open else { return Ok(()) };
+        let delivery = Delivery {
+            generation: header.generation,
+            batch: header.batch,
+            first_write: header.first_write,
+            last_write: header.last_write(),
+            wire_bytes: header.wire_bytes.into(),
+        };
+        match open.receiver.handle_batch(delivery, batch) {
+            Ok(()) => {}
+            Err(Rejected::Duplicate(batch)) => {
+                tracing::debug!(machine = %name, %batch, "a batch came twice");
+                return Ok(());
+            }
+            // Late batches of the generation before a restart; the session they came on is over.
+            Err(Rejected::Generation { .. }) => return Ok(()),
+            Err(error) => return Err(error.to_string()),
+        }
+        loop {
+            let Some(machine) = self.machines.get_mut(&name) else { return Ok(()) };
+            let Some(open) = &mut machine.open else { return Ok(()) };
+            let Some((delivery, batch)) =
+                open.receiver.poll_deliver().map_err(|error| error.to_string())?
+            else {
+                return Ok(());
+            };
+            open.pending_bytes += batch.memory_bytes() as u64;
+            if open.pending_bytes > 4 * window_bytes {
+                return Err(format!("the agent ignores the window of {window_bytes} bytes"));
+            }
+            deliver(machine, delivery.batch, batch)?;
+        }
+    }
+
+    pub(super) fn handle_report(&mut self, name: &MachineName, report: Report) {
+        let now = Instant::now();
+        let Some(machine) = self.machines.get_mut(name) else { return };
+        match report {
+            Report::Durable { batch, bytes } => {
+                let Some(open) = &mut machine.open else { return };
+                open.pending_bytes = open.pending_bytes.saturating_sub(bytes);
+                open.receiver.handle_durable(now, batch);
+                machine.watermark.handle_durable(batch);
+                self.note_marks(name, batch);
+                self.answer_tags(name, batch);
+                self.send_acks();
+                let Some(machine) = self.machines.get_mut(name) else { return };
+                let facts = machine.facts(now);
+                let actions = machine.failover.handle_durable(&facts, machine.state.generation);
+                self.carry_out(name, actions);
+            }
+            Report::Applied(batch) => {
+                let Some(open) = &mut machine.open else { return };
+                open.applied = open.applied.max(batch);
+                let questions = std::mem::take(&mut machine.questions);
+                for (link, request) in questions {
+                    self.handle_question(link, request);
+                }
+            }
+            Report::Begun(generation) => {
+                tracing::info!(machine = %name, %generation, "a generation began");
+            }
+            Report::HoldReleased => {
+                machine.state.point = None;
+                tracing::warn!(machine = %name, "the journal is full: the newest point was given up, replication goes on");
+                self.persist(name);
+            }
+            Report::Usage(usage) => {
+                if let Some(open) = &mut machine.open {
+                    open.usage = Some(usage);
+                }
+            }
+            Report::Trouble(sentence) => {
+                if !sentence.is_empty() {
+                    tracing::error!(machine = %name, "{sentence}");
+                }
+                machine.trouble = sentence;
+            }
+            Report::Failed(sentence) => {
+                tracing::error!(machine = %name, "{sentence}");
+                machine.trouble = sentence.clone();
+                machine.open = None;
+                if let Some((link, _)) = machine.link {
+                    self.drop_link(link, &sentence);
+                }
+            }
+            Report::Prepared(result) => self.handle_prepared(name, result),
+        }
+    }
+
+    /// Markers up to `durable` count now.
+    fn note_marks(&mut self, name: &MachineName, durable: BatchSeq) {
+        let Some(machine) = self.machines.get_mut(name) else { return };
+        let generation = Generation(machine.state.generation);
+        let mut changed = false;
+        while let Some((batch, kind)) = machine.marks.front().copied() {
+            if batch > durable {
+                break;
+            }
+            machine.marks.pop_front();
+            machine.note(generation, batch, kind);
+            changed = true;
+            if kind == RecordKind::SyncDone {
+                let time = machine.sync_times.0.take().map(|began| began.elapsed());
+                machine.sync_times.1 = time;
+                tracing::info!(machine = %name, seconds = time.map(|t| t.as_secs_f64()), "synced: the machine is consistent");
+            }
+        }
+        if changed {
+            self.persist(name);
+        }
+    }
+
+    pub(super) fn persist(&mut self, name: &MachineName) -> bool {
+        let Some(machine) = self.machines.get_mut(name) else { return false };
+        match machine.persist() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(machine = %name, %error, "its state cannot be made durable");
+                machine.trouble = error.to_string();
+                false
+            }
+        }
+    }
+
+    pub(super) fn next_ack(&self) -> Option<Instant> {
+        let open = self.machines.values().filter_map(|machine| machine.open.as_ref());
+        open.filter_map(|open| open.receiver.poll_timeout()).min()
+    }
+
+    pub(super) fn send_acks(&mut self) {
+        let now = Instant::now();
+        for machine in self.machines.values_mut() {
+            let Some(open) = &mut machine.open else { continue };
+            let Some(durable) = open.receiver.poll_ack(now) else { continue };
+            let Some((id, index)) = machine.link else { continue };
+            if let Some(link) = self.links.get(&id) {
+                link.up.control(target_message::Kind::Ack(Ack {
+                    machine: index.0.into(),
+                    durable_batch: durable.0,
+                    window_bytes: open.receiver.window_bytes(),
+                }));
+            }
+        }
+    }
+
+    pub(super) fn handle_question(&mut self, id: LinkId, request: HashRequest) {
+        let Some(machine) = self.machine_on(id, request.machine) else { return };
+        let Some(open) = &machine.open else { return };
+        if open.applied.0 < request.after_batch {
+            if machine.questions.len() < QUESTIONS_MAX {
+                machine.questions.push((id, request));
+            } else {
+                self.drop_link(id, "the agent asks without end");
+            }
+            return;
+        }
+        let Some(disk) = open.disks.get(request.disk as usize).cloned() else { return };
+        let Some(link) = self.links.get(&id).map(|link| link.up.clone()) else { return };
+        let hashers = Arc::clone(&self.hashers);
+        tokio::spawn(async move {
+            let Ok(_place) = hashers.acquire_owned().await else { return };
+            let answer = tokio::task::spawn_blocking(move || hashing::answer(&disk, &request));
+            if let Ok(reply) = answer.await {
+                link.answer(reply);
+            }
+        });
+    }
+}
+
+/// Hands a batch of the order to the worker, and takes note of its markers.
+fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) -> Result<(), String> {
+    let markers: Vec<RecordKind> = content
+        .records()
+        .iter()
+        .map(|record| record.kind)
+        .filter(|kind| !matches!(kind, RecordKind::Data { .. } | RecordKind::Zero { .. }))
+        .collect();
+    let mut hold = None;
+    for kind in &markers {
+        match kind {
+            RecordKind::SyncStart => {
+                machine.sync_times.0 = Some(Instant::now());
+                // Durable before the sync writes to the disks: from then on they are a mixture.
+                machine.state.consistency = Consistency::Syncing;
+                machine.state.point = None;
+                machine.persist().map_err(|error| error.to_string())?;
+                hold = Some(None);
+            }
+            RecordKind::Point(_) if machine.failover.takes_points() => hold = Some(Some(batch)),
+            _ => {}
+        }
+    }
+    let Some(open) = &mut machine.open else { return Ok(()) };
+    if hold == Some(None) {
+        open.worker.send(Command::Hold(None));
+    }
+    open.worker.send(Command::Append(content));
+    if let Some(Some(point)) = hold {
+        open.worker.send(Command::Hold(Some(point)));
+    }
+    machine.marks.extend(markers.into_iter().map(|kind| (batch, kind)));
+    Ok(())
+}
