@@ -198,6 +198,9 @@ impl Disk {
             return Ok((state, length));
         };
         let there = parent.size_bytes().saturating_sub(offset).min(length);
+        if there == 0 {
+            return Ok((RunState::Unallocated, length));
+        }
         match parent.extents(offset, there).next() {
             Some(run) => run.map(|run| (run.state, run.length)),
             None => Ok((RunState::Unallocated, length)),
