@@ -405,8 +405,8 @@ struct DiskRuns<'a> {
     end: u64,
 }
 
-/// Looks that one run may take: joined runs stay cheap to ask for, even over a huge empty disk.
-const LOOKS_MAX: u32 = 1 << 16;
+/// Looks that one run may take, some seconds: 62 TiB in tables of 32 MiB need half as many.
+const LOOKS_MAX: u32 = 1 << 22;
 
 impl Iterator for DiskRuns<'_> {
     type Item = Result<Run>;

@@ -41,9 +41,13 @@ pub fn compare(
     let found = AtomicU64::new(u64::MAX);
     // Data of either disk. What is data in both is compared twice, but what a cache holds is cheap.
     for (image, done_before) in [(one, 0), (other, total)] {
-        let work = |chunk: Chunk| {
-            let (ours, theirs) = (read(one, chunk)?, read(other, chunk)?);
-            if let Some(at) = difference(&ours, &theirs) {
+        let work = |chunk: Chunk, memory: &mut Vec<u8>| {
+            let length = chunk.length as usize;
+            memory.resize(2 * length, 0);
+            let (ours, theirs) = memory.split_at_mut(length);
+            read(one, chunk, ours)?;
+            read(other, chunk, theirs)?;
+            if let Some(at) = difference(ours, theirs) {
                 found.fetch_min(chunk.offset + at as u64, Ordering::SeqCst);
             }
             Ok(())
@@ -68,13 +72,11 @@ pub fn compare(
 }
 
 /// A chunk of a disk, with zeros beyond its end.
-fn read(image: &dyn DiskImage, chunk: Chunk) -> Result<Vec<u8>> {
-    let mut bytes = vec![0; chunk.length as usize];
+fn read(image: &dyn DiskImage, chunk: Chunk, buf: &mut [u8]) -> Result<()> {
     let there = image.size_bytes().saturating_sub(chunk.offset).min(chunk.length) as usize;
-    if there > 0 {
-        image.read_at(&mut bytes[..there], chunk.offset)?;
-    }
-    Ok(bytes)
+    let (inside, beyond) = buf.split_at_mut(there);
+    beyond.fill(0);
+    if inside.is_empty() { Ok(()) } else { image.read_at(inside, chunk.offset) }
 }
 
 fn difference(ours: &[u8], theirs: &[u8]) -> Option<usize> {

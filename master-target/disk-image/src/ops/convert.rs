@@ -23,6 +23,10 @@ use crate::{
     stream::{Deflater, GRAIN_BYTES, StreamWriter},
 };
 
+/// Bytes that are written to a flat image before they are synced, so that the disk is busy from the
+/// start and the last flush is short.
+const SYNC_BYTES: u64 = 128 << 20;
+
 /// How to convert.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConvertOptions {
@@ -130,13 +134,21 @@ impl Job<'_> {
             _ => 4096,
         };
         let (total, mut written) = (self.source.size_bytes(), 0);
-        let work = |chunk: Chunk| {
-            let mut bytes = vec![0; chunk.length as usize];
-            self.source.read_at(&mut bytes, chunk.offset)?;
-            write_data(image.as_ref(), &bytes, chunk.offset, block)
+        let work = |chunk: Chunk, bytes: &mut Vec<u8>| {
+            bytes.resize(chunk.length as usize, 0);
+            self.source.read_at(bytes, chunk.offset)?;
+            write_data(image.as_ref(), bytes, chunk.offset, block)
         };
+        let is_flat = image.flat().is_some();
+        let mut unsynced = 0;
         let take = |chunk: Chunk, bytes: u64| {
             written += bytes;
+            unsynced += bytes;
+            if is_flat && unsynced >= SYNC_BYTES {
+                // The disk writes while the other threads go on; a sparse image would stop them.
+                image.flush()?;
+                unsynced = 0;
+            }
             advance(progress, path, chunk.end(), total)
         };
         pipeline::run(path, data_chunks(self.source), self.threads, work, take)?;
@@ -171,7 +183,7 @@ impl Job<'_> {
         let mut writer = StreamWriter::start(store, name, self.create)?;
         let total = self.source.size_bytes();
         let mut written = 0;
-        let work = |chunk: Chunk| self.deflate(chunk);
+        let work = |chunk: Chunk, bytes: &mut Vec<u8>| self.deflate(chunk, bytes);
         let take = |chunk: Chunk, grains: Vec<(u64, Vec<u8>)>| {
             for (grain, compressed) in &grains {
                 writer.append(*grain, compressed)?;
@@ -187,8 +199,9 @@ impl Job<'_> {
     }
 
     /// The grains of a chunk that are not zeros, compressed.
-    fn deflate(&self, chunk: Chunk) -> Result<Vec<(u64, Vec<u8>)>> {
-        let mut bytes = vec![0; (chunk.length as usize).next_multiple_of(GRAIN_BYTES)];
+    fn deflate(&self, chunk: Chunk, bytes: &mut Vec<u8>) -> Result<Vec<(u64, Vec<u8>)>> {
+        bytes.clear();
+        bytes.resize((chunk.length as usize).next_multiple_of(GRAIN_BYTES), 0);
         self.source.read_at(&mut bytes[..chunk.length as usize], chunk.offset)?;
         let mut deflater = Deflater::new(self.options.deflate_level);
         let first = chunk.offset / GRAIN_BYTES as u64;

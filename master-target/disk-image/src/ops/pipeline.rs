@@ -65,13 +65,13 @@ pub(super) fn threads_or_all(threads: Option<NonZeroUsize>) -> usize {
     threads.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
 }
 
-/// Runs `work` on all chunks in `threads` threads, and `take` on the results, in order, in this
+/// Runs `work` on all chunks in `threads` threads, each with memory that it keeps from chunk to chunk, and `take` on the results, in order, in this
 /// one. The first error, of a chunk, of the work or of the taking, ends everything.
 pub(super) fn run<T: Send>(
     path: &Path,
     chunks: impl Iterator<Item = Result<Chunk>> + Send,
     threads: usize,
-    work: impl Fn(Chunk) -> Result<T> + Sync,
+    work: impl Fn(Chunk, &mut Vec<u8>) -> Result<T> + Sync,
     mut take: impl FnMut(Chunk, T) -> Result<()>,
 ) -> Result<()> {
     let shared = Shared {
@@ -89,9 +89,11 @@ pub(super) fn run<T: Send>(
             let started =
                 thread::Builder::new().name("image".into()).spawn_scoped(scope, move || {
                     let _stop = StopOnPanic(&shared.stopped, &shared.moved);
+                    let mut memory = Vec::new();
                     while let Some((number, chunk)) = shared.next() {
-                        let done =
-                            chunk.and_then(|chunk| work(chunk).map(|result| (chunk, result)));
+                        let done = chunk.and_then(|chunk| {
+                            work(chunk, &mut memory).map(|result| (chunk, result))
+                        });
                         if results.send((number, done)).is_err() {
                             break;
                         }
@@ -213,7 +215,7 @@ mod tests {
     #[test]
     fn results_come_in_order_whatever_the_work_takes() {
         let mut taken = Vec::new();
-        let work = |chunk: Chunk| {
+        let work = |chunk: Chunk, _: &mut Vec<u8>| {
             let spin = (chunk.offset * 7919) % 5000;
             Ok((0..spin).fold(chunk.offset, |sum, step| sum ^ std::hint::black_box(step ^ step)))
         };
@@ -228,7 +230,9 @@ mod tests {
     #[test]
     fn the_first_error_ends_everything() {
         let bad = || ImageError::new(ErrorKind::Damaged, Path::new("x"), "bad");
-        let work = |chunk: Chunk| if chunk.offset == 40 { Err(bad()) } else { Ok(chunk.offset) };
+        let work = |chunk: Chunk, _: &mut Vec<u8>| {
+            if chunk.offset == 40 { Err(bad()) } else { Ok(chunk.offset) }
+        };
         let mut taken = 0;
         let take = |_: Chunk, _: u64| {
             taken += 1;
@@ -237,7 +241,7 @@ mod tests {
         let error = run(Path::new("x"), chunks(100_000), 2, work, take).unwrap_err();
         assert_eq!((error.kind(), taken), (ErrorKind::Damaged, 40));
         let refuse = |_: Chunk, _: u64| Err(bad());
-        let good = |chunk: Chunk| Ok(chunk.offset);
+        let good = |chunk: Chunk, _: &mut Vec<u8>| Ok(chunk.offset);
         run(Path::new("x"), chunks(100_000), 2, good, refuse).unwrap_err();
     }
 }

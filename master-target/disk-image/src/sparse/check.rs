@@ -99,7 +99,7 @@ impl SparseExtent {
 
     fn examine_table(
         &self,
-        tables: &Tables,
+        tables: &mut Tables,
         index: usize,
         deep: Deep,
         used: &mut Used,
@@ -108,12 +108,18 @@ impl SparseExtent {
         let sectors = self.header.table_sectors();
         let places = [Some(&tables.primary), Some(&tables.redundant).filter(|all| !all.is_empty())];
         let places = places.map(|copy| copy.and_then(|copy| copy.get(index)).copied());
-        let mut copies = [None, None];
-        for (place, copy) in places.into_iter().zip(&mut copies) {
-            let Some(place) = place.filter(|place| *place != MISSING) else { continue };
+        for place in places.into_iter().flatten().filter(|place| *place != MISSING) {
             if u64::from(place) >= self.header.overhead_sectors {
                 used.mark(u64::from(place), sectors);
             }
+        }
+        let mut holes = places.into_iter().flatten();
+        if holes.all(|place| place == MISSING || tables.is_hole(&self.store, place)) {
+            return Ok(());
+        }
+        let mut copies = [None, None];
+        for (place, copy) in places.into_iter().zip(&mut copies) {
+            let Some(place) = place.filter(|place| *place != MISSING) else { continue };
             *copy = tables.raw(&self.store, place, index).ok().flatten();
             if copy.is_none() {
                 let sentence = format!("grain table {index} of one copy cannot be read");
@@ -125,7 +131,7 @@ impl SparseExtent {
         let [primary, redundant] = copies;
         if primary.is_none() && redundant.is_none() {
             if exists {
-                let at = self.header.directory_sector.saturating_mul(SECTOR_BYTES);
+                let at = tables.directory_sector.saturating_mul(SECTOR_BYTES);
                 let sentence = format!("grain table {index} cannot be read in any copy");
                 sink.find(self.finding(Severity::Loss, at, sentence));
             }
@@ -197,7 +203,8 @@ impl SparseExtent {
             sink.find(self.finding(Severity::Redundancy, judged.byte_of(0), sentence));
         }
         if differ > 0 || wrong > 0 || judged.lacks_copy() {
-            self.fix_table(judged, &right, wrong, used, sink);
+            let directories = [tables.directory_sector, self.header.redundant_sector];
+            self.fix_table(judged, directories, (&right, wrong), used, sink);
         }
         right
     }
@@ -205,8 +212,8 @@ impl SparseExtent {
     fn fix_table(
         &self,
         judged: &Judged,
-        right: &[u32],
-        wrong: u64,
+        directories: [u64; 2],
+        (right, wrong): (&[u32], u64),
         used: &mut Used,
         sink: &mut Sink<'_>,
     ) {
@@ -224,7 +231,6 @@ impl SparseExtent {
             let action = || Action::Write { offset, bytes };
             sink.fix_losing(&self.store.path, sentence.clone(), lost, action);
         };
-        let directories = [self.header.directory_sector, self.header.redundant_sector];
         // The redundant copy first, as a writer does it.
         for (place, directory) in judged.places.iter().zip(directories).rev() {
             let Some(place) = place.filter(|place| *place != MISSING) else { continue };

@@ -112,6 +112,9 @@ impl Header {
         if self.descriptor_sectors > DESCRIPTOR_BYTES_MAX as u64 / SECTOR_BYTES {
             return damaged("its header gives a descriptor of more than 4 MiB");
         }
+        if self.overhead_sectors > u64::from(u32::MAX) {
+            return damaged("its header gives an overhead beyond what its tables can name");
+        }
         if self.is_compressed() && self.compression != 1 {
             let sentence = "its grains are compressed by an unknown algorithm";
             return Err((ErrorKind::Unsupported, sentence));
@@ -210,7 +213,8 @@ mod tests {
 
     #[test]
     fn absurd_numbers_are_refused() {
-        let bad: [fn(&mut Header); 8] = [
+        let bad: [fn(&mut Header); 9] = [
+            |h| h.overhead_sectors = u64::MAX,
             |h| h.version = 4,
             |h| h.capacity_sectors = 0,
             |h| h.capacity_sectors = u64::MAX,

@@ -141,7 +141,7 @@ impl SparseExtent {
         let grain_bytes = self.header.grain_bytes();
         let (index, at) = self.place_of(offset);
         let within = offset % grain_bytes;
-        if !state.tables.exists(index) {
+        if state.tables.is_empty(&self.store, index) {
             let left =
                 (u64::from(self.header.entries_per_table) - at as u64) * grain_bytes - within;
             return Ok((Spot::Missing, left.min(limit)));

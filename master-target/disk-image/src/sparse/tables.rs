@@ -3,7 +3,10 @@
 //! What is read is judged entry by entry: an entry of the primary copy that cannot be right is
 //! taken from the redundant one, and told. What is changed stays in memory until a checkpoint.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+};
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
@@ -41,12 +44,17 @@ pub(crate) struct Tables {
     /// Sectors of the tables of each copy. Empty where there is no redundant copy.
     pub(crate) primary: Vec<u32>,
     pub(crate) redundant: Vec<u32>,
+    /// Where the directory is that `primary` was read from.
+    pub(crate) directory_sector: u64,
     cached: HashMap<usize, Table>,
     /// Tables with dirty sectors.
     dirty: BTreeSet<usize>,
     /// Tables that are new: their directory entries are not on disk.
     new: BTreeSet<usize>,
     pub(crate) file_sectors: u64,
+    /// A range of the file's bytes that was a hole when it was last asked for: most tables of a
+    /// large disk lie in one.
+    hole: Range<u64>,
     /// The lowest sector that an entry may name.
     pub(crate) first_sector: u64,
     pub(crate) findings: Vec<Finding>,
@@ -59,10 +67,12 @@ impl Tables {
             header,
             primary: Vec::new(),
             redundant: Vec::new(),
+            directory_sector: header.directory_sector,
             cached: HashMap::new(),
             dirty: BTreeSet::new(),
             new: BTreeSet::new(),
             file_sectors,
+            hole: 0..0,
             first_sector: if writable { header.overhead_sectors.max(1) } else { 1 },
             findings: Vec::new(),
         };
@@ -83,6 +93,7 @@ impl Tables {
                 tables.note(&error);
                 // Reading goes through the redundant tables alone; writing is refused.
                 tables.primary = redundant;
+                tables.directory_sector = header.redundant_sector;
                 tables.first_sector = u64::MAX;
             }
             (Err(error), _) => return Err(error),
@@ -143,6 +154,31 @@ impl Tables {
     pub(crate) fn exists(&self, index: usize) -> bool {
         self.primary.get(index).is_some_and(|sector| *sector != MISSING)
             || self.cached.contains_key(&index)
+    }
+
+    /// Whether the copy of the table at `sector` lies in a hole of the file, and so is empty.
+    pub(crate) fn is_hole(&mut self, store: &Store, sector: u32) -> bool {
+        let start = u64::from(sector) * SECTOR_BYTES;
+        let end = start + self.header.table_sectors() * SECTOR_BYTES;
+        if self.hole.contains(&start) && end <= self.hole.end {
+            return true;
+        }
+        let file_bytes = self.file_sectors * SECTOR_BYTES;
+        if end > file_bytes {
+            return false;
+        }
+        match store.stored_run(start, file_bytes) {
+            Ok((false, until)) => self.hole = start..until,
+            _ => return false,
+        }
+        end <= self.hole.end
+    }
+
+    /// Whether nothing of the table at `index` is allocated, as far as that is quick to tell.
+    pub(crate) fn is_empty(&mut self, store: &Store, index: usize) -> bool {
+        let sector = self.primary.get(index).copied().unwrap_or(MISSING);
+        !self.cached.contains_key(&index)
+            && (sector == MISSING || (sector != BAD && self.is_hole(store, sector)))
     }
 
     /// Entries of the table at `index` that stand for sectors of the disk.
@@ -261,6 +297,7 @@ impl Tables {
         if self.dirty.is_empty() {
             return Ok(());
         }
+        self.hole = 0..0;
         for index in &self.new {
             // All of both copies: what lies there is whatever the file had.
             if let Some(table) = self.cached.get(index) {
