@@ -15,7 +15,7 @@ use crate::{
     descriptor::{Descriptor, shown},
     error::{ErrorKind, ImageError, Result},
     extent::{Backing, Extent},
-    folder::Folder,
+    folder::{Folder, Locks},
     identity::{ContentId, DiskUuid, long_content_id},
     image::{Deep, DiskImage, FlatExtent, Run, RunState, Runs, SECTOR_BYTES},
     kind::Kind,
@@ -41,7 +41,7 @@ pub(crate) struct Disk {
     /// The content id was renewed since opening.
     pub(crate) renewed: Mutex<bool>,
     /// Locked files, held as long as the image is open.
-    pub(crate) locks: Vec<File>,
+    pub(crate) locks: Locks,
 }
 
 /// An extent and where in the disk it begins.
@@ -394,7 +394,6 @@ impl Drop for Disk {
                 let _ = placed.extent.close();
             }
         }
-        self.locks.clear();
     }
 }
 

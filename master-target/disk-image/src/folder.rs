@@ -143,12 +143,35 @@ pub(crate) fn staged_name(name: &OsStr) -> io::Result<OsString> {
     Ok(staged)
 }
 
+/// Locked files; dropping this unlocks them.
+#[derive(Debug, Default)]
+pub(crate) struct Locks(Vec<File>);
+
+impl Locks {
+    /// Locks a file and keeps it locked.
+    pub(crate) fn take(&mut self, file: &File, writable: bool) -> io::Result<()> {
+        lock(file, writable)?;
+        self.0.push(file.try_clone()?);
+        Ok(())
+    }
+}
+
+impl Drop for Locks {
+    fn drop(&mut self) {
+        for file in &self.0 {
+            // Closing is not enough: a process that another thread starts has copies of all files
+            // until it runs its program, and the lock lives as long as the last copy.
+            let _ = flock(file, FlockOperation::Unlock);
+        }
+    }
+}
+
 /// Locks a file without waiting: exclusively for a writer, shared for a reader.
 ///
 /// The lock is `flock`'s: it belongs to the open file, so it also keeps two images of one process
 /// apart, and it ends with the process, however that ends. Programs that do not ask, such as
 /// qemu, are not kept away by it.
-pub(crate) fn lock(file: &File, writable: bool) -> io::Result<()> {
+fn lock(file: &File, writable: bool) -> io::Result<()> {
     let operation = match writable {
         true => FlockOperation::NonBlockingLockExclusive,
         false => FlockOperation::NonBlockingLockShared,

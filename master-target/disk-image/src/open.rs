@@ -15,7 +15,7 @@ use crate::{
     disk::{DescriptorHome, Disk, Place, Placed},
     error::{ErrorKind, ImageError, Result},
     extent::{Extent, FlatRegion, ZeroRegion},
-    folder::{Folder, lock},
+    folder::{Folder, Locks},
     identity::ContentId,
     image::{DISK_BYTES_MAX, DiskImage, SECTOR_BYTES},
     kind::Kind,
@@ -116,7 +116,7 @@ pub(crate) fn open_disk(path: &Path, options: &OpenOptions, link: usize) -> Resu
         Start::Descriptor => open_described(found, options, link)?,
         start => {
             let file = found.reopen(options.writable)?;
-            let mut locks = Vec::new();
+            let mut locks = Locks::default();
             take_lock(&file, &found.path, options, &mut locks)?;
             let store = Arc::new(Store::new(&found.path, Box::new(file)));
             let mut disk = open_single(store, start, options, Some(&found.folder), link)?;
@@ -291,7 +291,7 @@ fn plain_disk(
         writable: options.writable,
         latched: AtomicBool::new(false),
         renewed: Mutex::new(false),
-        locks: Vec::new(),
+        locks: Locks::default(),
     }
 }
 
@@ -349,7 +349,7 @@ fn open_described(found: Found, options: &OpenOptions, link: usize) -> Result<Di
         return Err(ImageError::new(ErrorKind::Damaged, &found.path, sentence));
     }
     let mut extents: Vec<Placed> = Vec::new();
-    let (mut start, mut locks) = (0_u64, Vec::new());
+    let (mut start, mut locks) = (0_u64, Locks::default());
     for line in descriptor.extents() {
         let length = line.sectors * SECTOR_BYTES;
         let extent = open_extent(&found, &descriptor, kind, line, options, &mut locks)?;
@@ -400,7 +400,7 @@ fn open_extent(
     kind: Kind,
     line: &ExtentLine,
     options: &OpenOptions,
-    locks: &mut Vec<File>,
+    locks: &mut Locks,
 ) -> Result<Box<dyn Extent>> {
     let wrong = |kind, sentence: String| {
         let sentence = format!("line {}: {sentence}", line.line);
@@ -622,18 +622,15 @@ pub(crate) fn take_lock(
     file: &File,
     path: &Path,
     options: &OpenOptions,
-    locks: &mut Vec<File>,
+    locks: &mut Locks,
 ) -> Result<()> {
     if options.shared && !options.writable {
         return Ok(());
     }
-    lock(file, options.writable).map_err(|source| match source.kind() {
+    locks.take(file, options.writable).map_err(|source| match source.kind() {
         io::ErrorKind::WouldBlock => busy(path),
         _ => ImageError::io("lock", path, source),
-    })?;
-    // The lock belongs to the open file, which this keeps.
-    locks.push(file.try_clone().map_err(|source| ImageError::io("lock", path, source))?);
-    Ok(())
+    })
 }
 
 fn busy(path: &Path) -> ImageError {

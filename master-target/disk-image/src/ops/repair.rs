@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
+    folder::Locks,
     image::Deep,
     open::{OpenOptions, open_disk, take_lock},
     recover::plan_footer,
@@ -99,7 +100,7 @@ pub fn plan_repair(
 pub fn apply_repair(plan: &RepairPlan, progress: &mut dyn Progress) -> Result<RepairOutcome> {
     let writable = OpenOptions { writable: true, ..plan.options };
     let mut files: BTreeMap<&Path, Store> = BTreeMap::new();
-    let mut locks = Vec::new();
+    let mut locks = Locks::default();
     for fix in &plan.fixes {
         if !files.contains_key(fix.path.as_path()) {
             let file = File::options().read(true).write(true).open(&fix.path);
