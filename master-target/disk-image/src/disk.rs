@@ -389,7 +389,8 @@ impl Drop for Disk {
     /// Closes what was written. Who must know that it is durable calls `flush` first: here an
     /// error has nobody to hear it, and the unclean mark stays in the file instead.
     fn drop(&mut self) {
-        if self.writable && self.flush().is_ok() {
+        let changed = *self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
+        if changed && self.flush().is_ok() {
             for placed in &self.extents {
                 let _ = placed.extent.close();
             }

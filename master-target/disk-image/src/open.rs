@@ -108,6 +108,12 @@ pub fn open_storage(
 
 pub(crate) fn open_disk(path: &Path, options: &OpenOptions, link: usize) -> Result<Disk> {
     let found = Found::look_up(path)?;
+    // What is on a device is a guest's, so only a name from outside makes it anything but raw.
+    let kind = match options.kind {
+        None if !found.metadata.is_file() => Some(Kind::Raw),
+        kind => kind,
+    };
+    let options = &OpenOptions { kind, ..*options };
     let start = match options.kind {
         Some(Kind::Raw) => Start::Data,
         _ => found.probe()?,
@@ -203,11 +209,7 @@ impl Found {
             Ok(filled) => filled,
             Err(source) => return Err(ImageError::io("read", &self.path, source)),
         };
-        Ok(match Start::of(&bytes[..filled]) {
-            // A device's content is a guest's, never a descriptor.
-            Start::Descriptor if !self.metadata.is_file() => Start::Data,
-            start => start,
-        })
+        Ok(Start::of(&bytes[..filled]))
     }
 }
 

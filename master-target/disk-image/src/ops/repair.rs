@@ -41,8 +41,10 @@ pub struct RepairPlan {
 pub struct RepairOutcome {
     /// Steps that were applied.
     pub applied: usize,
-    /// The check afterwards.
-    pub report: CheckReport,
+    /// The check afterwards; `None` where the image still cannot be opened.
+    pub report: Option<CheckReport>,
+    /// Why it cannot be opened: plan the next repair.
+    pub cannot_open: Option<String>,
 }
 
 /// Looks for what can be repaired in one link: parents are never changed. A repair may bring the
@@ -119,10 +121,14 @@ pub fn apply_repair(plan: &RepairPlan, progress: &mut dyn Progress) -> Result<Re
         store.sync()?;
     }
     drop((files, locks));
-    let report = open_disk(&plan.path, &plan.options, 1).and_then(|disk| {
-        let mut report = CheckReport::default();
-        disk.examine(Deep::No, &mut Sink { report: &mut report, fixes: None }, progress)?;
-        Ok(report)
-    })?;
-    Ok(RepairOutcome { applied: plan.fixes.len(), report })
+    let mut outcome = RepairOutcome { applied: plan.fixes.len(), report: None, cannot_open: None };
+    match open_disk(&plan.path, &plan.options, 1) {
+        Ok(disk) => {
+            let mut report = CheckReport::default();
+            disk.examine(Deep::No, &mut Sink { report: &mut report, fixes: None }, progress)?;
+            outcome.report = Some(report);
+        }
+        Err(error) => outcome.cannot_open = Some(error.to_string()),
+    }
+    Ok(outcome)
 }

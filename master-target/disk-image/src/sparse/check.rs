@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// One bit for every place of the file where a grain can be: 4 MiB of memory for 2 TiB in grains
-/// of 64 KiB.
+/// of 64 KiB, at most 64 MiB.
 struct Used {
     bits: Vec<u64>,
     grain_sectors: u64,

@@ -20,6 +20,10 @@ pub(crate) const ENTRIES_PER_TABLE: u32 = 512;
 /// Sectors of a grain in VMware's products: 64 KiB.
 pub(crate) const GRAIN_SECTORS: u64 = 128;
 
+/// Smallest grain that is read, 4 KiB: VMware allows no smaller one, and a check needs a bit of
+/// memory for each grain that the file could hold.
+pub(crate) const GRAIN_SECTORS_MIN: u64 = 8;
+
 /// Largest grain that is read: a partial write of a new grain, and every compressed grain, needs
 /// that much memory. VMware's largest is 64 KiB, qemu's default the same.
 pub(crate) const GRAIN_SECTORS_MAX: u64 = (8 << 20) / SECTOR_BYTES;
@@ -100,8 +104,11 @@ impl Header {
         if self.capacity_sectors == 0 || self.capacity_sectors > DISK_BYTES_MAX / SECTOR_BYTES {
             return damaged("its header gives a capacity that is not between 1 sector and 62 TiB");
         }
-        if !self.grain_sectors.is_power_of_two() || self.grain_sectors > GRAIN_SECTORS_MAX {
-            return damaged("its header gives a grain size that is no power of two up to 8 MiB");
+        let sizes = GRAIN_SECTORS_MIN..=GRAIN_SECTORS_MAX;
+        if !self.grain_sectors.is_power_of_two() || !sizes.contains(&self.grain_sectors) {
+            return damaged(
+                "its header gives a grain size that is no power of two from 4 KiB to 8 MiB",
+            );
         }
         if !(1..=ENTRIES_PER_TABLE_MAX).contains(&self.entries_per_table) {
             return damaged("its header gives a grain table that has not 1 to 4096 entries");
