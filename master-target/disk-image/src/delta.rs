@@ -9,9 +9,9 @@ use std::{
 use crate::{
     error::{ErrorKind, ImageError, Result},
     extent::{Backing, Extent},
+    fix::Sink,
     image::{DISK_BYTES_MAX, Deep, RunState, SECTOR_BYTES},
     kind::Kind,
-    repair::Sink,
     report::{ExtentInfo, Finding, Progress, Severity, advance},
     sparse::header::{DIRECTORY_ENTRIES_MAX, GRAIN_SECTORS_MAX, array},
     storage::Store,

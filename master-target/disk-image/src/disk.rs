@@ -15,11 +15,11 @@ use crate::{
     descriptor::{Descriptor, shown},
     error::{ErrorKind, ImageError, Result},
     extent::{Backing, Extent},
+    fix::Sink,
     folder::{Folder, Locks},
     identity::{ContentId, DiskUuid, long_content_id},
     image::{Deep, DiskImage, FlatExtent, Run, RunState, Runs, SECTOR_BYTES},
     kind::Kind,
-    repair::Sink,
     report::{CheckReport, Finding, ImageInfo, Progress, Severity},
     storage::Store,
 };
@@ -83,7 +83,7 @@ impl DescriptorHome {
     }
 
     /// Stores a changed descriptor, durably. In place, only sectors that differ are written: a new
-    /// content id has the length of the old, so the change stays within whole sectors.
+    /// content id mostly has the length of the old, so that one sector changes.
     fn store(&self, path: &Path, old: &Descriptor, new: &Descriptor) -> Result<()> {
         let bytes = new.text().as_bytes();
         match &self.place {
@@ -94,6 +94,13 @@ impl DescriptorHome {
             Place::Embedded { store, offset } => {
                 let sector = SECTOR_BYTES as usize;
                 let before = old.text().as_bytes();
+                // A short content id grows to eight digits: padding makes room, or the text would
+                // run into the tables behind it.
+                let (bytes, beyond) = bytes.split_at(before.len().min(bytes.len()));
+                if beyond.iter().any(|byte| *byte != 0) {
+                    let sentence = "its descriptor has no room for a new content id";
+                    return Err(ImageError::new(ErrorKind::Full, path, sentence));
+                }
                 for (index, chunk) in bytes.chunks(sector).enumerate() {
                     let at = index * sector;
                     if before.get(at..at + chunk.len()) != Some(chunk) {

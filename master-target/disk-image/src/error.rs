@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::repair::Fix;
+use crate::fix::Fix;
 
 /// What to do about an [`ImageError`]. The sentence beside it is for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]

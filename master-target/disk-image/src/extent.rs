@@ -2,8 +2,8 @@
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
+    fix::Sink,
     image::{Deep, DiskImage, FlatExtent, RunState},
-    repair::Sink,
     report::{ExtentInfo, Finding, Progress},
     storage::Store,
 };

@@ -15,11 +15,11 @@ use crate::{
     disk::{DescriptorHome, Disk, Place, Placed},
     error::{ErrorKind, ImageError, Result},
     extent::{Extent, FlatRegion, ZeroRegion},
+    fix::{Action, Fix},
     folder::{Folder, Locks},
     identity::ContentId,
     image::{DISK_BYTES_MAX, DiskImage, SECTOR_BYTES},
     kind::Kind,
-    repair::{Action, Fix},
     sparse::{self, SparseExtent},
     storage::{Storage, Store},
     vhd,
@@ -422,7 +422,7 @@ fn open_extent(
     };
     if !fits {
         let sentence = format!("a {kind} disk cannot have an extent of type {}", line.extent_type);
-        return wrong(ErrorKind::Damaged, sentence);
+        return wrong(ErrorKind::Unsupported, sentence);
     }
     if is("ZERO") {
         return Ok(Box::new(ZeroRegion { length_bytes, path: found.path.clone() }));

@@ -4,8 +4,8 @@ use std::{fs::File, path::Path, sync::Arc};
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
+    fix::{Action, Fix},
     image::SECTOR_BYTES,
-    repair::{Action, Fix},
     report::{Progress, advance},
     sparse::{
         header::{DIRECTORY_AT_END, FLAG_MARKERS, Header},

@@ -7,9 +7,9 @@ use std::{
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
+    fix::{Action, Fix},
     identity::DiskUuid,
     image::{DISK_BYTES_MAX, SECTOR_BYTES},
-    repair::{Action, Fix},
 };
 
 /// The first bytes of every footer, and of a dynamic VHD's header copy.

@@ -64,6 +64,34 @@ fn names_of_every_sort_are_found() {
 }
 
 #[test]
+fn a_longer_content_id_does_not_run_into_the_tables() {
+    let dir = tempfile::tempdir().unwrap();
+    for padded in [true, false] {
+        let path = dir.path().join(format!("{padded}.vmdk"));
+        create(&path, &CreateOptions::new(Kind::MonolithicSparse, 1 << 20)).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        let area = String::from_utf8(bytes[512..21 * 512].to_vec()).unwrap();
+        let (before, after) = area.split_once("CID=").unwrap();
+        let mut short = format!("{before}CID=1{}", &after[8..]).into_bytes();
+        short.resize(20 * 512, if padded { 0 } else { b'#' });
+        bytes[512..21 * 512].copy_from_slice(&short);
+        let tables = bytes[21 * 512..].to_vec();
+        std::fs::write(&path, &bytes).unwrap();
+        let image = open(&path, &OpenOptions::writable()).unwrap();
+        let written = image.write_at(&[1; 512], 0).and_then(|()| image.flush());
+        drop(image);
+        if padded {
+            written.unwrap();
+            qemu(&["check", "-f", "vmdk", text(&path)]);
+        } else {
+            assert_eq!(written.unwrap_err().kind(), ErrorKind::Full);
+            assert!(std::fs::read(&path).unwrap()[21 * 512..] == tables);
+        }
+        open(&path, &OpenOptions::read_only()).unwrap();
+    }
+}
+
+#[test]
 fn ways_out_of_the_folder_are_closed() {
     let dir = tempfile::tempdir().unwrap();
     let inner = dir.path().join("inner");

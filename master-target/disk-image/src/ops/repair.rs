@@ -10,11 +10,11 @@ use serde::Serialize;
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
+    fix::{Action, Fix, Sink},
     folder::Locks,
     image::Deep,
     open::{OpenOptions, open_disk, take_lock},
     recover::plan_footer,
-    repair::{Action, Fix, Sink},
     report::{CheckReport, Progress},
     storage::Store,
 };

@@ -2,8 +2,8 @@
 
 use crate::{
     error::Result,
+    fix::{Action, Sink},
     image::{Deep, SECTOR_BYTES},
-    repair::{Action, Sink},
     report::{Finding, Progress, Severity, advance},
     sparse::{
         SparseExtent,

@@ -21,8 +21,8 @@ use crate::{
     descriptor::Descriptor,
     error::{ErrorKind, ImageError, Result},
     extent::{Backing, Extent},
+    fix::Sink,
     image::{Deep, RunState, SECTOR_BYTES},
-    repair::Sink,
     report::{ExtentInfo, Finding, Progress},
     sparse::{
         header::{DIRECTORY_AT_END, FLAG_ZEROED_GRAINS, Header, UNCLEAN_OFFSET},

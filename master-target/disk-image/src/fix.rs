@@ -1,4 +1,4 @@
-//! Repair in two steps: a plan to read, and its application.
+//! The steps of a repair, and what a check hands its findings to.
 
 use std::path::{Path, PathBuf};
 
