@@ -25,9 +25,21 @@ pub struct Fix {
 /// What a fix does to its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
-    Write { offset: u64, bytes: Vec<u8> },
+    Write {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
     SetLength(u64),
-    Free { offset: u64, length: u64 },
+    Free {
+        offset: u64,
+        length: u64,
+    },
+    /// Bytes beyond the end of the file are zeros. Not longer than a grain.
+    Copy {
+        from: u64,
+        to: u64,
+        length: u64,
+    },
 }
 
 /// Takes what a check finds, and how it could be mended.

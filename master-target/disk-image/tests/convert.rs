@@ -264,6 +264,29 @@ fn what_is_lost_in_both_copies_is_said_and_becomes_zeros() {
 }
 
 #[test]
+fn grains_that_share_a_place_are_parted() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("shared.vmdk");
+    let mut model = sparse(&image);
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    for redundant in [false, true] {
+        let table = table_byte(&file, redundant);
+        let mut entry = [0; 4];
+        file.read_exact_at(&mut entry, table).unwrap();
+        file.write_all_at(&entry, table + 8).unwrap();
+    }
+    let first = model[..65_536].to_vec();
+    model[131_072..196_608].copy_from_slice(&first);
+    let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+    assert_eq!(before.losses, 1, "{before:?}");
+    repair(&image);
+    assert!(content(&image) == model);
+    let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+    assert!(after.is_clean(), "{after:?}");
+    qemu(&["check", "-f", "vmdk", text(&image)]);
+}
+
+#[test]
 fn leaked_space_is_found_and_given_back() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("leak.vmdk");

@@ -11,7 +11,7 @@ use std::{
 
 use backhaul_disk_image::{
     CreateOptions, Deep, Kind, OpenOptions, Silent, create, open, open_storage,
-    ops::{ConvertOptions, convert},
+    ops::{ConvertOptions, apply_repair, convert, plan_repair},
     storage::MemoryStorage,
 };
 use esxi::{Grain, cowd, sesparse};
@@ -69,6 +69,23 @@ fn use_it(bytes: Vec<u8>) {
     assert!(MOST.load(Ordering::SeqCst) < MEMORY_MAX, "{} bytes", MOST.load(Ordering::SeqCst));
 }
 
+/// Plans a repair, applies it and opens what comes of it; errors are fine.
+fn repair_it(bytes: &[u8]) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("hostile.vmdk");
+    std::fs::write(&path, bytes).unwrap();
+    for _ in 0..3 {
+        let Ok(plan) = plan_repair(&path, &OpenOptions::read_only(), &mut Silent) else { return };
+        if plan.fixes.is_empty() {
+            break;
+        }
+        let _ = apply_repair(&plan, &mut Silent);
+    }
+    let length = std::fs::metadata(&path).unwrap().len();
+    assert!(length < 64 << 20, "the repair made a file of {length} bytes");
+    use_it(std::fs::read(&path).unwrap());
+}
+
 /// Changes every byte of some ranges in several ways, and cuts the file at many places.
 fn attack(good: &[u8], ranges: &[std::ops::Range<usize>]) {
     use_it(good.to_vec());
@@ -76,12 +93,16 @@ fn attack(good: &[u8], ranges: &[std::ops::Range<usize>]) {
         for change in [0xff, 0x80, 0x01] {
             let mut bytes = good.to_vec();
             bytes[at] ^= change;
+            if change == 0xff && at % 3 == 0 {
+                repair_it(&bytes);
+            }
             use_it(bytes);
         }
     }
     for range in ranges {
         for at in range.clone().step_by(37).chain([range.end]).filter(|at| *at < good.len()) {
             use_it(good[..at].to_vec());
+            repair_it(&good[..at]);
         }
     }
 }

@@ -103,6 +103,7 @@ pub fn apply_repair(plan: &RepairPlan, progress: &mut dyn Progress) -> Result<Re
     let writable = OpenOptions { writable: true, ..plan.options };
     let mut files: BTreeMap<&Path, Store> = BTreeMap::new();
     let mut locks = Locks::default();
+    let mut copied = false;
     for fix in &plan.fixes {
         if !files.contains_key(fix.path.as_path()) {
             let file = File::options().read(true).write(true).open(&fix.path);
@@ -111,10 +112,22 @@ pub fn apply_repair(plan: &RepairPlan, progress: &mut dyn Progress) -> Result<Re
             files.insert(&fix.path, Store::new(&fix.path, Box::new(file)));
         }
         let Some(store) = files.get(fix.path.as_path()) else { continue };
+        // A table must not name a copy that a power cut can still take away.
+        if copied && !matches!(fix.action, Action::Copy { .. }) {
+            store.sync()?;
+            copied = false;
+        }
         match &fix.action {
             Action::Write { offset, bytes } => store.write(bytes, *offset)?,
             Action::SetLength(length) => store.set_length(*length)?,
             Action::Free { offset, length } => store.free(*offset, *length)?,
+            Action::Copy { from, to, length } => {
+                let there = store.length()?.saturating_sub(*from).min(*length);
+                let mut bytes = store.read_vec(*from, there as usize)?;
+                bytes.resize(*length as usize, 0);
+                store.write(&bytes, *to)?;
+                copied = true;
+            }
         }
     }
     for store in files.values() {

@@ -157,7 +157,7 @@ impl SparseExtent {
         let grain_sectors = self.header.grain_sectors;
         let count = tables.entries_of(*index);
         let mut right = Vec::with_capacity(count);
-        let (mut differ, mut wrong) = (0, 0);
+        let (mut differ, mut wrong, mut moved) = (0, 0, 0);
         for at in 0..count {
             let sound = |copy: &Option<Vec<u32>>| {
                 let entry = copy.as_ref().map(|entries| entries[at]);
@@ -193,6 +193,10 @@ impl SparseExtent {
                          another one; one of the two has lost its content"
                     );
                     sink.find(self.finding(Severity::Loss, judged.byte_of(at), sentence));
+                    if let Some(sector) = self.fix_shared(entry, disk_byte, used, sink) {
+                        entry = sector;
+                        moved += 1;
+                    }
                 }
             }
             right.push(entry);
@@ -202,11 +206,32 @@ impl SparseExtent {
                 format!("the two copies of grain table {index} differ in {differ} entries");
             sink.find(self.finding(Severity::Redundancy, judged.byte_of(0), sentence));
         }
-        if differ > 0 || wrong > 0 || judged.lacks_copy() {
+        if differ > 0 || wrong > 0 || moved > 0 || judged.lacks_copy() {
             let directories = [tables.directory_sector, self.header.redundant_sector];
             self.fix_table(judged, directories, (&right, wrong), used, sink);
         }
         right
+    }
+
+    /// Gives a grain that shares its place a copy of its own: which of the two the bytes belong to
+    /// cannot be told, but a write to one must not change the other.
+    fn fix_shared(
+        &self,
+        entry: u32,
+        disk_byte: u64,
+        used: &mut Used,
+        sink: &mut Sink<'_>,
+    ) -> Option<u32> {
+        let place = used.append_sector.next_multiple_of(self.header.grain_sectors);
+        let sector = u32::try_from(place).ok().filter(|_| sink.fixes.is_some())?;
+        let sentence = format!("give the grain at byte {disk_byte} of the disk a place of its own");
+        sink.fix(&self.store.path, &sentence, || Action::Copy {
+            from: u64::from(entry) * SECTOR_BYTES,
+            to: place * SECTOR_BYTES,
+            length: self.header.grain_bytes(),
+        });
+        used.append_sector = place + self.header.grain_sectors;
+        Some(sector)
     }
 
     fn fix_table(
