@@ -378,3 +378,51 @@ fn what_is_wrong_is_named() {
     let short = say(&format!("{head}RW 8 VMFS \"d-flat.vmdk\"\n"));
     assert!(short.contains("has 512 bytes, but its descriptor needs 4096"), "{short}");
 }
+
+/// Ranges of a disk that hold data, neighbours joined.
+fn joined(ranges: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut all: Vec<(u64, u64)> = Vec::new();
+    for (start, end) in ranges {
+        match all.last_mut() {
+            Some(last) if last.1 == start => last.1 = end,
+            _ => all.push((start, end)),
+        }
+    }
+    all
+}
+
+#[test]
+fn our_map_is_that_of_qemu() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(31);
+    for kind in [Kind::MonolithicSparse, Kind::TwoGbMaxExtentSparse] {
+        let size_bytes = (3 << 30) + 512;
+        let base = dir.path().join(format!("map-{kind}.vmdk"));
+        create(&base, &CreateOptions::new(kind, size_bytes)).unwrap();
+        let child = dir.path().join(format!("map-{kind}-child.vmdk"));
+        for (path, parent) in [(&base, None), (&child, Some(base.clone()))] {
+            if parent.is_some() {
+                create(path, &CreateOptions { parent, ..CreateOptions::new(kind, size_bytes) })
+                    .unwrap();
+            }
+            let image = open(path, &OpenOptions::writable()).unwrap();
+            for (at, bytes) in pieces(size_bytes, &mut random) {
+                image.write_at(&bytes, at).unwrap();
+            }
+            image.write_at(&[1; 4096], random.below(size_bytes / 2)).unwrap();
+            image.flush().unwrap();
+            let ours = image.extents(0, size_bytes).map(|run| run.unwrap());
+            let ours = ours.filter(|run| run.state == backhaul_disk_image::RunState::Data);
+            let ours = joined(ours.map(|run| (run.offset, run.offset + run.length)));
+            drop(image);
+            let said = qemu(&["map", "-f", "vmdk", "--output=json", text(path)]);
+            let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+            let runs = said.as_array().unwrap().iter().filter(|run| run["data"] == true);
+            let theirs = joined(runs.map(|run| {
+                let (start, length) = (run["start"].as_u64(), run["length"].as_u64());
+                (start.unwrap(), start.unwrap() + length.unwrap())
+            }));
+            assert_eq!(ours, theirs, "{}", path.display());
+        }
+    }
+}
