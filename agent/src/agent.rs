@@ -1,17 +1,19 @@
 //! The owner loop: one task owns every machine's session; everything else sends it events.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use backhaul_daemon::bandwidth::Rate;
+use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId};
 use backhaul_proto::message::{
-    Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, MachineHello,
-    MachineWelcome, Progress, Standing, agent_message, target_message,
+    Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, LinkReport,
+    MachineHello, MachineWelcome, Progress, Standing, agent_message, target_message,
 };
-use backhaul_proto::session::Sender;
+use backhaul_proto::session::{RateLimit, Sender};
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
 use tokio::sync::mpsc;
 
@@ -23,7 +25,7 @@ use crate::config::{Config, MachineConfig};
 use crate::job::{self, JobContext};
 use crate::link::{LinkEvent, LinkUp};
 use crate::metrics::Metrics;
-use crate::progress::ProgressView;
+use crate::progress::{ProgressView, SyncStanding};
 use crate::state::{MachineState, Protection};
 use crate::sync::{self, SyncHandle, SyncInput, SyncOutput};
 
@@ -53,6 +55,8 @@ struct Machine {
     config: MachineConfig,
     capture: Arc<MachineCapture>,
     sender: Sender,
+    /// Its ceiling at present.
+    limit: RateLimit,
     /// Encoded batches that wait for one before them.
     encoded: BTreeMap<BatchSeq, Encoded>,
     sync: SyncHandle,
@@ -68,6 +72,7 @@ struct Machine {
 
 /// The agent.
 pub struct Agent {
+    config_path: PathBuf,
     config: Config,
     machines: Vec<Machine>,
     pool: EncodePool,
@@ -80,20 +85,29 @@ pub struct Agent {
     progress: ProgressView,
     acked_wire_bytes: u64,
     rate_since: (Instant, u64),
+    acked_bytes_per_second: f64,
+    /// The ceiling of all machines together at present.
+    link_limit: RateLimit,
+    first_to_send: usize,
+    /// How long the last heartbeat took there and back, in microseconds.
+    heartbeat_us: u64,
     last_progress: Instant,
 }
 
 impl Agent {
     /// Opens every machine's disks and starts their workers. Machines whose protection has ended
     /// are left out.
-    pub fn new(config: Config, metrics: Metrics) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(&config.state_dir).with_context(|| {
-            format!("the state folder {} cannot be made", config.state_dir.display())
-        })?;
+    pub fn new(
+        config_path: &Path,
+        config: Config,
+        metrics: Metrics,
+        progress: ProgressView,
+    ) -> anyhow::Result<Self> {
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let pool = EncodePool::new(threads, config.compression)?;
         let (events, inbox) = mpsc::unbounded_channel();
         let mut agent = Self {
+            config_path: config_path.to_owned(),
             machines: Vec::new(),
             pool,
             link: None,
@@ -101,9 +115,13 @@ impl Agent {
             events,
             inbox,
             metrics,
-            progress: ProgressView::new(),
+            progress,
             acked_wire_bytes: 0,
             rate_since: (Instant::now(), 0),
+            acked_bytes_per_second: 0.0,
+            link_limit: RateLimit::unlimited(),
+            first_to_send: 0,
+            heartbeat_us: 0,
             last_progress: Instant::now(),
             config,
         };
@@ -159,6 +177,7 @@ impl Agent {
         tokio::spawn(sealing);
         self.machines.push(Machine {
             sender: Sender::new(generation),
+            limit: RateLimit::unlimited(),
             encoded: BTreeMap::new(),
             sync,
             replicating: None,
@@ -210,13 +229,19 @@ impl Agent {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tokio::pin!(stop);
         let mut stopping = None;
+        let mut reload = lifecycle::Reload::new();
         loop {
+            let limited = self.next_transmit();
             tokio::select! {
                 event = self.inbox.recv() => {
                     let Some(event) = event else { return };
                     self.apply(event);
                 }
                 _ = tick.tick() => self.upkeep(),
+                () = lifecycle::sleep_until(limited), if limited.is_some() => {
+                    self.transmit_all();
+                }
+                () = reload.asked() => self.reload(),
                 () = &mut stop, if stopping.is_none() => {
                     tracing::info!("stopping: waiting for the target to have everything");
                     stopping = Some(Instant::now());
@@ -236,6 +261,22 @@ impl Agent {
         }
     }
 
+    /// Reads the configuration again for what may change while the agent runs: the ceilings.
+    fn reload(&mut self) {
+        let config = match Config::load(&self.config_path) {
+            Ok(config) => config,
+            Err(errors) => return tracing::error!("the old configuration stays: {errors}"),
+        };
+        self.config.limit = config.limit;
+        for machine in &mut self.machines {
+            let new = config.machines.iter().find(|new| new.name == machine.config.name);
+            if let Some(new) = new {
+                machine.config.limit = new.limit.clone();
+            }
+        }
+        tracing::info!("the limits were read again; other changes need a restart");
+    }
+
     fn apply(&mut self, event: Event) {
         match event {
             Event::Encoded(index, encoded) => self.handle_encoded(index, encoded),
@@ -248,6 +289,7 @@ impl Agent {
                 tracing::info!(
                     target = %link.connection.peer(),
                     address = %link.connection.remote_address(),
+                    transport = %link.connection.transport(),
                     "connected"
                 );
                 self.down_reason.clear();
@@ -395,10 +437,36 @@ impl Agent {
     fn transmit(&mut self, index: usize) {
         let (Some(link), machine) = (&self.link, &mut self.machines[index]) else { return };
         let Some(on_wire) = machine.replicating else { return };
-        while let Some(batch) = machine.sender.poll_transmit() {
+        let now = Instant::now();
+        while self.link_limit.poll_ready(now).is_ok()
+            && machine.limit.poll_ready(now).is_ok()
+            && let Some(batch) = machine.sender.poll_transmit()
+        {
+            machine.limit.handle_sent(now, batch.wire_bytes() as u64);
+            self.link_limit.handle_sent(now, batch.wire_bytes() as u64);
             self.metrics.sent(machine.config.name.as_str(), &batch);
             tokio::spawn(send(link.connection.clone(), batch, on_wire));
         }
+    }
+
+    /// Each machine in turn is the first under the common ceiling.
+    fn transmit_all(&mut self) {
+        let count = self.machines.len();
+        self.first_to_send = (self.first_to_send + 1) % count.max(1);
+        for step in 0..count {
+            self.transmit((self.first_to_send + step) % count);
+        }
+    }
+
+    /// When a machine that a ceiling holds back may send again.
+    fn next_transmit(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let link = self.link_limit.poll_ready(now).err();
+        let replicating = self.machines.iter().filter(|machine| machine.replicating.is_some());
+        replicating
+            .filter(|machine| machine.sender.held_bytes() > 0)
+            .filter_map(|machine| machine.limit.poll_ready(now).err().max(link))
+            .min()
     }
 
     fn handle_message(&mut self, message: target_message::Kind) {
@@ -406,8 +474,12 @@ impl Agent {
             target_message::Kind::Ack(ack) => self.handle_ack(&ack),
             target_message::Kind::Job(job) => self.handle_job(job),
             target_message::Kind::Machine(welcome) => self.handle_standing(&welcome),
-            target_message::Kind::Heartbeat(_) => {}
-            target_message::Kind::Welcome(_) | target_message::Kind::Refused(_) => {
+            target_message::Kind::Heartbeat(Heartbeat { nonce }) => {
+                self.heartbeat_us = now_us().saturating_sub(nonce);
+            }
+            target_message::Kind::Welcome(_)
+            | target_message::Kind::Refused(_)
+            | target_message::Kind::Probe(_) => {
                 self.drop_link("the target greeted twice");
             }
         }
@@ -548,7 +620,10 @@ impl Agent {
     /// What is done on every tick.
     fn upkeep(&mut self) {
         let now = Instant::now();
+        self.link_limit.set(self.config.limit.now().map(Rate::bytes_per_second));
         for machine in &mut self.machines {
+            let ceiling = machine.config.limit.now();
+            machine.limit.set(ceiling.map(Rate::bytes_per_second));
             let Some(period) = machine.point_period else { continue };
             if machine.replicating.is_some() && now >= machine.next_point {
                 machine.next_point = now + period;
@@ -561,11 +636,15 @@ impl Agent {
                 machine.sync.send(SyncInput::Wake);
             }
         }
+        // A ceiling that was lifted leaves no timer behind that would go on sending.
+        self.transmit_all();
         let (since, bytes) = self.rate_since;
         let seconds = now.duration_since(since).as_secs_f64();
         if seconds >= 0.2 {
             let rate = (self.acked_wire_bytes - bytes) as f64 / seconds;
             self.rate_since = (now, self.acked_wire_bytes);
+            // Over about a second, so that a person can read it.
+            self.acked_bytes_per_second += (rate - self.acked_bytes_per_second) * seconds.min(1.0);
             // What waits for the link, and what waits for the encoders: the larger is the bottleneck.
             let for_link: u64 = self.machines.iter().map(|m| m.sender.held_bytes()).sum();
             let queued: u64 = self.machines.iter().map(|m| m.capture.order().queued_bytes()).sum();
@@ -576,6 +655,7 @@ impl Agent {
         if now.duration_since(self.last_progress) >= Duration::from_secs(1) {
             self.report_progress();
             self.say(agent_message::Kind::Heartbeat(Heartbeat { nonce: now_us() }));
+            self.report_link();
         }
         self.metrics.link(self.link.as_ref().map(|link| link.connection.stats()));
         for machine in &self.machines {
@@ -588,8 +668,39 @@ impl Agent {
             drop(order);
             let name = machine.config.name.as_str();
             self.metrics.machine(name, machine.replicating.is_some(), queued, dirty, total_bytes);
-            self.progress.update(name, total_bytes, dirty, machine.sync_sent_bytes);
+            let standing = SyncStanding {
+                total_bytes,
+                dirty_bytes: dirty,
+                sent_bytes: machine.sync_sent_bytes,
+                replicating: machine.replicating.is_some(),
+            };
+            self.progress.update(name, standing);
         }
+    }
+
+    fn report_link(&self) {
+        let Some(link) = &self.link else { return };
+        let stats = link.connection.stats();
+        self.say(agent_message::Kind::Link(LinkReport {
+            congestion: self.config.congestion.to_string(),
+            rtt_us: if stats.rtt.is_zero() {
+                self.heartbeat_us
+            } else {
+                stats.rtt.as_micros() as u64
+            },
+            window_bytes: stats.congestion_window_bytes,
+            acked_bytes_per_second: self.acked_bytes_per_second as u64,
+            ceiling_bytes_per_second: self.config.limit.now().map_or(0, Rate::bytes_per_second),
+            mtu_bytes: stats.mtu_bytes.into(),
+            sent_bytes: stats.sent_bytes,
+            sent_packets: stats.sent_packets,
+            lost_packets: stats.lost_packets,
+            lost_bytes: stats.lost_bytes,
+            mtu_black_holes: stats.mtu_black_holes,
+            receive_buffer_bytes: stats.socket.receive_bytes as u64,
+            send_buffer_bytes: stats.socket.send_bytes as u64,
+            dropped_datagrams: stats.socket.dropped_datagrams(),
+        }));
     }
 
     fn report_progress(&mut self) {
@@ -638,7 +749,7 @@ fn new_generation(last: Generation) -> Generation {
 }
 
 async fn send(
-    connection: backhaul_proto::quic::Connection,
+    connection: backhaul_proto::link::Connection,
     batch: EncodedBatch,
     machine: MachineIndex,
 ) {

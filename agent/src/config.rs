@@ -4,10 +4,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use backhaul_daemon::bandwidth::{BandwidthLimits, Rate};
 use backhaul_daemon::config::{ConfigErrors, Size, Table, load};
 use backhaul_proto::id::{DiskName, MachineName, PeerName};
+use backhaul_proto::identity::IdentityFiles;
 use backhaul_proto::limits::{DISKS_MAX, MACHINES_MAX};
-use backhaul_proto::quic::{Congestion, IdentityFiles};
+use backhaul_proto::link::TransportChoice;
+use backhaul_proto::quic::Congestion;
 
 use crate::batch::CompressionChoice;
 
@@ -29,8 +32,12 @@ pub struct Config {
     pub queue_bytes: u64,
     /// When to compress.
     pub compression: CompressionChoice,
+    /// Which transports may be used.
+    pub transport: TransportChoice,
     /// How the sending rate is found.
     pub congestion: Congestion,
+    /// Ceilings of the link as a whole, over the week. Read again on SIGHUP.
+    pub limit: BandwidthLimits,
     /// Longest a write waits for others before its batch is sealed.
     pub batch_delay: Duration,
     /// The NBD server's Unix socket.
@@ -50,6 +57,8 @@ pub struct MachineConfig {
     pub shutdown_hook: Vec<String>,
     /// Removes the machine at commit: program and arguments.
     pub removal_hook: Vec<String>,
+    /// Ceilings of this machine's share of the link, over the week. Read again on SIGHUP.
+    pub limit: BandwidthLimits,
     /// A hook that runs longer has failed.
     pub hook_timeout: Duration,
     /// Its disks, in order.
@@ -81,7 +90,17 @@ fn read(top: &Table<'_>) -> Option<Config> {
     let metrics = top.parsed_or("metrics", None);
     let queue = top.within("queue", Size(64 << 20), Size(4 << 20)..=Size(4 << 30));
     let compression = read_compression(top);
+    let transport = match top.or("transport", "auto".to_owned()).map(|text| text.parse()) {
+        Some(Ok(choice)) => Some(choice),
+        Some(Err(sentence)) => {
+            let sentence: String = sentence;
+            top.report("transport", sentence);
+            None
+        }
+        None => None,
+    };
     let congestion = read_congestion(top);
+    let limit = top.or("limit", BandwidthLimits::default());
     let batch_delay = top.within(
         "batch_delay",
         Duration::from_millis(5),
@@ -113,7 +132,9 @@ fn read(top: &Table<'_>) -> Option<Config> {
         metrics: metrics?,
         queue_bytes: queue?.0,
         compression: compression?,
+        transport: transport?,
         congestion: congestion?,
+        limit: limit?,
         batch_delay: batch_delay?,
         nbd_unix,
         nbd_tcp,
@@ -139,27 +160,17 @@ fn read_compression(top: &Table<'_>) -> Option<CompressionChoice> {
 
 fn read_congestion(top: &Table<'_>) -> Option<Congestion> {
     let text = top.or("congestion", "auto".to_owned())?;
-    match (text.as_str(), text.strip_prefix("fixed ")) {
-        ("auto", _) => Some(Congestion::Auto),
-        ("cubic", _) => Some(Congestion::Cubic),
-        (_, Some(rate)) if rate.trim().strip_suffix("Mbit/s").is_some() => {
-            let number = rate.trim().trim_end_matches("Mbit/s").trim().parse::<u64>();
-            match number {
-                Ok(mbit @ 1..=100_000) => {
-                    Some(Congestion::Fixed { bits_per_second: mbit * 1_000_000 })
-                }
-                _ => {
-                    top.report("congestion", "a fixed rate lies between 1 and 100000 Mbit/s");
-                    None
-                }
-            }
-        }
-        _ => {
-            let sentence = "`congestion` must be \"auto\", \"cubic\" or \"fixed 200 Mbit/s\"";
-            top.report("congestion", sentence);
-            None
-        }
-    }
+    let sentence = match (text.as_str(), text.strip_prefix("fixed ")) {
+        ("auto", _) => return Some(Congestion::Auto),
+        ("cubic", _) => return Some(Congestion::Cubic),
+        (_, Some(rate)) => match rate.trim().parse::<Rate>() {
+            Ok(Rate { bits_per_second }) => return Some(Congestion::Fixed { bits_per_second }),
+            Err(sentence) => sentence,
+        },
+        _ => "`congestion` must be \"auto\", \"cubic\" or \"fixed 200 Mbit/s\"".into(),
+    };
+    top.report("congestion", sentence);
+    None
 }
 
 fn read_machine(table: &Table<'_>) -> Option<MachineConfig> {
@@ -167,6 +178,7 @@ fn read_machine(table: &Table<'_>) -> Option<MachineConfig> {
     let shutdown_hook = table.or("shutdown_hook", Vec::<String>::new());
     let removal_hook = table.or("removal_hook", Vec::<String>::new());
     let hook_timeout = table.or("hook_timeout", Duration::from_secs(300));
+    let limit = table.or("limit", BandwidthLimits::default());
     let label = name.as_ref().map(ToString::to_string).unwrap_or_default();
     let disks = table.tables("disk", |disk| {
         let name: Option<DiskName> = disk.parsed("name");
@@ -184,6 +196,7 @@ fn read_machine(table: &Table<'_>) -> Option<MachineConfig> {
         name: name?,
         shutdown_hook: shutdown_hook?,
         removal_hook: removal_hook?,
+        limit: limit?,
         hook_timeout: hook_timeout?,
         disks: disks?,
     })

@@ -17,6 +17,7 @@ pub mod hook;
 pub mod job;
 pub mod link;
 pub mod metrics;
+pub mod probe;
 pub mod progress;
 pub mod state;
 pub mod sync;

@@ -2,11 +2,13 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use backhaul_proto::identity::Identity;
+use backhaul_proto::link::{ConnectOptions, Connection, StreamError, connect};
 use backhaul_proto::message::{
     AgentMessage, HashReply, HashRequest, Hello, TargetMessage, Welcome, agent_message,
     target_message,
 };
-use backhaul_proto::quic::{Connection, Identity, TransportOptions, connect};
+use backhaul_proto::quic::TransportOptions;
 use backhaul_proto::session::Backoff;
 use tokio::sync::{mpsc, oneshot};
 
@@ -61,12 +63,18 @@ impl LinkUp {
 
 /// Keeps a connection to the target for as long as the process lives.
 pub async fn run(config: Config, identity: Identity, events: mpsc::UnboundedSender<LinkEvent>) {
-    let options = TransportOptions { congestion: config.congestion, ..TransportOptions::default() };
+    let options = ConnectOptions {
+        choice: config.transport,
+        expected: config.target_name.clone(),
+        transport: TransportOptions {
+            congestion: config.congestion,
+            ..TransportOptions::default()
+        },
+    };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
     let mut backoff = Backoff::new(seed ^ u64::from(std::process::id()));
     loop {
-        let expected = config.target_name.clone();
-        let reason = match connect(&config.target, &identity, expected, &options).await {
+        let reason = match connect(&config.target, &identity, &options).await {
             Err(error) => error.to_string(),
             Ok(connection) => converse(&connection, &events, &mut backoff).await,
         };
@@ -86,7 +94,7 @@ async fn converse(
     let streams = async {
         let control = connection.open_control().await?;
         let sync = connection.open_sync().await?;
-        Ok::<_, backhaul_proto::quic::StreamError>((control, sync))
+        Ok::<_, StreamError>((control, sync))
     };
     let ((mut control_out, mut control_in), (mut sync_out, mut sync_in)) = match streams.await {
         Ok(streams) => streams,
@@ -125,13 +133,13 @@ async fn converse(
         while let Some(message) = control_queue.recv().await {
             control_out.send(&message).await?;
         }
-        Ok::<_, backhaul_proto::quic::StreamError>(())
+        Ok::<_, StreamError>(())
     };
     let questions = async {
         while let Some(message) = sync_queue.recv().await {
             sync_out.send(&message).await?;
         }
-        Ok::<_, backhaul_proto::quic::StreamError>(())
+        Ok::<_, StreamError>(())
     };
     let messages = async {
         while let Some(message) = control_in.recv::<TargetMessage>().await? {
@@ -139,13 +147,13 @@ async fn converse(
                 let _ = events.send(LinkEvent::Message(kind));
             }
         }
-        Ok::<_, backhaul_proto::quic::StreamError>(())
+        Ok::<_, StreamError>(())
     };
     let answers = async {
         while let Some(reply) = sync_in.recv::<HashReply>().await? {
             let _ = events.send(LinkEvent::Answer(reply));
         }
-        Ok::<_, backhaul_proto::quic::StreamError>(())
+        Ok::<_, StreamError>(())
     };
     let ended = tokio::select! {
         ended = controls => ended,

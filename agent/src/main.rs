@@ -9,11 +9,14 @@ use backhaul_agent::agent::Agent;
 use backhaul_agent::config::Config;
 use backhaul_agent::link;
 use backhaul_agent::metrics::Metrics;
+use backhaul_agent::progress::{AboveBars, ProgressView};
+use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
 use backhaul_daemon::{lifecycle, logging, metrics};
 use backhaul_nbd::{Exports, Listener, Server, ServerOptions};
-use backhaul_proto::quic::{Identity, Role};
+use backhaul_proto::identity::{Identity, Role};
 use clap::{CommandFactory, Parser, Subcommand};
+use indicatif::MultiProgress;
 
 #[derive(Parser)]
 #[command(
@@ -57,8 +60,10 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Run { config, log_json, log } => {
-            logging::start(if log_json { LogFormat::Json } else { LogFormat::Plain }, &log);
-            run(&config)
+            let (bars, format) = (MultiProgress::new(), LogFormat::of(log_json));
+            let above_bars = AboveBars(bars.clone());
+            logging::start(format, &log, move || above_bars.clone());
+            run(&config, ProgressView::new(bars))
         }
         Verb::Check { config } => check(&config),
         Verb::Completions { shell } => {
@@ -89,16 +94,23 @@ fn check(path: &std::path::Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(path: &std::path::Path) -> anyhow::Result<()> {
+fn run(path: &std::path::Path, progress: ProgressView) -> anyhow::Result<()> {
     let config = Config::load(path)?;
     let identity = Identity::load(&config.identity, Role::Agent)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(serve(config, identity))
+    runtime.block_on(serve(path, config, identity, progress))
 }
 
-async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
+async fn serve(
+    path: &std::path::Path,
+    config: Config,
+    identity: Identity,
+    progress: ProgressView,
+) -> anyhow::Result<()> {
+    // A second agent on this state would replicate the same machines.
+    let _state = FolderLock::take(&config.state_dir)?;
     let registry = prometheus::Registry::new();
-    let agent = Agent::new(config.clone(), Metrics::new(&registry)?)?;
+    let agent = Agent::new(path, config.clone(), Metrics::new(&registry)?, progress)?;
     if let Some(address) = config.metrics {
         let bound = metrics::serve(address, registry)
             .await

@@ -1,7 +1,7 @@
 //! The agent's Prometheus metrics.
 
 use backhaul_proto::batch::EncodedBatch;
-use backhaul_proto::quic::LinkStats;
+use backhaul_proto::link::LinkStats;
 use prometheus::{Gauge, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 /// Every metric of the agent. Names end in their unit, as Prometheus asks.
@@ -11,6 +11,10 @@ pub struct Metrics {
     rtt_seconds: Gauge,
     window_bytes: IntGauge,
     lost_packets: IntGauge,
+    lost_bytes: IntGauge,
+    mtu_bytes: IntGauge,
+    receive_buffer_bytes: IntGauge,
+    dropped_datagrams: IntGauge,
     replicating: IntGaugeVec,
     queue_bytes: IntGaugeVec,
     dirty_bytes: IntGaugeVec,
@@ -48,6 +52,10 @@ impl Metrics {
             session_up: gauge("session_up", "Whether the target is connected")?,
             window_bytes: gauge("link_window_bytes", "Congestion window")?,
             lost_packets: gauge("link_lost_packets", "Packets lost on this connection")?,
+            lost_bytes: gauge("link_retransmitted_bytes", "Bytes of those, sent again")?,
+            mtu_bytes: gauge("link_mtu_bytes", "The path's MTU, as a UDP payload")?,
+            receive_buffer_bytes: gauge("socket_receive_buffer_bytes", "Granted by the system")?,
+            dropped_datagrams: gauge("socket_dropped_datagrams", "Arrived, and found no room")?,
             replicating: gauges("replicating", "Whether the machine is being replicated")?,
             queue_bytes: gauges("queue_bytes", "Writes not acknowledged by the target")?,
             dirty_bytes: gauges("dirty_bytes", "Content that is in no batch yet")?,
@@ -70,6 +78,10 @@ impl Metrics {
             self.rtt_seconds.set(stats.rtt.as_secs_f64());
             self.window_bytes.set(stats.congestion_window_bytes as i64);
             self.lost_packets.set(stats.lost_packets as i64);
+            self.lost_bytes.set(stats.lost_bytes as i64);
+            self.mtu_bytes.set(stats.mtu_bytes.into());
+            self.receive_buffer_bytes.set(stats.socket.receive_bytes as i64);
+            self.dropped_datagrams.set(stats.socket.dropped_datagrams() as i64);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Showing a sync: a bar on a terminal, a line now and then elsewhere.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
@@ -9,7 +9,8 @@ use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressS
 /// How often a line is written when there is no terminal.
 const LINE_PERIOD: Duration = Duration::from_secs(5);
 
-const TEMPLATE: &str = "{prefix:12} [{bar:30.cyan/blue}] {percent:>3}% {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} left, {msg}";
+const TEMPLATE: &str =
+    "{prefix:12} [{bar:30.cyan/blue}] {percent:>3}% {binary_bytes}/{binary_total_bytes} {msg}";
 
 /// The syncs under way, as a person sees them.
 pub struct ProgressView {
@@ -20,19 +21,48 @@ pub struct ProgressView {
 
 struct Shown {
     bar: ProgressBar,
-    began: Instant,
+    /// Since when the target takes batches; the time before says nothing about the rate.
+    began: Option<Instant>,
     last_line: Instant,
 }
 
-impl ProgressView {
-    /// A view on standard error.
-    pub fn new() -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        Self { bars: MultiProgress::new(), shown: BTreeMap::new(), terminal }
+/// How a machine's sync stands.
+#[derive(Debug, Clone, Copy)]
+pub struct SyncStanding {
+    /// Bytes to compare; 0 when no sync is under way.
+    pub total_bytes: u64,
+    /// Of these, bytes that are neither found equal nor in the stream yet.
+    pub dirty_bytes: u64,
+    /// Bytes that differed and went into the stream.
+    pub sent_bytes: u64,
+    /// Whether the target takes the machine's batches at present.
+    pub replicating: bool,
+}
+
+/// Standard error below the bars: what is written here goes above them.
+#[derive(Debug, Clone)]
+pub struct AboveBars(pub MultiProgress);
+
+impl Write for AboveBars {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().write(bytes))
     }
 
-    /// How a machine's sync stands; a total of 0 means that none is under way.
-    pub fn update(&mut self, machine: &str, total_bytes: u64, dirty_bytes: u64, sent_bytes: u64) {
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl ProgressView {
+    /// A view on standard error, drawn with `bars`.
+    pub fn new(bars: MultiProgress) -> Self {
+        let terminal = io::stderr().is_terminal();
+        Self { bars, shown: BTreeMap::new(), terminal }
+    }
+
+    /// Shows how a machine's sync stands.
+    pub fn update(&mut self, machine: &str, standing: SyncStanding) {
+        let SyncStanding { total_bytes, dirty_bytes, sent_bytes, replicating } = standing;
         if total_bytes == 0 {
             if let Some(shown) = self.shown.remove(machine) {
                 shown.bar.finish_and_clear();
@@ -51,14 +81,29 @@ impl ProgressView {
                 bar.set_style(style);
             }
             bar.set_prefix(machine.to_owned());
-            Shown { bar, began: now, last_line: now }
+            Shown { bar, began: None, last_line: now }
         });
+        if !replicating {
+            shown.began = None;
+        } else if shown.began.is_none() {
+            shown.began = Some(now);
+            shown.bar.reset_eta();
+        }
         shown.bar.set_length(total_bytes);
         shown.bar.set_position(done_bytes);
-        shown.bar.set_message(format!("{} sent", HumanBytes(sent_bytes)));
-        if !self.terminal && now.duration_since(shown.last_line) >= LINE_PERIOD {
+        shown.bar.set_message(if replicating {
+            let rate = HumanBytes(shown.bar.per_sec() as u64);
+            let left = HumanDuration(shown.bar.eta());
+            format!("{rate}/s, {left:#} left, {} sent", HumanBytes(sent_bytes))
+        } else {
+            "waiting for the target".into()
+        });
+        if let Some(began) = shown.began
+            && !self.terminal
+            && now.duration_since(shown.last_line) >= LINE_PERIOD
+        {
             shown.last_line = now;
-            let seconds = now.duration_since(shown.began).as_secs_f64();
+            let seconds = now.duration_since(began).as_secs_f64();
             let rate = done_bytes as f64 / seconds;
             let left = if rate > 0.0 {
                 let time = Duration::from_secs_f64((dirty_bytes as f64 / rate).min(1e9));
@@ -76,11 +121,5 @@ impl ProgressView {
                 HumanBytes(sent_bytes),
             );
         }
-    }
-}
-
-impl Default for ProgressView {
-    fn default() -> Self {
-        Self::new()
     }
 }

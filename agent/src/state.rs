@@ -1,9 +1,9 @@
 //! What the agent remembers of a machine: whether it is fenced, and whether protection has ended.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
+use backhaul_daemon::folder::replace_file;
 use backhaul_proto::id::MachineName;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -70,15 +70,7 @@ impl MachineState {
     /// Replaces the state on stable storage: after a crash it is the old one or the new one.
     pub fn store(&self, dir: &Path, machine: &MachineName) -> Result<(), StateError> {
         let path = Self::path(dir, machine);
-        let write = || {
-            let temporary = path.with_extension("json.new");
-            let mut file = File::create(&temporary)?;
-            serde_json::to_writer_pretty(&mut file, self)?;
-            file.write_all(b"\n")?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            File::open(dir)?.sync_all()
-        };
+        let write = || replace_file(&path, &serde_json::to_vec_pretty(self)?);
         write().map_err(|source| StateError::Io { path: path.clone(), source })
     }
 }

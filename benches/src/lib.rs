@@ -5,4 +5,5 @@
 
 pub mod first_sync;
 pub mod guest_writes;
+pub mod links;
 pub mod sample;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use backhaul_benches::{first_sync, guest_writes};
+use backhaul_benches::{first_sync, guest_writes, links};
 use clap::{Parser, Subcommand};
 
 /// Measures Backhaul against its peers, in one run. Build the daemons first:
@@ -29,6 +29,15 @@ enum What {
     },
     /// 4 KiB random writes through the export against qemu-nbd
     GuestWrites,
+    /// Payload over long, lossy links against iperf3, rsync, nbdcopy over TLS and quinn's Cubic
+    Links {
+        /// Only links whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Only these contenders
+        #[arg(long)]
+        contender: Vec<String>,
+    },
 }
 
 #[tokio::main]
@@ -37,6 +46,9 @@ async fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&arguments.dir)?;
     match arguments.what {
         What::FirstSync { gib } => first_sync::run(&arguments.dir, gib << 30, arguments.runs).await,
+        What::Links { only, contender } => {
+            links::run(&arguments.dir, arguments.runs, &only, &contender).await
+        }
         What::GuestWrites => guest_writes::run(&arguments.dir, arguments.runs).await,
     }
 }

@@ -40,6 +40,7 @@ pub fn bind(socket: &FilePath) -> io::Result<UnixListener> {
 pub async fn serve(listener: UnixListener, requests: mpsc::Sender<ApiRequest>) -> io::Result<()> {
     let router = Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/links", get(links))
         .route("/v1/machines", get(machines))
         .route("/v1/machines/{name}", get(machine))
         .route("/v1/machines/{name}/points", get(points).post(tag))
@@ -59,6 +60,12 @@ async fn status(State(requests): Requests) -> Response {
 async fn machines(State(requests): Requests) -> Response {
     let (answer, answered) = oneshot::channel();
     let _ = requests.send(ApiRequest::Machines(answer)).await;
+    reply(answered.await.map_err(|_| stopping()))
+}
+
+async fn links(State(requests): Requests) -> Response {
+    let (answer, answered) = oneshot::channel();
+    let _ = requests.send(ApiRequest::Links(answer)).await;
     reply(answered.await.map_err(|_| stopping()))
 }
 

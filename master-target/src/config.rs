@@ -7,14 +7,16 @@ use std::time::Duration;
 use backhaul_daemon::config::{ConfigErrors, Size, Table, load};
 use backhaul_disk_image::{AdapterType, Kind};
 use backhaul_proto::id::{DiskName, MachineName, PeerName};
+use backhaul_proto::identity::IdentityFiles;
 use backhaul_proto::limits::DISKS_MAX;
-use backhaul_proto::quic::IdentityFiles;
 
 /// Everything the target is told.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The UDP address that agents connect to.
     pub listen: SocketAddr,
+    /// Whether agents may come over TCP on the same port (default: they may).
+    pub tcp: bool,
     /// Where journals and machine states are kept, a folder a machine.
     pub store: PathBuf,
     /// The API's Unix socket.
@@ -68,6 +70,7 @@ impl Config {
 
 fn read(top: &Table<'_>) -> Option<Config> {
     let listen = top.parsed("listen");
+    let tcp = top.or("tcp", true);
     let store = top.or("store", PathBuf::from("/var/lib/backhaul"));
     let api_socket = top.or("api_socket", PathBuf::from("/run/backhaul/api.sock"));
     let metrics = top.parsed_or("metrics", None);
@@ -91,6 +94,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
     }
     Some(Config {
         listen: listen?,
+        tcp: tcp?,
         store: store?,
         api_socket: api_socket?,
         metrics: metrics?,

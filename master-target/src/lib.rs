@@ -11,6 +11,7 @@
 //! | [`recovery_point`], [`failover`] | points, and the pure failover state machine | nothing |
 //! | [`machine_state`] | what is durable of a machine besides journal and images | failover |
 //! | [`receive`], [`link`] | batches and messages on their way in | batch_buffer |
+//! | [`probe`] | the target's half of a probe of the link | nothing |
 //! | [`hashing`] | answering the agent's questions during a sync | nothing |
 //! | [`machine`], [`target`] | the owner loop and what it owns | all of the above |
 //! | [`api`], [`metrics`], [`config`] | what operators see | target |
@@ -26,6 +27,7 @@ pub mod link;
 pub mod machine;
 pub mod machine_state;
 pub mod metrics;
+pub mod probe;
 pub mod receive;
 pub mod recovery_point;
 pub mod storage;

@@ -1,20 +1,26 @@
 //! One agent's connection, pumped into the owner loop.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use backhaul_proto::batch::BatchHeader;
+use backhaul_proto::link::{Connection, StreamError};
 use backhaul_proto::message::{
     AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
     target_message,
 };
-use backhaul_proto::quic::{Connection, StreamError};
-use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::batch_buffer::IncomingBatch;
 use crate::machine::LinkId;
+use crate::probe;
 use crate::receive::read_batch;
 
 /// How long an agent may take to say hello.
 const HELLO_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// How long an agent may take to read why it is refused.
+const REFUSAL_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Batches of one connection that are read at a time. A whole window of small ones may be open;
 /// more than these wait in the transport, whose windows bound them.
@@ -67,9 +73,10 @@ impl LinkUp {
 pub async fn run(
     id: LinkId,
     connection: Connection,
+    store: &Path,
     events: mpsc::UnboundedSender<(LinkId, LinkEvent)>,
 ) {
-    let reason = match converse(id, &connection, &events).await {
+    let reason = match converse(id, &connection, store, &events).await {
         Ok(()) => "the agent ended the session".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -82,6 +89,7 @@ pub async fn run(
 async fn converse(
     id: LinkId,
     connection: &Connection,
+    store: &Path,
     events: &mpsc::UnboundedSender<(LinkId, LinkEvent)>,
 ) -> Result<(), StreamError> {
     let greeting = async {
@@ -93,8 +101,13 @@ async fn converse(
     let late = |_| StreamError::Stream("the agent did not say hello".into());
     let greeted = tokio::time::timeout(HELLO_TIME_MAX, greeting).await.map_err(late)??;
     let (mut control_out, mut control_in, (mut sync_out, mut sync_in), hello) = greeted;
-    let Some(AgentMessage { kind: Some(agent_message::Kind::Hello(hello)) }) = hello else {
-        return Err(StreamError::Stream("the agent's first message is not a hello".into()));
+    let hello = match hello.and_then(|message| message.kind) {
+        Some(agent_message::Kind::Hello(hello)) => hello,
+        Some(agent_message::Kind::Probe(first)) => {
+            tracing::info!(agent = %connection.peer(), "the link is probed");
+            return probe::serve(connection, store, first, &mut control_out, &mut control_in).await;
+        }
+        _ => return Err(StreamError::Stream("the agent's first message is not a hello".into())),
     };
     let (control, mut control_queue) = mpsc::unbounded_channel::<TargetMessage>();
     let (sync, mut sync_queue) = mpsc::unbounded_channel::<HashReply>();
@@ -104,10 +117,11 @@ async fn converse(
     let controls = async {
         while let Some(message) = control_queue.recv().await {
             control_out.send(&message).await?;
-            if matches!(message.kind, Some(target_message::Kind::Refused(_))) {
-                // The agent must have read it before the connection goes.
-                control_out.finish().await;
-                return Ok(());
+            if let Some(target_message::Kind::Refused(refusal)) = message.kind {
+                // Closing at once could overtake what the agent has not read yet. The agent closes
+                // when it has; if it does not, the reason of the close says the same.
+                let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.closed()).await;
+                return Err(StreamError::Stream(refusal.sentence));
             }
         }
         Ok::<_, StreamError>(())
@@ -116,7 +130,8 @@ async fn converse(
         while let Some(reply) = sync_queue.recv().await {
             sync_out.send(&reply).await?;
         }
-        Ok::<_, StreamError>(())
+        // The owner loop let go of the link; a refusal may still be on its way.
+        std::future::pending().await
     };
     let messages = async {
         while let Some(message) = control_in.recv::<AgentMessage>().await? {

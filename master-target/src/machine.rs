@@ -95,6 +95,16 @@ pub enum OpenError {
     /// The state file.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The datastore is not mounted, or the folder was never made.
+    #[error(
+        "folder {folder} for the image of disk {disk} does not exist; mount its datastore or make the folder, and it is tried again by itself", folder = folder.display()
+    )]
+    Folder {
+        /// The disk.
+        disk: String,
+        /// The folder.
+        folder: PathBuf,
+    },
     /// An image has another size than its disk.
     #[error(
         "disk {disk} has {disk_bytes} bytes at the agent, but image {image} has {image_bytes}; enlarge the image, or name another one", image = image.display()
@@ -214,6 +224,13 @@ impl Machine {
                 config.kind
             );
             return Err(ImageError::new(ErrorKind::Unsupported, &config.image, sentence).into());
+        }
+        if let Some(folder) = config.image.parent()
+            && !folder.as_os_str().is_empty()
+            && !folder.is_dir()
+        {
+            let (disk, folder) = (disk.name.clone(), folder.to_owned());
+            return Err(OpenError::Folder { disk, folder });
         }
         if !config.image.exists() {
             let (kind, adapter) = (config.kind, config.adapter);

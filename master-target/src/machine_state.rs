@@ -1,10 +1,10 @@
 //! What a target knows of a machine on its own disks: enough for a fresh host to go on.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
+use backhaul_daemon::folder::replace_file;
 use backhaul_disk_image::{FlatImage, ImageError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -135,16 +135,7 @@ impl MachineState {
     pub fn store(&mut self, dir: &Path) -> Result<(), StateError> {
         self.format = FORMAT;
         let path = dir.join("machine.json");
-        let write = || {
-            fs::create_dir_all(dir)?;
-            let temporary = dir.join("machine.json.new");
-            let mut file = File::create(&temporary)?;
-            serde_json::to_writer_pretty(&mut file, self)?;
-            file.write_all(b"\n")?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            File::open(dir)?.sync_all()
-        };
+        let write = || replace_file(&path, &serde_json::to_vec_pretty(self)?);
         write().map_err(|source| StateError::Io { path: path.clone(), source })
     }
 }

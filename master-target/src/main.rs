@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
+use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
 use backhaul_daemon::{lifecycle, logging, metrics};
 use backhaul_master_target::config::Config;
@@ -12,7 +14,9 @@ use backhaul_master_target::metrics::Metrics;
 use backhaul_master_target::target::Target;
 use backhaul_master_target::{api, link};
 use backhaul_proto::id::PeerName;
-use backhaul_proto::quic::{Identity, Listener, Role, TransportOptions, create_ca, issue};
+use backhaul_proto::identity::{Identity, Role, create_ca, issue};
+use backhaul_proto::link::Listener;
+use backhaul_proto::quic::TransportOptions;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 #[derive(Parser)]
@@ -87,7 +91,7 @@ enum RoleArgument {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Run { config, log_json, log } => {
-            logging::start(if log_json { LogFormat::Json } else { LogFormat::Plain }, &log);
+            logging::start(LogFormat::of(log_json), &log, std::io::stderr);
             run(&config)
         }
         Verb::Check { config } => check(&config),
@@ -133,6 +137,9 @@ fn run(path: &Path) -> anyhow::Result<()> {
 }
 
 async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
+    // Before anything is bound: a second target on this store must not take the first one's socket.
+    let _store = FolderLock::take(&config.store)?;
+    let store_dir = config.store.clone();
     let registry = prometheus::Registry::new();
     let counters = Metrics::new(&registry, identity.name().as_str())?;
     if let Some(address) = config.metrics {
@@ -143,19 +150,21 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     }
     let api_socket = api::bind(&config.api_socket)
         .with_context(|| format!("the API cannot be served on {}", config.api_socket.display()))?;
-    let listener = Listener::bind(config.listen, &identity, &TransportOptions::default())?;
+    let options = TransportOptions::default();
+    let listener = Listener::bind(config.listen, &identity, &options, config.tcp).await?;
     let target = tokio::task::block_in_place(|| Target::new(config, counters))?;
     tracing::info!(address = %listener.local_address()?, name = %identity.name(), "waiting for agents");
 
     let events = target.link_events();
+    let store: Arc<Path> = store_dir.into();
     let accepting = async move {
         let mut next = 0;
         while let Some(handshake) = listener.accept().await {
             next += 1;
-            let (id, events) = (LinkId(next), events.clone());
+            let (id, events, store) = (LinkId(next), events.clone(), Arc::clone(&store));
             tokio::spawn(async move {
                 match handshake.finish().await {
-                    Ok(connection) => link::run(id, connection, events).await,
+                    Ok(connection) => link::run(id, connection, &store, events).await,
                     Err(error) => tracing::warn!("{error}"),
                 }
             });

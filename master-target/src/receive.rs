@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use backhaul_proto::batch::{BatchHeader, BodyError, Codec};
-use backhaul_proto::quic::{BatchStream, StreamError};
+use backhaul_proto::link::{BatchStream, StreamError};
 use thiserror::Error;
 
 use crate::batch_buffer::{BatchBuffer, IncomingBatch};

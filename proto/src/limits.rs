@@ -51,3 +51,6 @@ pub const NAME_BYTES_MAX: usize = 63;
 
 /// Longest sentence carried in a refusal or a failure, in bytes.
 pub const SENTENCE_BYTES_MAX: usize = 2048;
+
+/// Longest that one direction of a link is probed.
+pub const PROBE_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(60);

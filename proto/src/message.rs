@@ -14,7 +14,7 @@ use crate::limits::FRAME_BYTES_MAX;
 #[derive(Clone, PartialEq, Message)]
 pub struct AgentMessage {
     /// The one thing it says.
-    #[prost(oneof = "agent_message::Kind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "agent_message::Kind", tags = "1, 2, 3, 4, 5, 6")]
     pub kind: Option<agent_message::Kind>,
 }
 
@@ -35,6 +35,12 @@ pub mod agent_message {
         /// Liveness.
         #[prost(message, tag = "4")]
         Heartbeat(super::Heartbeat),
+        /// How the link looks from the sending side; sent every second.
+        #[prost(message, tag = "5")]
+        Link(super::LinkReport),
+        /// Opens a probe of the link instead of a session, and goes on with it.
+        #[prost(message, tag = "6")]
+        Probe(super::ProbeRequest),
     }
 }
 
@@ -42,7 +48,7 @@ pub mod agent_message {
 #[derive(Clone, PartialEq, Message)]
 pub struct TargetMessage {
     /// The one thing it says.
-    #[prost(oneof = "target_message::Kind", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "target_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub kind: Option<target_message::Kind>,
 }
 
@@ -69,6 +75,9 @@ pub mod target_message {
         /// A machine's standing changed after the welcome (a cancel resumes it, say).
         #[prost(message, tag = "6")]
         Machine(super::MachineWelcome),
+        /// Answers a probe.
+        #[prost(message, tag = "7")]
+        Probe(super::ProbeReply),
     }
 }
 
@@ -269,6 +278,97 @@ pub struct Heartbeat {
     /// Returned as it came.
     #[prost(uint64, tag = "1")]
     pub nonce: u64,
+}
+
+/// The link as the agent's transport sees it. Counters are those of the present connection.
+#[derive(Clone, PartialEq, Message)]
+pub struct LinkReport {
+    /// How the sending rate is found: `auto`, `cubic`, `fixed 200 Mbit/s`.
+    #[prost(string, tag = "2")]
+    pub congestion: String,
+    /// Smoothed round-trip time, in microseconds.
+    #[prost(uint64, tag = "3")]
+    pub rtt_us: u64,
+    /// Bytes that may be in flight.
+    #[prost(uint64, tag = "4")]
+    pub window_bytes: u64,
+    /// Bytes a second acknowledged as durable, over the last moments.
+    #[prost(uint64, tag = "5")]
+    pub acked_bytes_per_second: u64,
+    /// The ceiling at present; 0 for none.
+    #[prost(uint64, tag = "6")]
+    pub ceiling_bytes_per_second: u64,
+    /// The path's MTU, as a UDP payload.
+    #[prost(uint32, tag = "7")]
+    pub mtu_bytes: u32,
+    /// Bytes sent, the transport's headers included.
+    #[prost(uint64, tag = "8")]
+    pub sent_bytes: u64,
+    /// Packets sent.
+    #[prost(uint64, tag = "9")]
+    pub sent_packets: u64,
+    /// Packets declared lost.
+    #[prost(uint64, tag = "10")]
+    pub lost_packets: u64,
+    /// Bytes in them, which were sent again.
+    #[prost(uint64, tag = "11")]
+    pub lost_bytes: u64,
+    /// Times that an MTU black hole was found.
+    #[prost(uint64, tag = "12")]
+    pub mtu_black_holes: u64,
+    /// Receive buffer that the system granted to the socket.
+    #[prost(uint64, tag = "13")]
+    pub receive_buffer_bytes: u64,
+    /// Send buffer that the system granted.
+    #[prost(uint64, tag = "14")]
+    pub send_buffer_bytes: u64,
+    /// Datagrams that the agent's kernel dropped because nobody read them in time.
+    #[prost(uint64, tag = "15")]
+    pub dropped_datagrams: u64,
+}
+
+/// One step of a probe. Batches that come in meanwhile are counted and thrown away.
+#[derive(Clone, PartialEq, Message)]
+pub struct ProbeRequest {
+    /// Returned as it came.
+    #[prost(uint64, tag = "1")]
+    pub nonce: u64,
+    /// For so long the target sends batches of noise, from now on; at most
+    /// [`crate::limits::PROBE_TIME_MAX`].
+    #[prost(uint64, tag = "2")]
+    pub download_ms: u64,
+    /// The target measures how fast its store takes and syncs data.
+    #[prost(bool, tag = "3")]
+    pub disk: bool,
+}
+
+/// The answer to a [`ProbeRequest`].
+#[derive(Clone, PartialEq, Message)]
+pub struct ProbeReply {
+    /// The request's.
+    #[prost(uint64, tag = "1")]
+    pub nonce: u64,
+    /// The target's clock, in microseconds since 1970 UTC.
+    #[prost(uint64, tag = "2")]
+    pub now_us: u64,
+    /// Bytes of batches that came in so far.
+    #[prost(uint64, tag = "3")]
+    pub received_bytes: u64,
+    /// Bytes a second that the store takes durably; 0 when it was not asked for.
+    #[prost(uint64, tag = "4")]
+    pub disk_bytes_per_second: u64,
+    /// Why that could not be measured.
+    #[prost(string, tag = "5")]
+    pub disk_failure: String,
+    /// Receive buffer granted to the target's socket, in bytes.
+    #[prost(uint64, tag = "6")]
+    pub receive_buffer_bytes: u64,
+    /// Datagrams that the target's kernel dropped for want of room.
+    #[prost(uint64, tag = "7")]
+    pub dropped_datagrams: u64,
+    /// Share of one core that the target's process used since the last reply, in percent.
+    #[prost(uint64, tag = "8")]
+    pub cpu_percent: u64,
 }
 
 /// Something the target asks the agent to do to a machine.

@@ -63,13 +63,16 @@ impl Scenario {
         Ok(self.rig.start_guest(client, workload, None)?)
     }
 
-    /// Waits until the machine is consistent and has a point.
+    /// Waits until the machine is consistent, has a point, and is replicated again: after a restart
+    /// of the agent the disks stay consistent for a moment, until its comparison begins, and only
+    /// the RPO, unknown until then, tells.
     pub async fn wait_consistent(&mut self) -> anyhow::Result<Machine> {
         self.rig
             .wait("a consistent machine", STEP_TIME_MAX, |machine| {
                 machine.connected
                     && machine.consistency == Consistency::Consistent
                     && !machine.points.is_empty()
+                    && machine.rpo_seconds.is_some()
             })
             .await
     }
@@ -99,17 +102,20 @@ impl Scenario {
         Ok(done)
     }
 
-    /// Fails unless protected disk and VMDK are equal, as qemu-img sees them.
+    /// Fails unless the protected disk and its image are equal, as qemu-img sees them.
     pub fn compare(&self) -> anyhow::Result<()> {
         compare(&self.protected, &self.rig.image(0))
     }
 }
 
-/// Fails unless `raw` and `vmdk` are equal, as qemu-img sees them.
-pub fn compare(raw: &Path, vmdk: &Path) -> anyhow::Result<()> {
+/// Fails unless `raw` and `image`, a VMDK unless its name ends in `.raw`, are equal, as qemu-img
+/// sees them.
+pub fn compare(raw: &Path, image: &Path) -> anyhow::Result<()> {
+    let format =
+        if image.extension().is_some_and(|ending| ending == "raw") { "raw" } else { "vmdk" };
     let output = Command::new("qemu-img")
-        .args(["compare", "-f", "raw", "-F", "vmdk"])
-        .args([raw, vmdk])
+        .args(["compare", "-f", "raw", "-F", format])
+        .args([raw, image])
         .output()
         .context("qemu-img is missing: install the Debian package qemu-utils")?;
     let said = String::from_utf8_lossy(&output.stdout);
@@ -124,4 +130,14 @@ pub fn is_root() -> bool {
         println!("skipped: this needs root");
     }
     root
+}
+
+/// The folder of the programs under test.
+///
+/// # Panics
+///
+/// When the test does not run from where cargo builds it.
+pub fn programs() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    test.ancestors().nth(2).expect("tests run from deps/").to_owned()
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use backhaul_api::{ClientError, CommitRequest, FailoverRequest, Stage};
 use backhaul_lab::failback::{Failback, run};
 use backhaul_lab::rig::MACHINE;
+use backhaul_lab::workload::WorkloadSpec;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, compare, is_root};
 
 fn story(dir: &Path, link: Option<&str>) -> Failback {
@@ -215,4 +216,110 @@ async fn a_cancel_after_the_disks_were_used_compares_them_with_the_source() {
     scenario.fail_over().await.unwrap();
     guest.await.unwrap().unwrap();
     scenario.compare().unwrap();
+}
+
+/// Two disks of one machine, of sizes that are no multiple of anything, in every kind of image:
+/// the writes of both are one order, and both images are equal to their disks.
+async fn a_machine_with_two_disks_comes_home_as(kind: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let second = folder.path().join("second.raw");
+    std::fs::File::create(&second).unwrap().set_len((9 << 20) + 512).unwrap();
+    let mut scenario = Scenario::prepare((24 << 20) + 1536, |spec| {
+        spec.disks.push(second.clone());
+        spec.kind = kind.into();
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let first = scenario.start_guest(61, 4 << 20).await.unwrap();
+    let client = scenario.rig.connect(1).await.unwrap();
+    let workload = WorkloadSpec {
+        ranges: std::iter::once(0..9 << 20).collect(),
+        rate_bytes_per_second: Some(4 << 20),
+        flush_every: 8,
+        seed: 62,
+    };
+    let other = scenario.rig.start_guest(client, workload, Some(400)).unwrap();
+    other.await.unwrap().unwrap();
+    std::fs::write(scenario.folder.path().join("guest-running"), "").unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.rig.kill_target();
+    scenario.rig.start_target().unwrap();
+    let back = |machine: &backhaul_api::Machine| machine.connected;
+    scenario.rig.wait("the agent's return", STEP_TIME_MAX, back).await.unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    first.await.unwrap().unwrap();
+    assert_eq!(done.disks.len(), 2);
+    scenario.compare().unwrap();
+    compare(&second, &scenario.rig.image(1)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_with_two_disks_comes_home_as_esxi_images() {
+    a_machine_with_two_disks_comes_home_as("vmfs").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_with_two_disks_comes_home_as_monolithic_flat_images() {
+    a_machine_with_two_disks_comes_home_as("monolithicFlat").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_with_two_disks_comes_home_as_raw_images() {
+    a_machine_with_two_disks_comes_home_as("raw").await;
+}
+
+/// A rehearsal: the source is left running, the disks stand at one moment of it, and after the
+/// cancel replication goes on where it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_without_shutdown_leaves_the_source_running() {
+    let mut scenario = Scenario::prepare(32 << 20, |_| {}).unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(71, 8 << 20).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let request = FailoverRequest {
+        to: "latest".into(),
+        without_shutdown: true,
+        drain_timeout_seconds: 30.0,
+    };
+    scenario.rig.client().failover(MACHINE, &request).await.unwrap();
+    let failed_over = |machine: &backhaul_api::Machine| machine.stage == Stage::FailedOver;
+    let done = scenario.rig.wait("the failover", STEP_TIME_MAX, failed_over).await.unwrap();
+    let outcome = done.failover.unwrap();
+    assert!(!outcome.source_drained, "{outcome:?}");
+    assert!(!scenario.rig.guest_off().exists(), "the machine was not shut down");
+    assert!(!guest.is_finished(), "and still writes");
+    let before = done.received_plain_bytes;
+    scenario.rig.client().cancel(MACHINE).await.unwrap();
+    let replicates = |machine: &backhaul_api::Machine| machine.stage == Stage::Replicating;
+    scenario.rig.wait("the cancel", STEP_TIME_MAX, replicates).await.unwrap();
+    scenario.wait_received(before + (4 << 20)).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let second = scenario.fail_over().await.unwrap();
+    let written = guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+    let sent = second.received_plain_bytes;
+    assert!(sent < written.bytes + (48 << 20), "{sent} sent for {} written", written.bytes);
+}
+
+/// The agent's host burnt down: a commit that needs it is refused and says how to go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_without_removal_needs_no_agent() {
+    let mut scenario = Scenario::prepare(16 << 20, |_| {}).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.fail_over().await.unwrap();
+    scenario.rig.kill_agent();
+    let away = |machine: &backhaul_api::Machine| !machine.connected;
+    scenario.rig.wait("the agent's absence", STEP_TIME_MAX, away).await.unwrap();
+    let client = scenario.rig.client().clone();
+    let refused = client.commit(MACHINE, &CommitRequest::default()).await.unwrap_err();
+    assert!(refused.to_string().contains("--without-removal"), "{refused}");
+    client.commit(MACHINE, &CommitRequest { without_removal: true }).await.unwrap();
+    let committed = |machine: &backhaul_api::Machine| machine.stage == Stage::Committed;
+    scenario.rig.wait("the commit", STEP_TIME_MAX, committed).await.unwrap();
+    assert!(!scenario.rig.guest_removed().exists());
+    scenario.compare().unwrap();
+    // The agent that comes back learns that protection has ended.
+    scenario.rig.start_agent().unwrap();
+    scenario.rig.wait_log("agent", "protection has ended").await.unwrap();
 }

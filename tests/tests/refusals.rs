@@ -101,9 +101,7 @@ fn every_mistake_of_a_configuration_is_shown_at_once() {
     let text = std::fs::read_to_string(&path).unwrap();
     let text = text.replace("target = ", "tarket = ").replace("[nbd]", "[nbd]\ntcp = \"here\"");
     std::fs::write(&path, text).unwrap();
-    let exe = std::env::current_exe().unwrap();
-    let programs = exe.parent().unwrap().parent().unwrap();
-    let output = Command::new(programs.join("backhaul-agent"))
+    let output = Command::new(backhaul_tests::programs().join("backhaul-agent"))
         .args(["check", "--config"])
         .arg(&path)
         .output()

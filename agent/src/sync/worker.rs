@@ -15,7 +15,7 @@ use crate::sync::region::{Outcome, deal_with};
 use crate::sync::{Plan, RegionRef};
 
 /// How long blocks that could not be read are left alone before they are tried again.
-const RETRY_UNREADABLE: Duration = Duration::from_secs(30);
+const RETRY_UNREADABLE: Duration = Duration::from_secs(10);
 
 /// What the owner loop tells a sync.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::{CommitRequest, FailoverRequest, Failure, Machine, Point, Status};
+use crate::{CommitRequest, FailoverRequest, Failure, Link, Machine, Point, Status};
 
 /// Largest answer that is read: the views of 64 machines are far below it.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
@@ -58,6 +58,11 @@ impl Client {
     /// Every machine.
     pub async fn machines(&self) -> Result<Vec<Machine>, ClientError> {
         self.send(Method::GET, "/v1/machines", &()).await
+    }
+
+    /// The links of all connected agents.
+    pub async fn links(&self) -> Result<Vec<Link>, ClientError> {
+        self.send(Method::GET, "/v1/links", &()).await
     }
 
     /// One machine.

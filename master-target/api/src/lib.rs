@@ -3,6 +3,7 @@
 //! | request | answer |
 //! | --- | --- |
 //! | `GET /v1/status` | [`Status`] |
+//! | `GET /v1/links` | a list of [`Link`] |
 //! | `GET /v1/machines` | a list of [`Machine`] |
 //! | `GET /v1/machines/{name}` | [`Machine`] |
 //! | `GET /v1/machines/{name}/points` | a list of [`Point`] |
@@ -37,6 +38,52 @@ pub struct Status {
     pub machines: usize,
     /// Number of machines whose disks are a prefix of their writes.
     pub machines_consistent: usize,
+}
+
+/// The link to a connected agent, from the sending side unless a name says otherwise. Counters are
+/// those of the present connection.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Link {
+    /// The agent.
+    pub agent: String,
+    /// Where it connects from.
+    pub address: String,
+    /// Seconds since it did.
+    pub connected_seconds: u64,
+    /// `quic` or `tcp`.
+    pub transport: String,
+    /// How the sending rate is found.
+    pub congestion: String,
+    /// Smoothed round-trip time, in seconds.
+    pub rtt_seconds: f64,
+    /// Bytes a second acknowledged as durable, lately.
+    pub acked_bytes_per_second: u64,
+    /// The ceiling at present.
+    pub ceiling_bytes_per_second: Option<u64>,
+    /// Bytes that may be in flight.
+    pub window_bytes: u64,
+    /// The path's MTU, as a UDP payload.
+    pub mtu_bytes: u32,
+    /// Bytes sent, the transport's headers included.
+    pub sent_bytes: u64,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Packets declared lost.
+    pub lost_packets: u64,
+    /// Bytes in them, which were sent again.
+    pub retransmitted_bytes: u64,
+    /// Times that an MTU black hole was found.
+    pub mtu_black_holes: u64,
+    /// Receive buffer granted to the agent's socket.
+    pub agent_receive_buffer_bytes: u64,
+    /// Send buffer granted to the agent's socket.
+    pub agent_send_buffer_bytes: u64,
+    /// Datagrams that the agent's kernel dropped for want of room.
+    pub agent_dropped_datagrams: u64,
+    /// Receive buffer granted to the target's socket.
+    pub target_receive_buffer_bytes: u64,
+    /// Datagrams that the target's kernel dropped for want of room, of all agents together.
+    pub target_dropped_datagrams: u64,
 }
 
 /// A machine.

@@ -68,6 +68,9 @@ pub(crate) enum Verb {
         #[arg(long)]
         without_removal: bool,
     },
+    /// The link to the agents
+    #[command(subcommand)]
+    Link(LinkVerb),
     /// A whole failback on this machine, with throw-away keys: protect, sync, write, fail over,
     /// verify, commit
     Lab(LabArguments),
@@ -78,6 +81,22 @@ pub(crate) enum Verb {
     },
     /// Print the manual page
     Man,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LinkVerb {
+    /// How every connected agent's link stands: rates, loss, windows, buffers
+    Status,
+    /// Measure the way from this agent to its target: reach, round-trip time, loss, MTU, clocks,
+    /// rates, and what limits them
+    Probe {
+        /// The agent's configuration, for the target's address and the identity
+        #[arg(long, default_value = "/etc/backhaul/agent.toml")]
+        config: PathBuf,
+        /// How long each direction is measured
+        #[arg(long, default_value = "10s", value_parser = time)]
+        time: Duration,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -6,12 +6,17 @@ mod show;
 mod steps;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use backhaul_api::{Client, ClientError, CommitRequest, FailoverRequest, Stage};
+use backhaul_proto::limits::PROBE_TIME_MAX;
 use clap::{CommandFactory, Parser};
 
-use crate::arguments::{Arguments, Verb};
+use crate::arguments::{Arguments, LinkVerb, Verb};
 use crate::show::Output;
+
+/// Shorter says nothing about a long link.
+const PROBE_TIME_MIN: Duration = Duration::from_secs(1);
 
 /// The target refused, or what was asked for failed.
 const EXIT_FAILED: u8 = 1;
@@ -74,6 +79,18 @@ async fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<ExitCode>
             client.commit(machine, &request).await?;
             let done = steps::watch(&client, machine, output, &[Stage::Committed]).await?;
             output.committed(&done);
+        }
+        Verb::Link(LinkVerb::Status) => output.links(&client.links().await?),
+        Verb::Link(LinkVerb::Probe { config, time }) => {
+            let config = backhaul_agent::config::Config::load(config)?;
+            let time = (*time).clamp(PROBE_TIME_MIN, PROBE_TIME_MAX);
+            let spinner = output.spinner();
+            let report = backhaul_agent::probe::run(&config, time, |step| {
+                spinner.set_message(step.to_owned());
+            });
+            let report = report.await?;
+            spinner.finish_and_clear();
+            output.probe(&report);
         }
         Verb::Lab(lab) => return lab::run(lab, output).await,
         Verb::Completions { shell } => {

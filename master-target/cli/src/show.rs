@@ -1,13 +1,22 @@
 //! What people and programs are shown.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
-use backhaul_api::{Consistency, Machine, Point, Stage, Status};
+use backhaul_agent::probe::Report;
+use backhaul_api::{Consistency, Link, Machine, Point, Stage, Status};
 use bytesize::ByteSize;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Cell, Color, ContentArrangement, Table};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::json;
+
+/// Prints a line. A reader that went away (`| head`) is no reason to complain.
+macro_rules! say {
+    ($($text:tt)*) => {
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    };
+}
 
 /// Where answers go, and in which form.
 pub(crate) struct Output {
@@ -27,7 +36,9 @@ impl Output {
 
     pub(crate) fn json(&self, value: &impl Serialize) {
         match serde_json::to_string(value) {
-            Ok(text) => println!("{text}"),
+            Ok(text) => {
+                say!("{text}");
+            }
             Err(error) => eprintln!("{error}"),
         }
     }
@@ -60,10 +71,10 @@ impl Output {
             [] => "none connected".to_owned(),
             agents => agents.join(", "),
         };
-        println!("target    {} {}", status.target, status.version);
-        println!("listens   {} (up {} s)", status.listen, status.uptime_seconds);
-        println!("agents    {agents}");
-        println!("machines  {} ({} consistent)", status.machines, status.machines_consistent);
+        say!("target    {} {}", status.target, status.version);
+        say!("listens   {} (up {} s)", status.listen, status.uptime_seconds);
+        say!("agents    {agents}");
+        say!("machines  {} ({} consistent)", status.machines, status.machines_consistent);
     }
 
     pub(crate) fn machines(&self, machines: &[Machine]) {
@@ -89,14 +100,89 @@ impl Output {
                 Cell::new(latest),
             ]);
         }
-        println!("{table}");
+        say!("{table}");
         for machine in machines {
             for sentence in [&machine.trouble, &machine.failure] {
                 if !sentence.is_empty() {
-                    println!("{}: {sentence}", machine.name);
+                    say!("{}: {sentence}", machine.name);
                 }
             }
         }
+    }
+
+    pub(crate) fn links(&self, links: &[Link]) {
+        if self.json {
+            return self.json(&links);
+        }
+        let heads =
+            ["agent", "over", "rate", "ceiling", "RTT", "lost", "window", "MTU", "dropped here"];
+        let mut table = self.table(&heads);
+        let rate = |bytes: u64| format!("{:.1} Mbit/s", bytes as f64 * 8.0 / 1e6);
+        for link in links {
+            let lost = link.lost_packets as f64 * 100.0 / link.sent_packets.max(1) as f64;
+            let colour = if lost > 2.0 { Color::Red } else { Color::Reset };
+            let drops = match link.target_dropped_datagrams {
+                0 => self.cell("0", Color::Reset),
+                drops => self.cell(drops, Color::Red),
+            };
+            table.add_row(vec![
+                Cell::new(format!("{} ({})", link.agent, link.address)),
+                Cell::new(format!("{}, {}", link.transport, link.congestion)),
+                Cell::new(rate(link.acked_bytes_per_second)),
+                Cell::new(link.ceiling_bytes_per_second.map_or("none".into(), rate)),
+                Cell::new(format!("{:.1} ms", link.rtt_seconds * 1e3)),
+                self.cell(format!("{lost:.2} %"), colour),
+                Cell::new(ByteSize(link.window_bytes).display().iec()),
+                Cell::new(link.mtu_bytes),
+                drops,
+            ]);
+        }
+        say!("{table}");
+    }
+
+    /// Something that turns while one waits; nothing where nobody looks.
+    pub(crate) fn spinner(&self) -> ProgressBar {
+        if self.json || !std::io::stderr().is_terminal() {
+            return ProgressBar::hidden();
+        }
+        let spinner = ProgressBar::new_spinner();
+        spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+        spinner
+    }
+
+    pub(crate) fn probe(&self, report: &Report) {
+        if self.json {
+            return self.json(report);
+        }
+        let ms = |seconds: f64| format!("{:.1} ms", seconds * 1e3);
+        let rate = |bytes: f64| format!("{:.1} Mbit/s", bytes * 8.0 / 1e6);
+        say!("target      {} ({})", report.target, report.name);
+        for reach in &report.reach {
+            match reach.seconds {
+                Some(seconds) => {
+                    say!("{:<11} reached in {}", reach.transport, ms(seconds));
+                }
+                None => {
+                    say!("{:<11} {}", reach.transport, reach.failure);
+                }
+            }
+        }
+        let (least, median) = report.rtt_seconds;
+        let loaded = ms(report.loaded_rtt_seconds);
+        say!(
+            "round trip  {} at least, {} in the middle, {loaded} under load",
+            ms(least),
+            ms(median)
+        );
+        say!("clock       the target's is {:+.3} s from this one", report.clock_skew_seconds);
+        if report.mtu_bytes > 0 {
+            say!("MTU         {} bytes of UDP payload", report.mtu_bytes);
+            say!("lost        {:.2} % of the packets under load", report.lost_share * 100.0);
+        }
+        say!("up          {}", rate(report.up_bytes_per_second));
+        say!("down        {}", rate(report.down_bytes_per_second));
+        say!("store       {}", rate(report.disk_bytes_per_second as f64));
+        say!("limited by  {}", report.limit.sentence());
     }
 
     fn consistency(&self, machine: &Machine) -> Cell {
@@ -119,14 +205,14 @@ impl Output {
         for point in points {
             table.add_row(vec![&point.id, &point.kind]);
         }
-        println!("{table}");
+        say!("{table}");
     }
 
     pub(crate) fn point(&self, machine: &str, point: &Point) {
         if self.json {
             return self.json(point);
         }
-        println!("{machine} has the {} point {}", point.kind, point.id);
+        say!("{machine} has the {} point {}", point.kind, point.id);
     }
 
     pub(crate) fn failed_over(&self, machine: &Machine) {
@@ -135,36 +221,34 @@ impl Output {
         }
         let name = &machine.name;
         if let Some(failover) = &machine.failover {
-            println!("{name} is at {} ({:.1} s)", failover.point.id, failover.seconds);
+            say!("{name} is at {} ({:.1} s)", failover.point.id, failover.seconds);
             if failover.source_drained {
-                println!("data loss: none, the source was shut down and drained");
+                say!("data loss: none, the source was shut down and drained");
             } else {
-                println!("data loss: up to {:.1} s of writes", failover.data_loss_seconds);
+                say!("data loss: up to {:.1} s of writes", failover.data_loss_seconds);
             }
         }
         for disk in &machine.disks {
-            println!("disk {}: {}", disk.name, disk.image);
+            say!("disk {}: {}", disk.name, disk.image);
         }
-        println!(
-            "next: start the machine on these disks and check it, then `backhaul commit {name}`;"
-        );
-        println!("      or `backhaul cancel {name}` to go back to replicating it");
+        say!("next: start the machine on these disks and check it, then `backhaul commit {name}`;");
+        say!("      or `backhaul cancel {name}` to go back to replicating it");
     }
 
     pub(crate) fn cancelled(&self, machine: &Machine) {
         if self.json {
             return self.json(machine);
         }
-        println!("{} replicates again", machine.name);
+        say!("{} replicates again", machine.name);
     }
 
     pub(crate) fn committed(&self, machine: &Machine) {
         if self.json {
             return self.json(machine);
         }
-        println!("{} lives on-premises; its protection has ended, its disks stay:", machine.name);
+        say!("{} lives on-premises; its protection has ended, its disks stay:", machine.name);
         for disk in &machine.disks {
-            println!("disk {}: {}", disk.name, disk.image);
+            say!("disk {}: {}", disk.name, disk.image);
         }
     }
 }

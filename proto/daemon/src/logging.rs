@@ -1,6 +1,7 @@
 //! Logs: `tracing` to standard error, where the service manager picks them up.
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,16 +12,24 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging. `filter` is what `RUST_LOG` would say (`info`, `backhaul_agent=debug`); the
+impl LogFormat {
+    /// JSON if so wished.
+    pub fn of(json: bool) -> Self {
+        if json { Self::Json } else { Self::Plain }
+    }
+}
+
+/// Starts logging to `writer`, which leads to standard error. `filter` is what `RUST_LOG` would say (`info`, `backhaul_agent=debug`); the
 /// variable wins when it is set.
-pub fn start(format: LogFormat, filter: &str) {
+pub fn start<W>(format: LogFormat, filter: &str, writer: W)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
     let filter = EnvFilter::try_from_default_env()
         .or_else(|_| EnvFilter::try_new(filter))
         .unwrap_or_else(|_| EnvFilter::new("info"));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false);
+    let subscriber =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_target(false);
     match format {
         LogFormat::Plain => {
             use std::io::IsTerminal;

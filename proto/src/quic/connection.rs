@@ -1,79 +1,49 @@
 //! A connection between an agent and a target, and the streams on it.
 
-use std::time::Duration;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use prost::Message;
 use quinn::{RecvStream, SendStream, VarInt};
-use thiserror::Error;
+use tokio::sync::Semaphore;
 
-use crate::batch::{BatchHeader, HEADER_BYTES, HeaderError};
+use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
-use crate::message::{FrameError, decode, frame, frame_len};
-
-/// First byte of the control stream.
-const CONTROL_STREAM: u8 = 1;
-/// First byte of the sync stream.
-const SYNC_STREAM: u8 = 2;
+use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
+use crate::quic::SocketFacts;
 
 /// Control goes before everything, hashes before batches.
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
 
-/// Why a stream ended.
-#[derive(Debug, Error)]
-pub enum StreamError {
-    /// The connection is gone.
-    #[error("the connection ended: {0}")]
-    Connection(#[from] quinn::ConnectionError),
-    /// The peer ended or reset the stream, or it broke.
-    #[error("the stream ended: {0}")]
-    Stream(String),
-    /// The stream is not the one that had to come.
-    #[error("the peer opened a stream of kind {found} where {expected} had to come")]
-    Kind {
-        /// What came.
-        found: u8,
-        /// What had to.
-        expected: u8,
-    },
-    /// A frame is not a message.
-    #[error(transparent)]
-    Frame(#[from] FrameError),
-    /// A batch's header is not one.
-    #[error(transparent)]
-    Header(#[from] HeaderError),
-}
+/// What batches leave free of the transport's window. quinn gives the window to whoever writes first,
+/// whatever the priority: batches that fill it would keep a control message out of the transport
+/// until they are acknowledged, ten seconds on a slow line.
+const CONTROL_RESERVE_BYTES: u32 = 2 << 20;
+
+/// The window is counted out in pieces of this size.
+const BULK_UNIT_BYTES: usize = 4 << 10;
 
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Connection {
     quinn: quinn::Connection,
     peer: PeerName,
-}
-
-/// What the transport knows of the link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LinkStats {
-    /// Smoothed round-trip time.
-    pub rtt: Duration,
-    /// Bytes that may be in flight.
-    pub congestion_window_bytes: u64,
-    /// The path's MTU, as a UDP payload.
-    pub mtu_bytes: u16,
-    /// UDP bytes sent, headers of QUIC included.
-    pub sent_bytes: u64,
-    /// UDP bytes received.
-    pub received_bytes: u64,
-    /// Packets declared lost.
-    pub lost_packets: u64,
-    /// Packets sent.
-    pub sent_packets: u64,
+    socket: SocketFacts,
+    /// What batches may take of the transport's window, in units of [`BULK_UNIT_BYTES`].
+    bulk: Arc<Semaphore>,
 }
 
 impl Connection {
-    pub(crate) fn new(quinn: quinn::Connection, peer: PeerName) -> Self {
-        Self { quinn, peer }
+    /// `window_bytes` is what the transport holds of data that the peer has not acknowledged.
+    pub(crate) fn new(
+        quinn: quinn::Connection,
+        peer: PeerName,
+        socket: SocketFacts,
+        window_bytes: u32,
+    ) -> Self {
+        let bulk_bytes = window_bytes.saturating_sub(CONTROL_RESERVE_BYTES);
+        let bulk = Arc::new(Semaphore::new(bulk_bytes as usize / BULK_UNIT_BYTES));
+        Self { quinn, peer, socket, bulk }
     }
 
     /// The name in the peer's certificate.
@@ -87,63 +57,64 @@ impl Connection {
     }
 
     /// Opens the control stream (agents).
-    pub async fn open_control(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn open_control(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.open(CONTROL_STREAM, CONTROL_PRIORITY).await
     }
 
     /// Opens the sync stream (agents).
-    pub async fn open_sync(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn open_sync(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.open(SYNC_STREAM, SYNC_PRIORITY).await
     }
 
     /// Takes the control stream (targets). It is the first that an agent opens.
-    pub async fn accept_control(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn accept_control(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.accept(CONTROL_STREAM, CONTROL_PRIORITY).await
     }
 
     /// Takes the sync stream (targets). It is the second that an agent opens.
-    pub async fn accept_sync(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+    pub async fn accept_sync(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
         self.accept(SYNC_STREAM, SYNC_PRIORITY).await
     }
 
-    async fn open(
-        &self,
-        kind: u8,
-        priority: i32,
-    ) -> Result<(FrameSender, FrameReceiver), StreamError> {
-        let (mut send, recv) = self.quinn.open_bi().await?;
+    async fn open(&self, kind: u8, priority: i32) -> Result<(SendHalf, ReceiveHalf), StreamError> {
+        let (mut send, recv) = self.quinn.open_bi().await.map_err(ended)?;
         let _ = send.set_priority(priority);
         send.write_all(&[kind]).await.map_err(|error| StreamError::Stream(error.to_string()))?;
-        Ok((FrameSender(send), FrameReceiver { recv, buffer: BytesMut::new() }))
+        Ok((SendHalf(send), ReceiveHalf(recv)))
     }
 
     async fn accept(
         &self,
         expected: u8,
         priority: i32,
-    ) -> Result<(FrameSender, FrameReceiver), StreamError> {
-        let (send, mut recv) = self.quinn.accept_bi().await?;
+    ) -> Result<(SendHalf, ReceiveHalf), StreamError> {
+        let (send, mut recv) = self.quinn.accept_bi().await.map_err(ended)?;
         let _ = send.set_priority(priority);
         let mut kind = [0];
         recv.read_exact(&mut kind).await.map_err(|error| StreamError::Stream(error.to_string()))?;
         if kind[0] != expected {
             return Err(StreamError::Kind { found: kind[0], expected });
         }
-        Ok((FrameSender(send), FrameReceiver { recv, buffer: BytesMut::new() }))
+        Ok((SendHalf(send), ReceiveHalf(recv)))
     }
 
-    /// Sends a batch on a stream of its own; returns when the transport has taken all of it. The
+    /// Sends a batch on a stream of its own; returns when the peer's transport has all of it. The
     /// chunks are not copied: quinn keeps them until they are acknowledged.
     pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
-        let mut stream = self.quinn.open_uni().await?;
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        let units = bytes.div_ceil(BULK_UNIT_BYTES) as u32;
+        // Never closed, so this cannot fail.
+        let _place = self.bulk.acquire_many(units).await;
+        let mut stream = self.quinn.open_uni().await.map_err(ended)?;
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
-        stream.finish().map_err(|error| broken(error.to_string()))
+        stream.finish().map_err(|error| broken(error.to_string()))?;
+        stream.stopped().await.map(drop).map_err(|error| broken(error.to_string()))
     }
 
     /// The next batch stream that the peer opens.
     pub async fn accept_batch(&self) -> Result<BatchStream, StreamError> {
-        Ok(BatchStream(self.quinn.accept_uni().await?))
+        Ok(BatchStream(self.quinn.accept_uni().await.map_err(ended)?))
     }
 
     /// What the transport knows of the link.
@@ -156,6 +127,9 @@ impl Connection {
             sent_bytes: stats.udp_tx.bytes,
             received_bytes: stats.udp_rx.bytes,
             lost_packets: stats.path.lost_packets,
+            lost_bytes: stats.path.lost_bytes,
+            mtu_black_holes: stats.path.black_holes_detected,
+            socket: self.socket,
             sent_packets: stats.path.sent_packets,
         }
     }
@@ -178,48 +152,34 @@ impl Connection {
     }
 }
 
-/// The sending half of a stream of messages.
-#[derive(Debug)]
-pub struct FrameSender(SendStream);
+fn ended(error: quinn::ConnectionError) -> StreamError {
+    StreamError::Connection(error.to_string())
+}
 
-impl FrameSender {
-    /// Sends one message.
-    pub async fn send(&mut self, message: &impl Message) -> Result<(), StreamError> {
-        let bytes = frame(message);
+/// The sending half of a stream.
+#[derive(Debug)]
+pub struct SendHalf(SendStream);
+
+impl SendHalf {
+    pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<(), StreamError> {
         self.0.write_chunk(bytes).await.map_err(|error| StreamError::Stream(error.to_string()))
     }
-
-    /// Says that nothing more will come, and waits until the peer has everything.
-    pub async fn finish(&mut self) {
-        let _ = self.0.finish();
-        let _ = self.0.stopped().await;
-    }
 }
 
-/// The receiving half of a stream of messages.
+/// The receiving half of a stream.
 #[derive(Debug)]
-pub struct FrameReceiver {
-    recv: RecvStream,
-    buffer: BytesMut,
-}
+pub struct ReceiveHalf(RecvStream);
 
-impl FrameReceiver {
-    /// The next message; `None` when the peer finished the stream. Cancel safe.
-    pub async fn recv<M: Message + Default>(&mut self) -> Result<Option<M>, StreamError> {
-        loop {
-            if let Some(prefix) = self.buffer.first_chunk::<4>() {
-                let len = frame_len(*prefix)?;
-                if self.buffer.len() >= 4 + len {
-                    let content = self.buffer.split_to(4 + len);
-                    return Ok(Some(decode(&content[4..])?));
-                }
+impl ReceiveHalf {
+    /// Appends what has come in; 0 when the peer finished the stream. Cancel safe.
+    pub(crate) async fn read(&mut self, into: &mut BytesMut) -> Result<usize, StreamError> {
+        match self.0.read_chunk(64 << 10, true).await {
+            Ok(Some(chunk)) => {
+                into.extend_from_slice(&chunk.bytes);
+                Ok(chunk.bytes.len())
             }
-            match self.recv.read_chunk(64 << 10, true).await {
-                Ok(Some(chunk)) => self.buffer.extend_from_slice(&chunk.bytes),
-                Ok(None) if self.buffer.is_empty() => return Ok(None),
-                Ok(None) => return Err(StreamError::Stream("it ended inside a message".into())),
-                Err(error) => return Err(StreamError::Stream(error.to_string())),
-            }
+            Ok(None) => Ok(0),
+            Err(error) => Err(StreamError::Stream(error.to_string())),
         }
     }
 }

@@ -1,24 +1,24 @@
 //! Listening and connecting.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{ConnectionError, Endpoint, TokioRuntime};
 use rustls::pki_types::CertificateDer;
-use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 
 use crate::id::PeerName;
-use crate::quic::identity::holder;
-use crate::quic::{Connection, Identity, IdentityError, Role, TransportOptions};
+use crate::identity::{Identity, IdentityError, Role, holder};
+use crate::quic::socket::{self, SocketFacts};
+use crate::quic::{Connection, TransportOptions};
 
 /// Why a listener could not be opened.
 #[derive(Debug, Error)]
 pub enum BindError {
     /// The address is taken, or not ours.
-    #[error("UDP address {address} cannot be listened on: {source}")]
+    #[error("address {address} cannot be listened on: {source}")]
     Bind {
         /// The address.
         address: SocketAddr,
@@ -46,7 +46,7 @@ pub enum ConnectError {
     },
     /// Nobody answers.
     #[error(
-        "target {address} does not answer; check that it runs, and that UDP to this port passes the VPN and every firewall"
+        "target {address} does not answer; check that it runs, and that UDP (or at least TCP) to this port passes the VPN and every firewall"
     )]
     NoAnswer {
         /// Its address.
@@ -92,33 +92,12 @@ pub enum AcceptError {
     },
 }
 
-fn udp_socket(address: SocketAddr, buffer_bytes: usize) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
-    if address.is_ipv6() {
-        socket.set_only_v6(false)?;
-    }
-    // The forced variant needs a privilege that daemons usually have; the plain one is capped.
-    use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size};
-    if set_socket_recv_buffer_size_force(&socket, buffer_bytes).is_err() {
-        socket.set_recv_buffer_size(buffer_bytes)?;
-    }
-    set_socket_send_buffer_size(&socket, buffer_bytes)?;
-    let granted = socket.recv_buffer_size()?;
-    if granted < buffer_bytes {
-        tracing::warn!(
-            granted,
-            wanted = buffer_bytes,
-            "the UDP receive buffer is smaller than asked for; raise net.core.rmem_max"
-        );
-    }
-    socket.bind(&address.into())?;
-    Ok(socket.into())
-}
-
 /// A target's socket.
 #[derive(Debug)]
 pub struct Listener {
     endpoint: Endpoint,
+    facts: SocketFacts,
+    window_bytes: u32,
 }
 
 impl Listener {
@@ -133,7 +112,8 @@ impl Listener {
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
         config.transport_config(Arc::new(options.to_quinn()));
         let bind = |source| BindError::Bind { address, source };
-        let socket = udp_socket(address, options.socket_buffer_bytes).map_err(bind)?;
+        let socket = socket::open(address, options.socket_buffer_bytes).map_err(bind)?;
+        let facts = socket::facts(&socket).map_err(bind)?;
         let endpoint = Endpoint::new(
             TransportOptions::endpoint_config(identity.reset_secret()),
             Some(config),
@@ -141,7 +121,7 @@ impl Listener {
             Arc::new(TokioRuntime),
         )
         .map_err(bind)?;
-        Ok(Self { endpoint })
+        Ok(Self { endpoint, facts, window_bytes: options.window_bytes })
     }
 
     /// The address that was bound.
@@ -152,7 +132,11 @@ impl Listener {
     /// The next agent that knocks; `None` when the listener was closed. The handshake is the
     /// caller's to await, so that a slow one holds up nobody.
     pub async fn accept(&self) -> Option<Handshake> {
-        self.endpoint.accept().await.map(Handshake)
+        Some(Handshake {
+            incoming: self.endpoint.accept().await?,
+            facts: self.facts,
+            window_bytes: self.window_bytes,
+        })
     }
 
     /// Ends every connection and stops listening.
@@ -164,17 +148,23 @@ impl Listener {
 
 /// An agent that knocked.
 #[derive(Debug)]
-pub struct Handshake(quinn::Incoming);
+pub struct Handshake {
+    incoming: quinn::Incoming,
+    facts: SocketFacts,
+    window_bytes: u32,
+}
 
 impl Handshake {
     /// Finishes the handshake, and checks that the peer is an agent of this site.
     pub async fn finish(self) -> Result<Connection, AcceptError> {
-        let address = self.0.remote_address();
+        let address = self.incoming.remote_address();
         let failed =
             |error: ConnectionError| AcceptError::Handshake { address, reason: error.to_string() };
-        let connection = self.0.await.map_err(failed)?;
+        let connection = self.incoming.await.map_err(failed)?;
         match peer(&connection) {
-            Some((Role::Agent, name)) => Ok(Connection::new(connection, name)),
+            Some((Role::Agent, name)) => {
+                Ok(Connection::new(connection, name, self.facts, self.window_bytes))
+            }
             _ => {
                 connection.close(quinn::VarInt::from_u32(1), b"your certificate is not an agent's");
                 Err(AcceptError::NotAnAgent { address })
@@ -211,8 +201,9 @@ pub async fn connect(
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
     // A socket for each attempt: after a VPN came back its old route may be gone for good.
-    let socket = udp_socket(any, options.socket_buffer_bytes)
-        .map_err(|error| local(format!("no UDP socket can be opened: {error}")))?;
+    let no_socket = |error| local(format!("no UDP socket can be opened: {error}"));
+    let socket = socket::open(any, options.socket_buffer_bytes).map_err(no_socket)?;
+    let facts = socket::facts(&socket).map_err(no_socket)?;
     let endpoint = Endpoint::new(
         TransportOptions::endpoint_config(identity.reset_secret()),
         None,
@@ -228,7 +219,7 @@ pub async fn connect(
         let reason = "it showed no certificate".into();
         return Err(ConnectError::Certificate { address, reason });
     };
-    Ok(Connection::new(connection, name))
+    Ok(Connection::new(connection, name, facts, options.window_bytes))
 }
 
 /// TLS alerts travel as QUIC error codes from 0x100 (RFC 9001, section 4.8).

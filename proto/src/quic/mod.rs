@@ -1,4 +1,4 @@
-//! QUIC: the only user of quinn and rustls.
+//! QUIC: the only user of quinn.
 //!
 //! An agent opens one connection. On it: a control stream (bidirectional, before everything else),
 //! a sync stream (bidirectional), and one unidirectional stream for each batch. `SPEC.md` has the
@@ -7,12 +7,10 @@
 mod congestion;
 mod connection;
 mod endpoint;
-mod identity;
-mod pki;
+mod socket;
 mod transport;
 
-pub use connection::{BatchStream, Connection, FrameReceiver, FrameSender, LinkStats, StreamError};
+pub use connection::{BatchStream, Connection, ReceiveHalf, SendHalf};
 pub use endpoint::{AcceptError, BindError, ConnectError, Handshake, Listener, connect};
-pub use identity::{Identity, IdentityError, IdentityFiles, Role};
-pub use pki::{PkiError, create_ca, issue};
+pub use socket::SocketFacts;
 pub use transport::{Congestion, TransportOptions};

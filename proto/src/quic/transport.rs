@@ -1,5 +1,6 @@
 //! What the transport is tuned by.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,18 @@ pub enum Congestion {
         /// The rate.
         bits_per_second: u64,
     },
+}
+
+impl fmt::Display for Congestion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cubic => f.write_str("cubic"),
+            Self::Fixed { bits_per_second } => {
+                write!(f, "fixed {} Mbit/s", *bits_per_second as f64 / 1e6)
+            }
+        }
+    }
 }
 
 /// Knobs of the transport.

@@ -2,14 +2,16 @@
 //!
 //! An agent holds one [`Sender`] a machine, a target one [`Receiver`]. They outlive connections:
 //! a connection that ends is told to both, and the next one resumes at the exact place.
-//! [`Backoff`] spaces out the attempts, [`Watermark`] turns progress into RPO.
+//! [`RateLimit`] holds batches back to a ceiling, [`Backoff`] spaces out the attempts, [`Watermark`] turns progress into RPO.
 
 mod backoff;
+mod rate_limit;
 mod receiver;
 mod sender;
 mod watermark;
 
 pub use backoff::Backoff;
+pub use rate_limit::RateLimit;
 pub use receiver::{Delivery, Receiver, ReceiverConfig, Rejected};
 pub use sender::{AckError, Released, Sender};
 pub use watermark::Watermark;

@@ -279,13 +279,28 @@ impl Rig {
         kill(&mut self.agent);
     }
 
+    /// Writes the configuration of a daemon (`agent` or `master-target`) anew, as `edit` returns it.
+    pub fn edit_configuration(
+        &self,
+        daemon: &str,
+        edit: impl FnOnce(String) -> String,
+    ) -> io::Result<()> {
+        let path = self.path(&format!("{daemon}.toml"));
+        fs::write(&path, edit(fs::read_to_string(&path)?))
+    }
+
+    /// Asks the agent to read its configuration again.
+    pub fn reload_agent(&self) {
+        if let Some(child) = &self.agent {
+            signal(child, rustix::process::Signal::HUP);
+        }
+    }
+
     /// Asks both to stop, agent first, and waits for their ends.
     pub fn stop(&mut self) {
         for child in [&mut self.agent, &mut self.target] {
             if let Some(mut child) = child.take() {
-                if let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) {
-                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-                }
+                signal(&child, rustix::process::Signal::TERM);
                 let _ = child.wait();
             }
         }
@@ -377,6 +392,12 @@ impl Drop for Rig {
     fn drop(&mut self) {
         self.kill_agent();
         self.kill_target();
+    }
+}
+
+fn signal(child: &Child, signal: rustix::process::Signal) {
+    if let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) {
+        let _ = rustix::process::kill_process(pid, signal);
     }
 }
 

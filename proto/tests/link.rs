@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
-use backhaul_proto::message::{AgentMessage, Heartbeat, agent_message};
-use backhaul_proto::quic::{
-    AcceptError, Congestion, ConnectError, Connection, Identity, IdentityError, IdentityFiles,
-    Listener, Role, TransportOptions, connect, create_ca, issue,
+use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, create_ca, issue};
+use backhaul_proto::link::{
+    ConnectOptions, Connection, Listener, Transport, TransportChoice, connect,
 };
+use backhaul_proto::message::{AgentMessage, Heartbeat, agent_message};
+use backhaul_proto::quic::{AcceptError, ConnectError, TransportOptions};
 use bytes::Bytes;
 
 fn files(dir: &Path, name: &str) -> IdentityFiles {
@@ -33,20 +34,26 @@ fn identity(dir: &Path, name: &str, role: Role) -> Identity {
     Identity::load(&files(dir, name), role).unwrap()
 }
 
-fn listener(dir: &Path) -> (Listener, String) {
+async fn listener(dir: &Path) -> (Listener, String) {
     let target = identity(dir, "t1", Role::Target);
     let options = TransportOptions::default();
-    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), &target, &options).unwrap();
+    let any = "127.0.0.1:0".parse().unwrap();
+    let listener = Listener::bind(any, &target, &options, true).await.unwrap();
     let address = listener.local_address().unwrap().to_string();
     (listener, address)
 }
 
-async fn pair(dir: &Path, options: &TransportOptions) -> (Listener, Connection, Connection) {
-    let (listener, address) = listener(dir);
+fn options(choice: TransportChoice, expected: Option<&str>) -> ConnectOptions {
+    let expected = expected.map(|name| name.parse().unwrap());
+    ConnectOptions { choice, expected, transport: TransportOptions::default() }
+}
+
+async fn pair(dir: &Path, choice: TransportChoice) -> (Listener, Connection, Connection) {
+    let (listener, address) = listener(dir).await;
     let agent = identity(dir, "a1", Role::Agent);
-    let expected = Some("t1".parse().unwrap());
+    let options = options(choice, Some("t1"));
     let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
-    let (ours, theirs) = tokio::join!(connect(&address, &agent, expected, options), accepting);
+    let (ours, theirs) = tokio::join!(connect(&address, &agent, &options), accepting);
     (listener, ours.unwrap(), theirs)
 }
 
@@ -67,10 +74,18 @@ fn batch(seq: u64) -> Vec<Bytes> {
     plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
 }
 
+const BOTH: [TransportChoice; 2] = [TransportChoice::Quic, TransportChoice::Tcp];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn both_ends_know_each_other_and_two_thousand_batches_arrive() {
+    for choice in BOTH {
+        two_thousand_batches(choice).await;
+    }
+}
+
+async fn two_thousand_batches(choice: TransportChoice) {
     let dir = site();
-    let (_listener, agent, target) = pair(dir.path(), &TransportOptions::default()).await;
+    let (_listener, agent, target) = pair(dir.path(), choice).await;
     assert_eq!((agent.peer().as_str(), target.peer().as_str()), ("t1", "a1"));
     let sending = async {
         for seq in 1..=2000 {
@@ -96,9 +111,14 @@ async fn both_ends_know_each_other_and_two_thousand_batches_arrive() {
 /// A target that reads no batches must not keep a control message from arriving.
 #[tokio::test(flavor = "multi_thread")]
 async fn control_passes_bulk_that_nobody_reads() {
+    for choice in BOTH {
+        control_passes_bulk(choice).await;
+    }
+}
+
+async fn control_passes_bulk(choice: TransportChoice) {
     let dir = site();
-    let options = TransportOptions { congestion: Congestion::Cubic, ..Default::default() };
-    let (_listener, agent, target) = pair(dir.path(), &options).await;
+    let (_listener, agent, target) = pair(dir.path(), choice).await;
     let (mut control, _) = agent.open_control().await.unwrap();
     let (_, mut heard) = {
         let kind = Some(agent_message::Kind::Heartbeat(Heartbeat { nonce: 1 }));
@@ -133,8 +153,7 @@ async fn control_passes_bulk_that_nobody_reads() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_sites_identity_and_another_targets_name_are_refused() {
     let (here, there) = (site(), site());
-    let options = TransportOptions::default();
-    let (listener, address) = listener(here.path());
+    let (listener, address) = listener(here.path()).await;
     let accepting = tokio::spawn(async move {
         let mut failures = Vec::new();
         while let Some(handshake) = listener.accept().await {
@@ -146,16 +165,19 @@ async fn another_sites_identity_and_another_targets_name_are_refused() {
                 break;
             }
         }
-        failures
+        // Kept with the result, so that TCP goes on being listened on.
+        (failures, listener)
     });
     let stranger = identity(there.path(), "a1", Role::Agent);
-    let error = connect(&address, &stranger, None, &options).await.unwrap_err();
-    assert!(matches!(error, ConnectError::Certificate { .. }), "{error}");
     let agent = identity(here.path(), "a1", Role::Agent);
-    let other = Some("t2".parse().unwrap());
-    let error = connect(&address, &agent, other, &options).await.unwrap_err();
-    assert!(error.to_string().contains("it is target `t1`, but `t2` is expected"), "{error}");
-    let failures = accepting.await.unwrap();
+    for choice in BOTH {
+        let error = connect(&address, &stranger, &options(choice, None)).await.unwrap_err();
+        assert!(matches!(error, ConnectError::Certificate { .. }), "{choice:?}: {error}");
+        let error = connect(&address, &agent, &options(choice, Some("t2"))).await.unwrap_err();
+        let sentence = "it is target `t1`, but `t2` is expected";
+        assert!(error.to_string().contains(sentence), "{choice:?}: {error}");
+    }
+    let (failures, _listener) = accepting.await.unwrap();
     assert!(failures.iter().all(|error| matches!(error, AcceptError::Handshake { .. })));
 }
 
@@ -173,4 +195,44 @@ fn an_identity_is_checked_before_it_is_used() {
     assert!(matches!(load(&swapped, Role::Agent), IdentityError::Pem { .. }));
     let twice = issue(here.path(), Role::Agent, &"a1".parse().unwrap(), 10).unwrap_err();
     assert!(twice.to_string().contains("exists already"), "{twice}");
+}
+
+/// Nothing answers over UDP, as behind a firewall that passes TCP only: a proxy that forwards TCP
+/// stands for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn tcp_is_taken_when_udp_is_silent_and_reasons_travel() {
+    let dir = site();
+    let (listener, address) = listener(dir.path()).await;
+    let wall = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let through = wall.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((mut here, _)) = wall.accept().await {
+            let mut there = tokio::net::TcpStream::connect(&address).await.unwrap();
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut here, &mut there).await });
+        }
+    });
+    let agent = identity(dir.path(), "a1", Role::Agent);
+    let options = options(TransportChoice::Auto, Some("t1"));
+    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+    let (ours, theirs) = tokio::join!(connect(&through, &agent, &options), accepting);
+    let ours = ours.unwrap();
+    assert_eq!(ours.transport(), Transport::Tcp);
+    let (_sender, mut receiver) = ours.open_control().await.unwrap();
+    theirs.close("the target is tired");
+    let error = receiver.recv::<AgentMessage>().await.unwrap_err();
+    assert!(error.to_string().contains("the target is tired"), "{error}");
+    assert_eq!(ours.closed().await, "the target is tired");
+}
+
+/// A batch that is dropped half-way leaves the stream of batches where nobody can find the next:
+/// the session ends instead of reading nonsense.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_not_read_to_its_end_ends_a_tcp_session() {
+    let dir = site();
+    let (_listener, agent, target) = pair(dir.path(), TransportChoice::Tcp).await;
+    agent.send_batch(batch(1)).await.unwrap();
+    agent.send_batch(batch(2)).await.unwrap();
+    drop(target.accept_batch().await.unwrap());
+    assert!(target.accept_batch().await.is_err());
+    assert_eq!(target.closed().await, "a batch was not read to its end");
 }

@@ -4,6 +4,8 @@
 //! not by a host name: operators move targets between addresses, and an agent's certificate must
 //! never pass for a target's.
 
+mod pki;
+
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +24,8 @@ use x509_parser::prelude::FromDer;
 
 use crate::id::PeerName;
 use crate::version::ALPN;
+
+pub use pki::{PkiError, create_ca, issue};
 
 /// What a certificate's holder may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use rcgen::{
 use thiserror::Error;
 
 use crate::id::PeerName;
-use crate::quic::Role;
+use crate::identity::Role;
 
 /// Days that a CA made here is valid: it outlives several generations of certificates.
 const CA_DAYS: u32 = 3650;

@@ -1,0 +1,299 @@
+//! Probing the link: can the target be reached, how far away is it, and what does the way carry?
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use backhaul_daemon::lifecycle::cpu_time;
+use backhaul_proto::identity::{Identity, Role};
+use backhaul_proto::link::{
+    ConnectOptions, Connection, FrameReceiver, FrameSender, Transport, TransportChoice, connect,
+    probe,
+};
+use backhaul_proto::message::{
+    AgentMessage, ProbeReply, ProbeRequest, TargetMessage, agent_message, target_message,
+};
+use backhaul_proto::quic::TransportOptions;
+use serde::Serialize;
+
+use crate::capture::now_us;
+use crate::config::Config;
+
+/// Pings for the round-trip time and the clocks.
+const PINGS: u64 = 20;
+
+/// The first part of a flood finds the rate, and is not counted.
+const SETTLE_SHARE: u32 = 4;
+
+/// How often the target is asked what has come in.
+const ASK_PERIOD: Duration = Duration::from_millis(100);
+
+/// What was found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The target's address as configured.
+    pub target: String,
+    /// The name in its certificate.
+    pub name: String,
+    /// Each transport, tried by itself.
+    pub reach: Vec<Reach>,
+    /// What the figures below were measured over.
+    pub transport: String,
+    /// Smallest and median round-trip time of a small message, in seconds.
+    pub rtt_seconds: (f64, f64),
+    /// How far the target's clock is ahead of this one, in seconds, exact to half the round-trip
+    /// time.
+    pub clock_skew_seconds: f64,
+    /// The path's MTU as a UDP payload; 0 over TCP, where the kernel keeps it to itself.
+    pub mtu_bytes: u16,
+    /// Share of packets lost on the way up, while it was flooded.
+    pub lost_share: f64,
+    /// Payload bytes a second to the target.
+    pub up_bytes_per_second: f64,
+    /// Payload bytes a second from the target.
+    pub down_bytes_per_second: f64,
+    /// Bytes a second that the target's store takes durably.
+    pub disk_bytes_per_second: u64,
+    /// Median round-trip time of a small message while the way up was flooded, in seconds.
+    pub loaded_rtt_seconds: f64,
+    /// What keeps the rate to the target from being higher.
+    pub limit: Limit,
+}
+
+/// A transport, tried by itself.
+#[derive(Debug, Clone, Serialize)]
+pub struct Reach {
+    /// `quic` or `tcp`.
+    pub transport: String,
+    /// How long the handshake took, in seconds; absent when it failed.
+    pub seconds: Option<f64>,
+    /// Why it failed; empty when it did not.
+    pub failure: String,
+}
+
+/// What limits the rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Limit {
+    /// The line itself.
+    Link,
+    /// The transport's window is smaller than bandwidth × delay.
+    Window,
+    /// A processor, here or there.
+    Cpu,
+    /// The target's store is slower than the line.
+    Disk,
+    /// The target's kernel drops datagrams: its socket buffer is too small.
+    SocketBuffer,
+}
+
+impl Limit {
+    /// What it is, and what can be done about it.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::Link => "the line itself: this is what it carries",
+            Self::Window => "the transport's window: bandwidth x delay is larger than its memory",
+            Self::Cpu => "a processor: one end encrypts or copies as fast as it can",
+            Self::Disk => "the target's store: it takes less than the line carries",
+            Self::SocketBuffer => {
+                "the target's socket buffer: raise net.core.rmem_max there and restart it"
+            }
+        }
+    }
+}
+
+/// Probes the link of an agent's configuration, for `time` in each direction. `tell` is told what
+/// begins.
+///
+/// # Errors
+///
+/// When the target is reached over no transport, or the link breaks meanwhile.
+pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow::Result<Report> {
+    let identity = Identity::load(&config.identity, Role::Agent)?;
+    let transport =
+        TransportOptions { congestion: config.congestion, ..TransportOptions::default() };
+    let mut reach = Vec::new();
+    let mut found: Option<Connection> = None;
+    let mut first_failure = None;
+    for (choice, transport_name) in
+        [(TransportChoice::Quic, Transport::Quic), (TransportChoice::Tcp, Transport::Tcp)]
+    {
+        tell(&format!("reaching the target over {transport_name}"));
+        let expected = config.target_name.clone();
+        let options = ConnectOptions { choice, expected, transport: transport.clone() };
+        let began = Instant::now();
+        let (seconds, failure) = match connect(&config.target, &identity, &options).await {
+            Ok(connection) => {
+                match &found {
+                    None => found = Some(connection),
+                    Some(_) => connection.close("the probe needs one connection"),
+                }
+                (Some(began.elapsed().as_secs_f64()), String::new())
+            }
+            Err(error) => {
+                let sentence = error.to_string();
+                first_failure.get_or_insert(error);
+                (None, sentence)
+            }
+        };
+        reach.push(Reach { transport: transport_name.to_string(), seconds, failure });
+    }
+    let Some(connection) = found else {
+        match first_failure {
+            Some(error) => return Err(error.into()),
+            None => bail!("no transport was tried"),
+        }
+    };
+    let mut prober = Prober::new(&connection).await?;
+    tell("measuring the round-trip time");
+    let (rtts, skew_seconds) = prober.ping().await?;
+    tell("measuring the target's store");
+    let disk = prober.ask(ProbeRequest { disk: true, ..ProbeRequest::default() }).await?;
+    ensure!(disk.disk_failure.is_empty(), "the target's store: {}", disk.disk_failure);
+    tell("measuring the way to the target");
+    let up = prober.up(&connection, time).await?;
+    tell("measuring the way back");
+    let down_bytes_per_second = prober.down(&connection, time).await?;
+    connection.close("the probe is over");
+    let disk_bytes_per_second = disk.disk_bytes_per_second;
+    let window_bytes = f64::from(transport.window_bytes);
+    let limit = if up.dropped_datagrams > 0 {
+        Limit::SocketBuffer
+    } else if up.cpu_percent >= 90 {
+        Limit::Cpu
+    } else if (disk_bytes_per_second as f64) < up.bytes_per_second {
+        Limit::Disk
+    } else if up.bytes_per_second * up.rtt_seconds > 0.8 * window_bytes {
+        Limit::Window
+    } else {
+        Limit::Link
+    };
+    Ok(Report {
+        target: config.target.clone(),
+        name: connection.peer().to_string(),
+        reach,
+        transport: connection.transport().to_string(),
+        rtt_seconds: (rtts[0], rtts[rtts.len() / 2]),
+        clock_skew_seconds: skew_seconds,
+        mtu_bytes: up.mtu_bytes,
+        lost_share: up.lost_share,
+        up_bytes_per_second: up.bytes_per_second,
+        down_bytes_per_second,
+        disk_bytes_per_second,
+        loaded_rtt_seconds: up.rtt_seconds,
+        limit,
+    })
+}
+
+/// What the way up came to.
+struct Up {
+    bytes_per_second: f64,
+    rtt_seconds: f64,
+    lost_share: f64,
+    mtu_bytes: u16,
+    dropped_datagrams: u64,
+    cpu_percent: u64,
+}
+
+/// The control stream of a probe.
+struct Prober {
+    sender: FrameSender,
+    receiver: FrameReceiver,
+    _sync: (FrameSender, FrameReceiver),
+    nonce: u64,
+}
+
+impl Prober {
+    async fn new(connection: &Connection) -> anyhow::Result<Self> {
+        let (sender, receiver) = connection.open_control().await?;
+        let sync = connection.open_sync().await?;
+        Ok(Self { sender, receiver, _sync: sync, nonce: 0 })
+    }
+
+    async fn ask(&mut self, request: ProbeRequest) -> anyhow::Result<ProbeReply> {
+        self.nonce += 1;
+        let request = ProbeRequest { nonce: self.nonce, ..request };
+        let kind = Some(agent_message::Kind::Probe(request));
+        self.sender.send(&AgentMessage { kind }).await?;
+        let message = self.receiver.recv::<TargetMessage>().await?;
+        match message.context("the target ended the probe")?.kind {
+            Some(target_message::Kind::Probe(reply)) if reply.nonce == self.nonce => Ok(reply),
+            _ => bail!("the target does not know probes; update it"),
+        }
+    }
+
+    /// Round-trip times in order, and the clock's skew at the shortest.
+    async fn ping(&mut self) -> anyhow::Result<(Vec<f64>, f64)> {
+        let mut pings = Vec::new();
+        for _ in 0..PINGS {
+            let (began, sent_us) = (Instant::now(), now_us());
+            let reply = self.ask(ProbeRequest::default()).await?;
+            let rtt = began.elapsed().as_secs_f64();
+            let middle = sent_us as f64 / 1e6 + rtt / 2.0;
+            pings.push((rtt, reply.now_us as f64 / 1e6 - middle));
+        }
+        pings.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let skew_seconds = pings[0].1;
+        Ok((pings.into_iter().map(|(rtt, _)| rtt).collect(), skew_seconds))
+    }
+
+    async fn up(&mut self, connection: &Connection, time: Duration) -> anyhow::Result<Up> {
+        let flooding = connection.clone();
+        let flood = tokio::spawn(async move { probe::flood(&flooding, time).await });
+        tokio::time::sleep(time / SETTLE_SHARE).await;
+        let before = self.ask(ProbeRequest::default()).await?;
+        let (began, stats, cpu) = (Instant::now(), connection.stats(), cpu_time());
+        let (mut rtts, mut last, mut last_at) = (Vec::new(), before.clone(), began);
+        let mut target_cpu = Vec::new();
+        while began.elapsed() < time - time / SETTLE_SHARE - ASK_PERIOD {
+            tokio::time::sleep(ASK_PERIOD).await;
+            let asked = Instant::now();
+            last = self.ask(ProbeRequest::default()).await?;
+            last_at = Instant::now();
+            rtts.push(last_at.duration_since(asked).as_secs_f64());
+            target_cpu.push(last.cpu_percent);
+        }
+        let seconds = last_at.duration_since(began).as_secs_f64().max(1e-3);
+        let after = connection.stats();
+        let own_cpu = ((cpu_time() - cpu).as_secs_f64() / seconds * 100.0) as u64;
+        flood.await??;
+        rtts.sort_by(f64::total_cmp);
+        target_cpu.sort_unstable();
+        let packets = (after.sent_packets - stats.sent_packets).max(1);
+        Ok(Up {
+            bytes_per_second: (last.received_bytes - before.received_bytes) as f64 / seconds,
+            rtt_seconds: rtts.get(rtts.len() / 2).copied().unwrap_or_default(),
+            lost_share: (after.lost_packets - stats.lost_packets) as f64 / packets as f64,
+            mtu_bytes: after.mtu_bytes,
+            dropped_datagrams: last.dropped_datagrams - before.dropped_datagrams,
+            cpu_percent: target_cpu
+                .get(target_cpu.len() / 2)
+                .copied()
+                .unwrap_or_default()
+                .max(own_cpu),
+        })
+    }
+
+    async fn down(&mut self, connection: &Connection, time: Duration) -> anyhow::Result<f64> {
+        let received = AtomicU64::new(0);
+        let counted = |bytes| {
+            received.fetch_add(bytes, Ordering::Relaxed);
+        };
+        let measure = async {
+            let download_ms = time.as_millis() as u64;
+            self.ask(ProbeRequest { download_ms, ..ProbeRequest::default() }).await?;
+            tokio::time::sleep(time / SETTLE_SHARE).await;
+            let (began, before) = (Instant::now(), received.load(Ordering::Relaxed));
+            tokio::time::sleep(time - time / SETTLE_SHARE).await;
+            let bytes = received.load(Ordering::Relaxed) - before;
+            anyhow::Ok(bytes as f64 / began.elapsed().as_secs_f64())
+        };
+        tokio::select! {
+            rate = measure => rate,
+            ended = probe::drain(connection, counted) => {
+                ended?;
+                bail!("the target ended the probe")
+            }
+        }
+    }
+}

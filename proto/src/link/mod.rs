@@ -1,0 +1,244 @@
+//! A connection between an agent and a target, over whichever transport the site lets through.
+//!
+//! QUIC is the first choice: it fills long, lossy links, and control never waits behind data. Where
+//! a firewall passes no UDP, TCP with TLS 1.3 carries the same session. Nothing above this module
+//! knows the difference, except to tell people which one it is.
+
+mod endpoint;
+mod frames;
+pub mod probe;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use thiserror::Error;
+
+use crate::batch::{BatchHeader, HeaderError};
+use crate::id::PeerName;
+use crate::message::FrameError;
+use crate::quic::SocketFacts;
+use crate::{quic, tcp};
+
+pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
+pub use frames::{FrameReceiver, FrameSender};
+
+/// First byte of the control stream.
+pub(crate) const CONTROL_STREAM: u8 = 1;
+/// First byte of the sync stream.
+pub(crate) const SYNC_STREAM: u8 = 2;
+
+/// Why a stream ended.
+#[derive(Debug, Error)]
+pub enum StreamError {
+    /// The connection is gone, for the reason given.
+    #[error("the connection ended: {0}")]
+    Connection(String),
+    /// The peer ended or reset the stream, or it broke.
+    #[error("the stream ended: {0}")]
+    Stream(String),
+    /// The stream is not the one that had to come.
+    #[error("the peer opened a stream of kind {found} where {expected} had to come")]
+    Kind {
+        /// What came.
+        found: u8,
+        /// What had to.
+        expected: u8,
+    },
+    /// A frame is not a message.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A batch's header is not one.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+}
+
+/// What carries a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// QUIC over UDP.
+    Quic,
+    /// TLS 1.3 over TCP.
+    Tcp,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Quic => "quic",
+            Self::Tcp => "tcp",
+        })
+    }
+}
+
+/// What the transport knows of the link. Over TCP the kernel keeps most of it to itself: those are 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkStats {
+    /// Smoothed round-trip time.
+    pub rtt: Duration,
+    /// Bytes that may be in flight.
+    pub congestion_window_bytes: u64,
+    /// The path's MTU, as a UDP payload.
+    pub mtu_bytes: u16,
+    /// Bytes sent, headers of QUIC included.
+    pub sent_bytes: u64,
+    /// Bytes received.
+    pub received_bytes: u64,
+    /// Packets declared lost.
+    pub lost_packets: u64,
+    /// Bytes in those, sent again.
+    pub lost_bytes: u64,
+    /// Times that an MTU black hole was found.
+    pub mtu_black_holes: u64,
+    /// The socket under it.
+    pub socket: SocketFacts,
+    /// Packets sent.
+    pub sent_packets: u64,
+}
+
+/// An authenticated connection. Clones share it.
+#[derive(Debug, Clone)]
+pub enum Connection {
+    /// Over QUIC.
+    Quic(quic::Connection),
+    /// Over TCP.
+    Tcp(tcp::Connection),
+}
+
+impl Connection {
+    /// What carries it.
+    pub fn transport(&self) -> Transport {
+        match self {
+            Self::Quic(_) => Transport::Quic,
+            Self::Tcp(_) => Transport::Tcp,
+        }
+    }
+
+    /// The name in the peer's certificate.
+    pub fn peer(&self) -> &PeerName {
+        match self {
+            Self::Quic(connection) => connection.peer(),
+            Self::Tcp(connection) => connection.peer(),
+        }
+    }
+
+    /// The peer's address at present.
+    pub fn remote_address(&self) -> SocketAddr {
+        match self {
+            Self::Quic(connection) => connection.remote_address(),
+            Self::Tcp(connection) => connection.remote_address(),
+        }
+    }
+
+    /// Opens the control stream (agents). It is the first that an agent opens.
+    pub async fn open_control(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+        match self {
+            Self::Quic(connection) => Ok(frames::over_quic(connection.open_control().await?)),
+            Self::Tcp(connection) => Ok(frames::over_tcp(connection.take_control()?)),
+        }
+    }
+
+    /// Opens the sync stream (agents). It is the second that an agent opens.
+    pub async fn open_sync(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+        match self {
+            Self::Quic(connection) => Ok(frames::over_quic(connection.open_sync().await?)),
+            Self::Tcp(connection) => Ok(frames::over_tcp(connection.take_sync()?)),
+        }
+    }
+
+    /// Takes the control stream (targets).
+    pub async fn accept_control(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+        match self {
+            Self::Quic(connection) => Ok(frames::over_quic(connection.accept_control().await?)),
+            Self::Tcp(connection) => Ok(frames::over_tcp(connection.take_control()?)),
+        }
+    }
+
+    /// Takes the sync stream (targets).
+    pub async fn accept_sync(&self) -> Result<(FrameSender, FrameReceiver), StreamError> {
+        match self {
+            Self::Quic(connection) => Ok(frames::over_quic(connection.accept_sync().await?)),
+            Self::Tcp(connection) => Ok(frames::over_tcp(connection.take_sync()?)),
+        }
+    }
+
+    /// Sends a batch; returns when the transport has no more to do with it: over QUIC when the peer
+    /// has all of it, over TCP when the kernel has. The chunks are not copied.
+    pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
+        match self {
+            Self::Quic(connection) => connection.send_batch(chunks).await,
+            Self::Tcp(connection) => connection.send_batch(chunks).await,
+        }
+    }
+
+    /// The next batch that the peer sends.
+    pub async fn accept_batch(&self) -> Result<BatchStream, StreamError> {
+        Ok(match self {
+            Self::Quic(connection) => BatchStream::Quic(connection.accept_batch().await?),
+            Self::Tcp(connection) => BatchStream::Tcp(connection.accept_batch().await?),
+        })
+    }
+
+    /// What the transport knows of the link.
+    pub fn stats(&self) -> LinkStats {
+        match self {
+            Self::Quic(connection) => connection.stats(),
+            Self::Tcp(connection) => connection.stats(),
+        }
+    }
+
+    /// Closes the connection, telling the peer why.
+    pub fn close(&self, reason: &str) {
+        match self {
+            Self::Quic(connection) => connection.close(reason),
+            Self::Tcp(connection) => connection.close(reason),
+        }
+    }
+
+    /// Waits until the connection has ended, and says why.
+    pub async fn closed(&self) -> String {
+        match self {
+            Self::Quic(connection) => connection.closed().await,
+            Self::Tcp(connection) => connection.closed().await,
+        }
+    }
+}
+
+/// A batch on its way in.
+#[derive(Debug)]
+pub enum BatchStream {
+    /// On a QUIC stream of its own.
+    Quic(quic::BatchStream),
+    /// One after the other on the TCP connection for batches.
+    Tcp(tcp::BatchStream),
+}
+
+impl BatchStream {
+    /// Reads the header, which comes first.
+    pub async fn read_header(&mut self) -> Result<BatchHeader, StreamError> {
+        match self {
+            Self::Quic(stream) => stream.read_header().await,
+            Self::Tcp(stream) => stream.read_header(),
+        }
+    }
+
+    /// Fills `buf`: the one copy between the datagram and the buffer that is journalled.
+    pub async fn read_exact(&mut self, buf: &mut [u8]) -> Result<(), StreamError> {
+        match self {
+            Self::Quic(stream) => stream.read_exact(buf).await,
+            Self::Tcp(stream) => stream.read_exact(buf).await,
+        }
+    }
+
+    /// Checks that nothing follows. Over TCP the next batch does, and is let through.
+    pub async fn read_end(&mut self) -> Result<(), StreamError> {
+        match self {
+            Self::Quic(stream) => stream.read_end().await,
+            Self::Tcp(stream) => {
+                stream.read_end();
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! What both ends of a probe do: send noise for a while, and count what comes.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
+use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
+use crate::link::{Connection, StreamError};
+
+/// Data of one batch of noise, in bytes.
+const NOISE_BYTES: usize = 256 << 10;
+
+/// Under way at first, and always on top of what the way carries.
+const AHEAD_BYTES_MIN: f64 = (2 << 20) as f64;
+
+/// Under way at most: more than any window holds.
+const AHEAD_BYTES_MAX: f64 = (64 << 20) as f64;
+
+/// So much of what the way carries is under way: no round trip leaves it idle, and when the time is
+/// over the rest is through soon.
+const AHEAD_SECONDS: f64 = 0.5;
+
+/// A batch of noise as it travels. It is a batch like any other, so that it passes the same way.
+fn noise() -> Vec<Bytes> {
+    let mut data = vec![0; NOISE_BYTES];
+    // Keyed hashing as a generator: nothing on the way can compress it.
+    blake3::Hasher::new().update(b"backhaul probe").finalize_xof().fill(&mut data);
+    let kind = RecordKind::Data { offset_bytes: 0, len_bytes: NOISE_BYTES as u32 };
+    let batch = PlainBatch {
+        kind: BatchKind::Ordered,
+        generation: Generation(1),
+        batch: BatchSeq(1),
+        first_write: WriteSeq(1),
+        captured_at_us: 0,
+        records: vec![Record { disk: DiskIndex(0), kind }],
+        data_bytes: data.len(),
+        data: vec![data.into()],
+    };
+    let mut compressor = zstd::bulk::Compressor::default();
+    batch.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
+}
+
+/// Sends noise as fast as the connection takes it, for so long.
+pub async fn flood(connection: &Connection, time: Duration) -> Result<(), StreamError> {
+    let (began, chunks) = (Instant::now(), noise());
+    let mut sending = tokio::task::JoinSet::new();
+    let mut sent_bytes = 0.0;
+    while began.elapsed() < time {
+        let rate = sent_bytes / began.elapsed().as_secs_f64().max(1e-3);
+        let ahead_bytes = (AHEAD_BYTES_MIN + rate * AHEAD_SECONDS).min(AHEAD_BYTES_MAX);
+        while ((sending.len() * NOISE_BYTES) as f64) < ahead_bytes {
+            let (connection, chunks) = (connection.clone(), chunks.clone());
+            sending.spawn(async move { connection.send_batch(chunks).await });
+        }
+        let rest = time.saturating_sub(began.elapsed());
+        match tokio::time::timeout(rest, sending.join_next()).await {
+            Ok(Some(Ok(sent))) => {
+                sent?;
+                sent_bytes += NOISE_BYTES as f64;
+            }
+            Ok(_) | Err(_) => {}
+        }
+    }
+    // Over TCP a batch that is cut off would end the session.
+    while let Some(sent) = sending.join_next().await {
+        if let Ok(sent) = sent {
+            sent?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes batches and throws them away, telling `counted` of the bytes as they come, until the
+/// connection ends.
+pub async fn drain(connection: &Connection, counted: impl Fn(u64)) -> Result<(), StreamError> {
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        let mut stream = connection.accept_batch().await?;
+        let header = stream.read_header().await?;
+        let mut left = header.wire_bytes as usize;
+        while left > 0 {
+            let part = left.min(buffer.len());
+            stream.read_exact(&mut buffer[..part]).await?;
+            counted(part as u64);
+            left -= part;
+        }
+        stream.read_end().await?;
+    }
+}

@@ -1,0 +1,289 @@
+//! The three TCP connections of a session, as one.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio_rustls::TlsStream;
+
+use crate::batch::{BatchHeader, HEADER_BYTES};
+use crate::id::PeerName;
+use crate::link::{LinkStats, StreamError};
+use crate::tcp::GOODBYE;
+
+/// A peer that says nothing on the control connection for this long is gone: agents send a
+/// heartbeat every second, and targets answer each.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// How long a goodbye may take before the sockets are dropped without it.
+const GOODBYE_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Longest reason that is sent or read, in bytes.
+const REASON_BYTES_MAX: usize = 1024;
+
+type Stream = TlsStream<TcpStream>;
+type Writer = Arc<Mutex<WriteHalf<Stream>>>;
+
+/// An authenticated session over TCP. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Connection(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    peer: PeerName,
+    remote_address: SocketAddr,
+    /// Why the session ended, once it has.
+    ended: watch::Sender<Option<String>>,
+    control: Writer,
+    batches_out: Mutex<WriteHalf<Stream>>,
+    batches_in: Arc<Mutex<ReadHalf<Stream>>>,
+    /// Halves that nobody has taken yet.
+    control_in: SyncMutex<Option<ReadHalf<Stream>>>,
+    sync: SyncMutex<Option<(WriteHalf<Stream>, ReadHalf<Stream>)>>,
+    sent_bytes: AtomicU64,
+    received_bytes: AtomicU64,
+}
+
+impl Shared {
+    /// The first reason counts.
+    fn end(&self, reason: &str) {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert_with(|| reason.to_owned());
+            first
+        });
+    }
+
+    async fn ended(&self) -> String {
+        let mut ended = self.ended.subscribe();
+        let reason = ended.wait_for(Option::is_some).await;
+        // Fails only without a sender, which is in `self`.
+        reason.ok().and_then(|reason| reason.clone()).unwrap_or_default()
+    }
+
+    /// Does `work`, unless the session ends first; its failure ends the session.
+    async fn during<T>(
+        &self,
+        work: impl Future<Output = std::io::Result<T>>,
+    ) -> Result<T, StreamError> {
+        tokio::select! {
+            biased;
+            reason = self.ended() => Err(StreamError::Connection(reason)),
+            done = work => done.map_err(|error| {
+                self.end(&error.to_string());
+                StreamError::Connection(error.to_string())
+            }),
+        }
+    }
+}
+
+impl Connection {
+    pub(super) fn new(
+        peer: PeerName,
+        remote_address: SocketAddr,
+        [control, sync, batches]: [Stream; 3],
+    ) -> Self {
+        let (control_in, control_out) = tokio::io::split(control);
+        let (sync_in, sync_out) = tokio::io::split(sync);
+        let (batches_in, batches_out) = tokio::io::split(batches);
+        Self(Arc::new(Shared {
+            peer,
+            remote_address,
+            ended: watch::Sender::new(None),
+            control: Arc::new(Mutex::new(control_out)),
+            batches_out: Mutex::new(batches_out),
+            batches_in: Arc::new(Mutex::new(batches_in)),
+            control_in: SyncMutex::new(Some(control_in)),
+            sync: SyncMutex::new(Some((sync_out, sync_in))),
+            sent_bytes: AtomicU64::new(0),
+            received_bytes: AtomicU64::new(0),
+        }))
+    }
+
+    pub(crate) fn peer(&self) -> &PeerName {
+        &self.0.peer
+    }
+
+    pub(crate) fn remote_address(&self) -> SocketAddr {
+        self.0.remote_address
+    }
+
+    pub(crate) fn take_control(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
+        let half = self.0.control_in.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let half = half.ok_or_else(|| StreamError::Stream("it was opened before".into()))?;
+        let shared = Arc::clone(&self.0);
+        let send = SendHalf { writer: Arc::clone(&shared.control), shared: Arc::clone(&shared) };
+        Ok((send, ReceiveHalf { half, shared, silence_max: Some(SILENCE_MAX) }))
+    }
+
+    pub(crate) fn take_sync(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
+        let halves = self.0.sync.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (writer, half) =
+            halves.ok_or_else(|| StreamError::Stream("it was opened before".into()))?;
+        let shared = Arc::clone(&self.0);
+        let send = SendHalf { writer: Arc::new(Mutex::new(writer)), shared: Arc::clone(&shared) };
+        Ok((send, ReceiveHalf { half, shared, silence_max: None }))
+    }
+
+    /// Batches are sent whole, one after the other, in the order of the calls.
+    pub(crate) async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
+        let mut writer = self.0.batches_out.lock().await;
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        let work = async {
+            for chunk in &chunks {
+                writer.write_all(chunk).await?;
+            }
+            writer.flush().await
+        };
+        self.0.during(work).await?;
+        self.0.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Waits until the batch before was read to its end, and the next one has begun.
+    pub(crate) async fn accept_batch(&self) -> Result<BatchStream, StreamError> {
+        let mut half = Arc::clone(&self.0.batches_in).lock_owned().await;
+        let mut header = [0; HEADER_BYTES];
+        self.0.during(half.read_exact(&mut header)).await?;
+        self.0.received_bytes.fetch_add(HEADER_BYTES as u64, Ordering::Relaxed);
+        Ok(BatchStream { half: Some(half), header, shared: Arc::clone(&self.0) })
+    }
+
+    pub(crate) fn stats(&self) -> LinkStats {
+        LinkStats {
+            sent_bytes: self.0.sent_bytes.load(Ordering::Relaxed),
+            received_bytes: self.0.received_bytes.load(Ordering::Relaxed),
+            ..LinkStats::default()
+        }
+    }
+
+    /// Ends the session here at once, and tells the peer why if that can be done in time.
+    pub(crate) fn close(&self, reason: &str) {
+        if self.0.ended.borrow().is_some() {
+            return;
+        }
+        self.0.end("it was closed here");
+        let writer = Arc::clone(&self.0.control);
+        let end = reason.floor_char_boundary(REASON_BYTES_MAX);
+        let mut message = GOODBYE.to_vec();
+        message.extend_from_slice(&(end as u16).to_le_bytes());
+        message.extend_from_slice(&reason.as_bytes()[..end]);
+        tokio::spawn(tokio::time::timeout(GOODBYE_TIME_MAX, async move {
+            let mut writer = writer.lock().await;
+            writer.write_all(&message).await?;
+            writer.shutdown().await
+        }));
+    }
+
+    pub(crate) async fn closed(&self) -> String {
+        self.0.ended().await
+    }
+}
+
+/// The sending half of the control or the sync connection.
+#[derive(Debug)]
+pub struct SendHalf {
+    writer: Writer,
+    shared: Arc<Shared>,
+}
+
+impl SendHalf {
+    pub(crate) async fn write(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        let mut writer = self.writer.lock().await;
+        let work = async {
+            writer.write_all(bytes).await?;
+            writer.flush().await
+        };
+        self.shared.during(work).await
+    }
+}
+
+/// The receiving half of the control or the sync connection.
+#[derive(Debug)]
+pub struct ReceiveHalf {
+    half: ReadHalf<Stream>,
+    shared: Arc<Shared>,
+    silence_max: Option<Duration>,
+}
+
+impl ReceiveHalf {
+    /// Appends what has come in; 0 when the peer ended the connection. Cancel safe.
+    pub(crate) async fn read(&mut self, into: &mut BytesMut) -> Result<usize, StreamError> {
+        let read = self.shared.during(self.half.read_buf(into));
+        let read = match self.silence_max {
+            None => read.await?,
+            Some(most) => match tokio::time::timeout(most, read).await {
+                Ok(read) => read?,
+                Err(_) => {
+                    self.shared.end("the link fell silent");
+                    return Err(StreamError::Connection("the link fell silent".into()));
+                }
+            },
+        };
+        if read == 0 {
+            self.shared.end("the peer ended it");
+        }
+        Ok(read)
+    }
+
+    /// Reads the rest of a goodbye, of which `buffer` holds the beginning, and ends the session.
+    pub(crate) async fn read_goodbye(&mut self, buffer: &mut BytesMut) -> StreamError {
+        let wanted = |buffer: &BytesMut| match buffer.get(4..6) {
+            Some(len) => {
+                6 + usize::from(u16::from_le_bytes([len[0], len[1]])).min(REASON_BYTES_MAX)
+            }
+            None => 6,
+        };
+        while buffer.len() < wanted(buffer) {
+            match self.half.read_buf(buffer).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {}
+            }
+        }
+        let end = buffer.len().min(wanted(buffer));
+        let reason = String::from_utf8_lossy(buffer.get(6..end).unwrap_or_default()).into_owned();
+        self.shared.end(&reason);
+        StreamError::Connection(reason)
+    }
+}
+
+/// A batch on its way in. Until it is read to its end no other one is.
+#[derive(Debug)]
+pub struct BatchStream {
+    half: Option<OwnedMutexGuard<ReadHalf<Stream>>>,
+    header: [u8; HEADER_BYTES],
+    shared: Arc<Shared>,
+}
+
+impl BatchStream {
+    pub(crate) fn read_header(&mut self) -> Result<BatchHeader, StreamError> {
+        Ok(BatchHeader::decode(&self.header)?)
+    }
+
+    pub(crate) async fn read_exact(&mut self, buf: &mut [u8]) -> Result<(), StreamError> {
+        let Some(half) = &mut self.half else {
+            return Err(StreamError::Stream("the batch was read to its end before".into()));
+        };
+        self.shared.during(half.read_exact(buf)).await?;
+        self.shared.received_bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) fn read_end(&mut self) {
+        self.half = None;
+    }
+}
+
+impl Drop for BatchStream {
+    fn drop(&mut self) {
+        // What follows is the rest of a batch, in which nobody can find the next one.
+        if self.half.is_some() {
+            self.shared.end("a batch was not read to its end");
+        }
+    }
+}

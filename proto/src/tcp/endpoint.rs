@@ -1,0 +1,257 @@
+//! Listening and connecting over TCP.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+
+use crate::id::PeerName;
+use crate::identity::{Identity, Role, holder};
+use crate::link::{CONTROL_STREAM, SYNC_STREAM};
+use crate::quic::{BindError, ConnectError};
+use crate::tcp::{BATCHES, Connection, MAGIC, PREFACE_BYTES, WHOLE};
+
+/// Longest that a connection, its TLS handshake and its preface may take.
+const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(8);
+
+/// Handshakes under way at a time; more wait in the kernel's backlog.
+const HANDSHAKES_MAX: usize = 64;
+
+/// Sessions of which not all three connections are there yet. Further ones are refused.
+const PENDING_MAX: usize = 64;
+
+/// Sessions that are whole and not accepted yet.
+const READY_MAX: usize = 16;
+
+type Session = [u8; 16];
+
+fn preface(kind: u8, session: Session) -> [u8; PREFACE_BYTES] {
+    let mut bytes = [0; PREFACE_BYTES];
+    bytes[..4].copy_from_slice(MAGIC);
+    bytes[4] = kind;
+    bytes[8..].copy_from_slice(&session);
+    bytes
+}
+
+/// The best of the kernel's controllers for a line that loses packets; without it the kernel's
+/// default stays, and long links stay empty.
+fn tune(stream: &TcpStream) {
+    let _ = stream.set_nodelay(true);
+    if rustix::net::sockopt::set_tcp_congestion(stream, "bbr").is_err() {
+        tracing::debug!("the kernel has no BBR for TCP; `modprobe tcp_bbr` would help long links");
+    }
+}
+
+/// Connects an agent to the target at `address` (`host:port`), of the given name or of any.
+pub async fn connect(
+    address: &str,
+    identity: &Identity,
+    expected: Option<PeerName>,
+) -> Result<Connection, ConnectError> {
+    let resolve = |source| ConnectError::Resolve { address: address.to_owned(), source };
+    let address = tokio::net::lookup_host(address)
+        .await
+        .map_err(resolve)?
+        .next()
+        .ok_or_else(|| resolve(io::ErrorKind::NotFound.into()))?;
+    let config = identity.client_config(expected);
+    let config = config.map_err(|error| ConnectError::Local(error.to_string()))?;
+    let connector = TlsConnector::from(Arc::new(config));
+    let mut session = Session::default();
+    rustls::crypto::aws_lc_rs::default_provider()
+        .secure_random
+        .fill(&mut session)
+        .map_err(|_| ConnectError::Local("the system has no random numbers".into()))?;
+    let work = async {
+        let open = |kind| open(&connector, address, preface(kind, session));
+        let (mut control, sync, batches) =
+            tokio::try_join!(open(CONTROL_STREAM), open(SYNC_STREAM), open(BATCHES))?;
+        // Under TLS 1.3 a client is done before the server has looked at its certificate.
+        let mut whole = [0];
+        control.read_exact(&mut whole).await?;
+        let (_, tls) = control.get_ref();
+        let name = tls.peer_certificates().and_then(|chain| holder(chain.first()?));
+        let Some((_, name)) = name else {
+            return Err(io::Error::other("it showed no certificate"));
+        };
+        Ok(Connection::new(name, address, [control, sync, batches]))
+    };
+    match tokio::time::timeout(HANDSHAKE_TIME_MAX, work).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(explain(address, error)),
+        Err(_) => Err(ConnectError::NoAnswer { address }),
+    }
+}
+
+async fn open(
+    connector: &TlsConnector,
+    address: SocketAddr,
+    preface: [u8; PREFACE_BYTES],
+) -> io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    tune(&stream);
+    let name = ServerName::try_from("backhaul").map_err(io::Error::other)?;
+    let mut stream = connector.connect(name, stream).await?;
+    stream.write_all(&preface).await?;
+    stream.flush().await?;
+    Ok(TlsStream::Client(stream))
+}
+
+fn explain(address: SocketAddr, error: io::Error) -> ConnectError {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match (tls, error.kind()) {
+        (Some(rustls::Error::PeerIncompatible(_) | rustls::Error::InvalidMessage(_)), _) => {
+            ConnectError::Protocol { address, reason: error.to_string() }
+        }
+        (Some(tls), _) => ConnectError::Certificate { address, reason: tls.to_string() },
+        (
+            None,
+            io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::TimedOut,
+        ) => ConnectError::NoAnswer { address },
+        (None, _) => ConnectError::Protocol { address, reason: error.to_string() },
+    }
+}
+
+/// A target's TCP socket.
+#[derive(Debug)]
+pub struct Listener {
+    ready: Mutex<mpsc::Receiver<Connection>>,
+    accepting: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+/// What has come of a session so far.
+struct Pending {
+    since: Instant,
+    streams: [Option<TlsStream<TcpStream>>; 3],
+}
+
+type Pendings = Arc<SyncMutex<HashMap<(PeerName, Session), Pending>>>;
+
+impl Listener {
+    /// Listens for agents on a TCP address.
+    pub async fn bind(address: SocketAddr, identity: &Identity) -> Result<Self, BindError> {
+        let acceptor = TlsAcceptor::from(Arc::new(identity.server_config()?));
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.map_err(|source| BindError::Bind { address, source })?;
+        let (sender, ready) = mpsc::channel(READY_MAX);
+        let accepting = tokio::spawn(accept_all(listener, acceptor, sender));
+        Ok(Self { ready: Mutex::new(ready), accepting })
+    }
+
+    /// The next session that is whole. Cancel safe.
+    pub async fn accept(&self) -> Option<Connection> {
+        self.ready.lock().await.recv().await
+    }
+}
+
+async fn accept_all(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<Connection>) {
+    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let pendings = Pendings::default();
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let (stream, address) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a TCP connection could not be taken");
+                // Out of descriptors, most likely: those that end make room.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (acceptor, ready, pendings) = (acceptor.clone(), ready.clone(), Arc::clone(&pendings));
+        tokio::spawn(async move {
+            let work = take(stream, &acceptor, address, &pendings);
+            match tokio::time::timeout(HANDSHAKE_TIME_MAX, work).await {
+                Ok(Ok(Some(connection))) => drop(ready.send(connection).await),
+                Ok(Ok(None)) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!("a TCP connection from {address} was refused: {error}");
+                }
+                Err(_) => tracing::warn!("a TCP connection from {address} never spoke"),
+            }
+            drop(place);
+        });
+    }
+}
+
+/// Takes one connection; returns the session when it was the last of the three.
+async fn take(
+    stream: TcpStream,
+    acceptor: &TlsAcceptor,
+    address: SocketAddr,
+    pendings: &Pendings,
+) -> io::Result<Option<Connection>> {
+    tune(&stream);
+    let mut stream = TlsStream::Server(acceptor.accept(stream).await?);
+    let mut bytes = [0; PREFACE_BYTES];
+    stream.read_exact(&mut bytes).await?;
+    let (_, tls) = stream.get_ref();
+    let chain: Option<&[CertificateDer<'_>]> = tls.peer_certificates();
+    let Some((Role::Agent, name)) = chain.and_then(|chain| holder(chain.first()?)) else {
+        return Err(io::Error::other("its certificate is not an agent's"));
+    };
+    let index = match bytes[4] {
+        CONTROL_STREAM => 0,
+        SYNC_STREAM => 1,
+        BATCHES => 2,
+        _ => usize::MAX,
+    };
+    if bytes[..4] != *MAGIC || index == usize::MAX {
+        return Err(io::Error::other("it does not begin as a Backhaul connection does"));
+    }
+    let mut session = Session::default();
+    session.copy_from_slice(&bytes[8..]);
+    let Some([mut control, sync, batches]) =
+        join(pendings, (name.clone(), session), index, stream)?
+    else {
+        return Ok(None);
+    };
+    control.write_all(&[WHOLE]).await?;
+    control.flush().await?;
+    Ok(Some(Connection::new(name, address, [control, sync, batches])))
+}
+
+/// Puts a connection to the others of its session; returns them when all are there.
+fn join(
+    pendings: &Pendings,
+    key: (PeerName, Session),
+    index: usize,
+    stream: TlsStream<TcpStream>,
+) -> io::Result<Option<[TlsStream<TcpStream>; 3]>> {
+    let mut pendings = pendings.lock().unwrap_or_else(PoisonError::into_inner);
+    pendings.retain(|_, pending| pending.since.elapsed() < HANDSHAKE_TIME_MAX);
+    if pendings.len() >= PENDING_MAX && !pendings.contains_key(&key) {
+        return Err(io::Error::other("too many sessions are being opened"));
+    }
+    let pending = pendings
+        .entry(key.clone())
+        .or_insert_with(|| Pending { since: Instant::now(), streams: [None, None, None] });
+    if pending.streams[index].replace(stream).is_some() {
+        pendings.remove(&key);
+        return Err(io::Error::other("a session has the same connection twice"));
+    }
+    if pending.streams.iter().any(Option::is_none) {
+        return Ok(None);
+    }
+    let whole = pendings.remove(&key).map(|pending| pending.streams);
+    Ok(match whole {
+        Some([Some(control), Some(sync), Some(batches)]) => Some([control, sync, batches]),
+        _ => None,
+    })
+}

@@ -1,0 +1,154 @@
+//! The link: its ceilings, its status, and TCP where UDP does not pass.
+
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use backhaul_api::{Consistency, Machine};
+use backhaul_lab::random::Random;
+use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
+
+/// A ceiling holds from the first batch on, and is changed while the machine replicates, over the
+/// same connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machines_ceiling_holds_and_is_lifted_without_a_reconnect() {
+    const RATE_BYTES: u64 = 2_000_000;
+    let mut scenario = Scenario::prepare(24 << 20, |_| {}).unwrap();
+    let mut noise = vec![0; 24 << 20];
+    Random::new(81).fill(&mut noise);
+    let disk = std::fs::File::options().write(true).open(&scenario.protected).unwrap();
+    disk.write_all_at(&noise, 0).unwrap();
+    let limited = |text: String| {
+        text.replace(
+            "[[machine]]\n",
+            "[[machine]]\nlimit = [\"16 Mbit/s daily 00:00-24:00 UTC\"]\n",
+        )
+    };
+    scenario.rig.edit_configuration("agent", limited).unwrap();
+    scenario.start().unwrap();
+    let begun = |machine: &Machine| machine.received_plain_bytes > 0;
+    let first = scenario.rig.wait("the first batch", STEP_TIME_MAX, begun).await.unwrap();
+    let since = Instant::now();
+    let enough = |machine: &Machine| {
+        machine.received_plain_bytes > first.received_plain_bytes + 3 * RATE_BYTES
+    };
+    let later = scenario.rig.wait("three seconds' worth", STEP_TIME_MAX, enough).await.unwrap();
+    let bytes = later.received_plain_bytes - first.received_plain_bytes;
+    // A batch that was under way at the beginning counts as well.
+    let least = (bytes - (2 << 20)) as f64 / RATE_BYTES as f64;
+    let took = since.elapsed().as_secs_f64();
+    assert!(took > least, "{bytes} bytes in {took} s are more than 16 Mbit/s");
+    assert_eq!(later.consistency, Consistency::Syncing);
+
+    let lifted = |text: String| text.replace("[\"16 Mbit/s daily 00:00-24:00 UTC\"]", "[]");
+    scenario.rig.edit_configuration("agent", lifted).unwrap();
+    scenario.rig.reload_agent();
+    scenario.rig.wait_log("agent", "the limits were read again").await.unwrap();
+    let whole = scenario.wait_consistent().await.unwrap();
+    let left = whole.received_plain_bytes - later.received_plain_bytes;
+    assert!(left > 4 << 20, "the ceiling was not there to be lifted: only {left} bytes were left");
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert_eq!(log.matches("connected target=").count(), 1, "{log}");
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_of_a_link_tells_what_its_transport_knows() {
+    let mut scenario = Scenario::prepare(16 << 20, |_| {}).unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(82, 8 << 20).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.wait_received(24 << 20).await.unwrap();
+    let links = scenario.rig.client().links().await.unwrap();
+    let [link] = links.as_slice() else { panic!("{links:?}") };
+    assert_eq!((link.agent.as_str(), link.transport.as_str()), ("lab-agent", "quic"), "{link:?}");
+    assert_eq!(link.congestion, "auto");
+    assert!(link.sent_bytes > 8 << 20 && link.rtt_seconds > 0.0, "{link:?}");
+    assert!(link.mtu_bytes >= 1200 && link.window_bytes > 0, "{link:?}");
+    assert!(link.target_receive_buffer_bytes > 0 && link.agent_receive_buffer_bytes > 0);
+    assert_eq!((link.target_dropped_datagrams, link.ceiling_bytes_per_second), (0, None));
+    let table = std::process::Command::new(backhaul_tests::programs().join("backhaul"))
+        .arg("--socket")
+        .arg(scenario.folder.path().join("api.sock"))
+        .args(["link", "status"])
+        .output()
+        .unwrap();
+    let table = String::from_utf8_lossy(&table.stdout);
+    assert!(table.contains("lab-agent") && table.contains("quic, auto"), "{table}");
+    scenario.fail_over().await.unwrap();
+    guest.await.unwrap().unwrap();
+}
+
+/// A firewall that passes TCP only: the agent finds out by itself, says so, and the whole story
+/// works, a killed target in the middle of it included.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_udp_does_not_pass_tcp_brings_the_machine_home() {
+    let mut scenario = Scenario::prepare(48 << 20, |_| {}).unwrap();
+    let wall = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let through = wall.local_addr().unwrap().to_string();
+    let mut behind = String::new();
+    let edit = |text: String| {
+        behind = text.split('"').nth(1).unwrap().to_owned();
+        text.replacen(&behind, &through, 1)
+    };
+    scenario.rig.edit_configuration("agent", edit).unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut here, _)) = wall.accept().await {
+            let Ok(mut there) = tokio::net::TcpStream::connect(&behind).await else { continue };
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut here, &mut there).await });
+        }
+    });
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(83, 8 << 20).await.unwrap();
+    scenario.rig.wait_log("agent", "nothing answers over UDP: TCP is used").await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.rig.kill_target();
+    scenario.rig.start_target().unwrap();
+    scenario.wait_received(4 << 20).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let links = scenario.rig.client().links().await.unwrap();
+    assert_eq!(links[0].transport, "tcp", "{links:?}");
+    let done = scenario.fail_over().await.unwrap();
+    assert!(done.failover.unwrap().source_drained);
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
+
+/// The probe finds out what the emulated link is like, while a machine replicates over it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_tells_what_the_line_is_like() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(16 << 20, |spec| {
+        spec.link = Some("40mbit,15ms,1%".parse().unwrap());
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let site = scenario.rig.link().unwrap().site_a();
+    let output = site
+        .command_in(backhaul_tests::programs().join("backhaul"))
+        .args(["link", "probe", "--time", "3s", "--json", "--config"])
+        .arg(scenario.folder.path().join("agent.toml"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["reach"][0]["transport"], "quic", "{report}");
+    for reach in report["reach"].as_array().unwrap() {
+        assert!(reach["seconds"].as_f64().unwrap() >= 0.03, "{report}");
+    }
+    let number = |name: &str| report[name].as_f64().unwrap();
+    assert!((0.030..0.1).contains(&report["rtt_seconds"][0].as_f64().unwrap()), "{report}");
+    // Both ends share a clock here; half a round trip is what can be told.
+    assert!(number("clock_skew_seconds").abs() < 0.05, "{report}");
+    assert!((1200.0..1420.0).contains(&number("mtu_bytes")), "{report}");
+    for way in ["up_bytes_per_second", "down_bytes_per_second"] {
+        assert!((1e6..5.2e6).contains(&number(way)), "{way}: {report}");
+    }
+    assert!((0.001..0.1).contains(&number("lost_share")), "{report}");
+    assert_eq!(report["limit"], "link", "{report}");
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
