@@ -9,7 +9,9 @@ use backhaul_api::{
     Consistency as ConsistencyView, Disk, FailoverResult, Machine as View, Point,
     Stage as StageView, Sync,
 };
-use backhaul_disk_image::{CreateOptions, FlatImage, ImageError, OpenOptions, create, open};
+use backhaul_disk_image::{
+    CreateOptions, ErrorKind, FlatImage, ImageError, OpenOptions, create, open,
+};
 use backhaul_proto::batch::RecordKind;
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex, PointId};
 use backhaul_proto::message::{HashRequest, Progress};
@@ -213,8 +215,16 @@ impl Machine {
         let Some(config) = config else {
             let path = self.dir.join("machine.json");
             let sentence = format!("disk `{}` is not in the configuration any more", disk.name);
-            return Err(ImageError::Descriptor { path, sentence }.into());
+            return Err(ImageError::new(ErrorKind::Invalid, &path, sentence).into());
         };
+        if !config.kind.is_flat() {
+            let sentence = format!(
+                "a machine's writes go straight into the image, which a {} image does not allow; \
+                 choose vmfs, monolithicFlat, vhd or raw, and convert it afterwards",
+                config.kind
+            );
+            return Err(ImageError::new(ErrorKind::Unsupported, &config.image, sentence).into());
+        }
         if let Some(folder) = config.image.parent()
             && !folder.as_os_str().is_empty()
             && !folder.is_dir()
@@ -224,11 +234,12 @@ impl Machine {
         }
         if !config.image.exists() {
             let (kind, adapter) = (config.kind, config.adapter);
-            create(&config.image, &CreateOptions { kind, size_bytes: disk.size_bytes, adapter })?;
+            let options = CreateOptions { adapter, ..CreateOptions::new(kind, disk.size_bytes) };
+            create(&config.image, &options)?;
             tracing::info!(image = %config.image.display(), %kind, "made an image");
         }
-        let options = OpenOptions { writable: true, kind: Some(config.kind), allow_outside: false };
-        let image = open(&config.image, &options)?;
+        let image = open(&config.image, &OpenOptions::writable().of_kind(config.kind))?;
+        let image = FlatImage::new(image)?;
         if image.size_bytes() != disk.size_bytes {
             return Err(OpenError::Size {
                 disk: disk.name.clone(),

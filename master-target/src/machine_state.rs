@@ -75,13 +75,11 @@ impl ImageMark {
     /// The marks of all images of a machine.
     pub fn of_all(images: &[FlatImage]) -> Result<Vec<Self>, ImageError> {
         let mark = |image: &FlatImage| {
-            let metadata = image.file().metadata().map_err(|source| ImageError::Io {
-                action: "measure",
-                path: image.extent_path().to_owned(),
-                source,
-            })?;
+            let metadata = image.file().metadata();
+            let metadata = metadata
+                .map_err(|source| ImageError::io("measure", image.extent_path(), source))?;
             let modified = (metadata.mtime(), metadata.mtime_nsec());
-            Ok(Self { content_id: image.content_id()?, modified })
+            Ok(Self { content_id: image.content_id().map(|id| id.0), modified })
         };
         images.iter().map(mark).collect()
     }

@@ -1,196 +1,160 @@
-//! Opening images.
+//! What every disk image can do, whatever its kind.
 
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::{fmt, fs::File, path::Path};
 
-use rustix::fs::{FlockOperation, flock};
+use crate::{
+    error::Result,
+    identity::{ContentId, DiskUuid},
+    kind::Kind,
+    report::{CheckReport, ImageInfo, Progress},
+};
 
-use crate::create::{content_id, failed, replace_file};
-use crate::descriptor::{DESCRIPTOR_BYTES_MAX, Descriptor, Extent, ExtentKind, stays_inside};
-use crate::{ImageError, Kind, SECTOR_BYTES};
+/// Bytes of a sector: the unit in which VMware's formats count.
+pub const SECTOR_BYTES: u64 = 512;
 
-/// How to open an image.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct OpenOptions {
-    /// For writing; a second writer is refused.
-    pub writable: bool,
-    /// The kind it must be; any when absent.
-    pub kind: Option<Kind>,
-    /// Follow an extent's path out of the descriptor's folder.
-    pub allow_outside: bool,
+/// Bytes of the largest disk: 62 TiB, the vSphere maximum for a virtual disk.
+pub const DISK_BYTES_MAX: u64 = 62 << 40;
+
+/// A disk image that is open.
+///
+/// All calls block. Offsets and lengths are bytes from the start of the disk and need no
+/// alignment; a range that leaves the disk is refused and nothing of it is done. Calls may run
+/// in parallel; two writes that overlap are not ordered.
+pub trait DiskImage: Send + Sync + fmt::Debug {
+    /// The kind the image was opened as.
+    fn kind(&self) -> Kind;
+
+    /// The image's own path: the descriptor, where there is one.
+    fn path(&self) -> &Path;
+
+    /// Bytes of the disk the guest sees.
+    fn size_bytes(&self) -> u64;
+
+    /// Fills `buf` from `offset`, through the chain of parents.
+    ///
+    /// # Errors
+    /// The range leaves the disk, the image is damaged there, or the file system fails.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Writes all of `buf` at `offset`. Durable after the next [`flush`](Self::flush).
+    ///
+    /// The first change after opening renews the content id, so that a delta on the old content is
+    /// not taken for one on the new.
+    ///
+    /// # Errors
+    /// The image or its kind is read only, it is latched, the range leaves the disk, the format is
+    /// full, or the file system fails.
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+
+    /// Makes the range read as zeros, without storing them where the format can say so. Durable
+    /// after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// As [`write_at`](Self::write_at).
+    fn write_zeroes_at(&self, offset: u64, length: u64) -> Result<()>;
+
+    /// Says that the range is no longer needed, and frees it where the format can say so.
+    ///
+    /// This is advice: afterwards a range reads as zeros or as before. A caller that needs zeros
+    /// uses [`write_zeroes_at`](Self::write_zeroes_at).
+    ///
+    /// # Errors
+    /// As [`write_at`](Self::write_at).
+    fn trim(&self, offset: u64, length: u64) -> Result<()>;
+
+    /// Puts every write that returned before this call on stable storage, data before the tables
+    /// that name it.
+    ///
+    /// A failed flush latches the image: the kernel forgets which pages it could not write, so a
+    /// later flush that succeeds would prove nothing. Every further change is then refused until
+    /// the image is opened again.
+    ///
+    /// # Errors
+    /// The image is latched, or the file system fails.
+    fn flush(&self) -> Result<()>;
+
+    /// What is stored in a range, in order and without gaps, through the chain of parents.
+    ///
+    /// Looks as it goes and holds no list, so the cost is the caller's pace, and a write made
+    /// meanwhile may or may not show. Neighbours of one state come as one run.
+    fn extents(&self, offset: u64, length: u64) -> Runs<'_>;
+
+    /// The single file region that holds the whole disk, where the kind has one.
+    fn flat(&self) -> Option<FlatExtent<'_>>;
+
+    /// The content id; none for a kind without one.
+    fn content_id(&self) -> Option<ContentId>;
+
+    /// Gives the content a new id, durably; `ddb.longContentID` follows where there is one. Does
+    /// nothing to an image that stores none.
+    ///
+    /// # Errors
+    /// The image is read only or latched, the id is reserved, or the file system fails.
+    fn set_content_id(&self, id: ContentId) -> Result<()>;
+
+    /// The disk's UUID; none where the image has none.
+    fn uuid(&self) -> Option<DiskUuid>;
+
+    /// What there is to know without reading the disk.
+    ///
+    /// # Errors
+    /// The file system fails.
+    fn info(&self) -> Result<ImageInfo>;
+
+    /// Looks at all metadata (and, with `deep`, at everything that carries its own check).
+    ///
+    /// # Errors
+    /// The file system fails. Damage is no error: it is what the report is for.
+    fn check(&self, deep: Deep, progress: &mut dyn Progress) -> Result<CheckReport>;
 }
 
-/// An image whose disk is one run of bytes in one file.
-#[derive(Debug)]
-pub struct FlatImage {
-    kind: Kind,
-    path: PathBuf,
-    extent_path: PathBuf,
-    file: File,
-    base_offset_bytes: u64,
-    size_bytes: u64,
+/// How far a check goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Deep {
+    /// Metadata only.
+    No,
+    /// Compressed grains are inflated as well.
+    Yes,
 }
 
-/// Opens an image.
-pub fn open(path: &Path, options: &OpenOptions) -> Result<FlatImage, ImageError> {
-    let found = read_descriptor(path)?;
-    let image = match found {
-        None => open_raw(path, options)?,
-        Some(descriptor) => open_flat(path, &descriptor, options)?,
-    };
-    if let Some(expected) = options.kind.filter(|expected| *expected != image.kind) {
-        let (found, expected) = (image.kind.to_string(), expected.to_string());
-        return Err(ImageError::Kind { path: path.to_owned(), found, expected });
-    }
-    if options.writable && flock(&image.file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        return Err(ImageError::Busy { path: image.extent_path });
-    }
-    Ok(image)
+/// The runs of [`DiskImage::extents`].
+pub type Runs<'a> = Box<dyn Iterator<Item = Result<Run>> + Send + 'a>;
+
+/// Part of a disk that is stored in one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct Run {
+    /// First byte, from the start of the disk.
+    pub offset: u64,
+    /// Bytes; never 0.
+    pub length: u64,
+    /// How it is stored.
+    pub state: RunState,
 }
 
-/// The descriptor at `path`, or `None` when the file does not start like one.
-fn read_descriptor(path: &Path) -> Result<Option<Descriptor>, ImageError> {
-    let file = File::open(path).map_err(failed("open", path))?;
-    let mut head = Vec::new();
-    (&file).take(512).read_to_end(&mut head).map_err(failed("read", path))?;
-    if Descriptor::parse(&head).is_err() {
-        return Ok(None);
-    }
-    let mut text = head;
-    (&file).take(DESCRIPTOR_BYTES_MAX).read_to_end(&mut text).map_err(failed("read", path))?;
-    if text.len() as u64 > DESCRIPTOR_BYTES_MAX {
-        return Err(wrong(path, "the descriptor is larger than 4 MiB".into()));
-    }
-    Descriptor::parse(&text).map(Some).map_err(|sentence| wrong(path, sentence))
+/// How a part of a disk is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunState {
+    /// Bytes are stored; they may still all be zero.
+    Data,
+    /// The format says that it reads as zeros.
+    Zero,
+    /// Nothing is stored in any link of the chain: it reads as zeros.
+    Unallocated,
 }
 
-fn wrong(path: &Path, sentence: String) -> ImageError {
-    ImageError::Descriptor { path: path.to_owned(), sentence }
-}
-
-fn open_file(path: &Path, writable: bool) -> Result<File, ImageError> {
-    File::options().read(true).write(writable).open(path).map_err(failed("open", path))
-}
-
-fn open_raw(path: &Path, options: &OpenOptions) -> Result<FlatImage, ImageError> {
-    use std::io::{Seek, SeekFrom};
-    let mut file = open_file(path, options.writable)?;
-    // Seeking also tells the size of a block device.
-    let size_bytes = file.seek(SeekFrom::End(0)).map_err(failed("measure", path))?;
-    let (path, extent_path) = (path.to_owned(), path.to_owned());
-    Ok(FlatImage { kind: Kind::Raw, path, extent_path, file, base_offset_bytes: 0, size_bytes })
-}
-
-fn open_flat(
-    path: &Path,
-    descriptor: &Descriptor,
-    options: &OpenOptions,
-) -> Result<FlatImage, ImageError> {
-    let create_type = descriptor.get("createType").unwrap_or_default();
-    let known = [Kind::MonolithicFlat, Kind::Vmfs];
-    let kind = known.into_iter().find(|kind| kind.create_type() == Some(create_type.as_str()));
-    let Some(kind) = kind else {
-        let found = create_type.chars().take(64).collect();
-        let expected = "raw, monolithicFlat or vmfs".into();
-        return Err(ImageError::Kind { path: path.to_owned(), found, expected });
-    };
-    let extents = descriptor.extents().map_err(|sentence| wrong(path, sentence))?;
-    let [extent] = &extents[..] else {
-        let sentence = format!("a {kind} disk has one extent, this one names {}", extents.len());
-        return Err(wrong(path, sentence));
-    };
-    let wanted = if kind == Kind::Vmfs { ExtentKind::Vmfs } else { ExtentKind::Flat };
-    if extent.kind != wanted {
-        return Err(wrong(
-            path,
-            format!("a {kind} disk cannot have an extent of kind {:?}", extent.kind),
-        ));
-    }
-    if !options.allow_outside && !stays_inside(&extent.file) {
-        let file = extent.file.display();
-        return Err(wrong(
-            path,
-            format!("its extent `{file}` leaves the descriptor's folder, which is not followed"),
-        ));
-    }
-    let Extent { sectors, offset_sectors, file: name, .. } = extent;
-    let extent_path = path.with_file_name(name);
-    let file = open_file(&extent_path, options.writable)?;
-    let (size_bytes, base_offset_bytes) = (sectors * SECTOR_BYTES, offset_sectors * SECTOR_BYTES);
-    let expected_bytes = size_bytes.saturating_add(base_offset_bytes);
-    let found_bytes = file.metadata().map_err(failed("measure", &extent_path))?.len();
-    if found_bytes < expected_bytes {
-        return Err(ImageError::ExtentSize { path: extent_path, found_bytes, expected_bytes });
-    }
-    Ok(FlatImage { kind, path: path.to_owned(), extent_path, file, base_offset_bytes, size_bytes })
-}
-
-impl FlatImage {
-    /// Its kind.
-    pub fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    /// Size of the disk.
-    pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
-    }
-
-    /// The image's own path: the descriptor, for a VMDK.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The file that holds the disk's bytes.
-    pub fn extent_path(&self) -> &Path {
-        &self.extent_path
-    }
-
-    /// That file, open.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// Where the disk starts in it.
-    pub fn base_offset_bytes(&self) -> u64 {
-        self.base_offset_bytes
-    }
-
-    /// The content id, which changes when the content does; `None` for raw.
-    pub fn content_id(&self) -> Result<Option<u32>, ImageError> {
-        Ok(read_descriptor(&self.path)?.and_then(|descriptor| descriptor.content_id()))
-    }
-
-    /// Gives the disk a new content id, durably: whatever was layered on the old content must not
-    /// be layered on this one. Does nothing for raw, which has none.
-    pub fn renew_content_id(&self) -> Result<(), ImageError> {
-        let Some(mut descriptor) = read_descriptor(&self.path)? else { return Ok(()) };
-        let old = descriptor.content_id();
-        let mut id = content_id(&random());
-        if Some(id) == old {
-            id ^= 1;
-        }
-        descriptor.set("CID", &format!("{id:08x}"));
-        if let Some(long) = descriptor.get("ddb.longContentID").filter(|long| long.len() == 32) {
-            descriptor.set(
-                "ddb.longContentID",
-                &format!(" \"{}{id:08x}\"", long.get(..24).unwrap_or_default()),
-            );
-        }
-        replace_file(&self.path, &descriptor.bytes())
-    }
-}
-
-/// Random bytes from the kernel.
-pub(crate) fn random() -> [u8; 32] {
-    let mut bytes = [0; 32];
-    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
-    if read.is_err() {
-        // Without /dev the clock must do: these bytes name things, they protect nothing.
-        let now = std::time::SystemTime::now();
-        let nanos = now.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_nanos());
-        bytes[..16].copy_from_slice(&nanos.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
-    }
-    bytes
+/// A whole disk as one region of one file, for an engine that does its own I/O.
+///
+/// The image keeps the file open and locked as long as it lives. An engine that writes here must
+/// latch its own failed syncs and renew the content id: the image does not see its writes.
+#[derive(Debug, Clone, Copy)]
+pub struct FlatExtent<'a> {
+    /// The file's path, for messages.
+    pub path: &'a Path,
+    /// The open file; writable if the image is. Its cursor means nothing: use offsets.
+    pub file: &'a File,
+    /// Where in the file the disk begins, in bytes.
+    pub base_offset_bytes: u64,
+    /// Bytes of the disk.
+    pub length_bytes: u64,
 }

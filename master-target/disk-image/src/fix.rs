@@ -1,0 +1,71 @@
+//! The steps of a repair, and what a check hands its findings to.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::report::{CheckReport, Finding};
+
+/// Steps of one plan; a disk with more damage is planned again after the first repair.
+pub const FIXES_MAX: usize = 16_384;
+
+/// One step of a repair.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Fix {
+    /// The file that it changes.
+    pub path: PathBuf,
+    /// What it does.
+    pub sentence: String,
+    /// Bytes of the disk that read as zeros afterwards because their place is lost.
+    pub lost_bytes: u64,
+    #[serde(skip)]
+    pub(crate) action: Action,
+}
+
+/// What a fix does to its file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Action {
+    Write {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    SetLength(u64),
+    Free {
+        offset: u64,
+        length: u64,
+    },
+    /// Bytes beyond the end of the file are zeros. Not longer than a grain.
+    Copy {
+        from: u64,
+        to: u64,
+        length: u64,
+    },
+}
+
+/// Takes what a check finds, and how it could be mended.
+pub(crate) struct Sink<'a> {
+    pub(crate) report: &'a mut CheckReport,
+    pub(crate) fixes: Option<&'a mut Vec<Fix>>,
+}
+
+impl Sink<'_> {
+    pub(crate) fn find(&mut self, finding: Finding) {
+        self.report.add(finding);
+    }
+
+    pub(crate) fn fix(&mut self, path: &Path, sentence: &str, action: impl FnOnce() -> Action) {
+        self.fix_losing(path, sentence.to_owned(), 0, action);
+    }
+
+    pub(crate) fn fix_losing(
+        &mut self,
+        path: &Path,
+        sentence: String,
+        lost_bytes: u64,
+        action: impl FnOnce() -> Action,
+    ) {
+        if let Some(fixes) = self.fixes.as_deref_mut().filter(|fixes| fixes.len() < FIXES_MAX) {
+            fixes.push(Fix { path: path.to_owned(), sentence, lost_bytes, action: action() });
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! Conversion: one image's disk into a new image of any kind.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+use crate::{
+    create::{CreateOptions, create_as},
+    error::{ErrorKind, ImageError, Result},
+    folder::{Folder, staged_name},
+    image::DiskImage,
+    kind::Kind,
+    open::{OpenOptions, open},
+    ops::pipeline::{self, Chunk, data_chunks, threads_or_all},
+    report::{Progress, advance},
+    storage::Store,
+    stream::{Deflater, GRAIN_BYTES, StreamWriter},
+};
+
+/// Bytes that are written to a flat image before they are synced, so that the disk is busy from the
+/// start and the last flush is short.
+const SYNC_BYTES: u64 = 128 << 20;
+
+/// How to convert.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConvertOptions {
+    /// The new image. A `size_bytes` of 0 means the source's size; it cannot be smaller.
+    pub create: CreateOptions,
+    /// For streamOptimized: 1 is fast, 9 is small. Default: 6, as every other writer.
+    pub deflate_level: u32,
+    /// Threads that read, look for zeros, and compress. Default: one for each core.
+    pub threads: Option<NonZeroUsize>,
+}
+
+impl ConvertOptions {
+    /// The defaults for a new image of this kind.
+    pub const fn new(kind: Kind) -> Self {
+        Self { create: CreateOptions::new(kind, 0), deflate_level: 6, threads: None }
+    }
+}
+
+/// What was converted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ConvertReport {
+    /// The new image.
+    pub path: PathBuf,
+    /// Its kind.
+    pub kind: Kind,
+    /// Bytes of its disk.
+    pub size_bytes: u64,
+    /// Bytes that were written because they are not zeros.
+    pub written_bytes: u64,
+}
+
+/// Copies `source`'s disk into a new image at `target`, which appears when it is whole and durable.
+/// Zeros are not stored where the kind can leave them out.
+///
+/// # Errors
+/// As [`create`](crate::create()), and what reading and writing meet. What was made is removed.
+pub fn convert(
+    source: &dyn DiskImage,
+    target: &Path,
+    options: &ConvertOptions,
+    progress: &mut dyn Progress,
+) -> Result<ConvertReport> {
+    let mut create = options.create.clone();
+    if create.size_bytes == 0 {
+        create.size_bytes = source.size_bytes();
+    }
+    if create.size_bytes < source.size_bytes() {
+        let sentence = format!(
+            "a disk of {} bytes does not fit into {}",
+            source.size_bytes(),
+            create.size_bytes
+        );
+        return Err(ImageError::new(ErrorKind::Invalid, target, sentence));
+    }
+    if create.parent.is_some() {
+        let sentence = "a conversion makes a whole disk; create a delta without one";
+        return Err(ImageError::new(ErrorKind::Invalid, target, sentence));
+    }
+    let job = Job { source, options, threads: threads_or_all(options.threads), create: &create };
+    let written_bytes = match create.kind {
+        Kind::StreamOptimized => job.stream(target, progress)?,
+        _ => job.copy(target, progress)?,
+    };
+    let path = target.to_owned();
+    Ok(ConvertReport { path, kind: create.kind, size_bytes: create.size_bytes, written_bytes })
+}
+
+struct Job<'a> {
+    source: &'a dyn DiskImage,
+    options: &'a ConvertOptions,
+    create: &'a CreateOptions,
+    threads: usize,
+}
+
+impl Job<'_> {
+    /// Makes the image under a hidden name, fills it, and renames it.
+    fn copy(&self, target: &Path, progress: &mut dyn Progress) -> Result<u64> {
+        let (folder, name) = place_of(target)?;
+        let fail = |source| ImageError::io("create", target, source);
+        let staged = staged_name(&name).map_err(fail)?;
+        let staged_path = folder.path_of(&staged);
+        create_as(&staged_path, &name, self.create)?;
+        let filled = self.fill(&staged_path, progress).and_then(|written| {
+            folder.rename_new(&staged, &name).map_err(fail)?;
+            Ok(written)
+        });
+        filled.inspect_err(|_| {
+            // All of it is ours, and it is of no use.
+            let extents = open(&staged_path, &OpenOptions::read_only())
+                .and_then(|image| image.info())
+                .map(|info| info.extents)
+                .unwrap_or_default();
+            for path in extents.into_iter().filter_map(|extent| extent.path) {
+                let _ = std::fs::remove_file(path);
+            }
+            let _ = folder.remove(&staged);
+        })
+    }
+
+    fn fill(&self, path: &Path, progress: &mut dyn Progress) -> Result<u64> {
+        let image = open(path, &OpenOptions::writable().of_kind(self.create.kind))?;
+        // Smaller than a grain, zeros save nothing; a flat file can leave out pages.
+        let block = match self.create.kind {
+            Kind::MonolithicSparse | Kind::TwoGbMaxExtentSparse => GRAIN_BYTES,
+            _ => 4096,
+        };
+        let (total, mut written) = (self.source.size_bytes(), 0);
+        let work = |chunk: Chunk, bytes: &mut Vec<u8>| {
+            bytes.resize(chunk.length as usize, 0);
+            self.source.read_at(bytes, chunk.offset)?;
+            write_data(image.as_ref(), bytes, chunk.offset, block)
+        };
+        let is_flat = image.flat().is_some();
+        let mut unsynced = 0;
+        let take = |chunk: Chunk, bytes: u64| {
+            written += bytes;
+            unsynced += bytes;
+            if is_flat && unsynced >= SYNC_BYTES {
+                // The disk writes while the other threads go on; a sparse image would stop them.
+                image.flush()?;
+                unsynced = 0;
+            }
+            advance(progress, path, chunk.end(), total)
+        };
+        pipeline::run(path, data_chunks(self.source), self.threads, work, take)?;
+        image.flush()?;
+        advance(progress, path, total, total)?;
+        Ok(written)
+    }
+
+    fn stream(&self, target: &Path, progress: &mut dyn Progress) -> Result<u64> {
+        let (folder, name) = place_of(target)?;
+        let text = name.to_str().unwrap_or("disk.vmdk").replace(['"', '\n', '\r'], "_");
+        let (mut failed, mut written) = (None, 0);
+        let published = folder.publish_new(&name, |file: &File| {
+            let store = Store::new(target, Box::new(file.try_clone()?));
+            match self.write_stream(&store, &text, progress) {
+                Ok(bytes) => written = bytes,
+                Err(error) => {
+                    failed = Some(error);
+                    return Err(io::Error::other("filling failed"));
+                }
+            }
+            Ok(())
+        });
+        match (published, failed) {
+            (_, Some(error)) => Err(error),
+            (Err(source), None) => Err(ImageError::io("create", target, source)),
+            (Ok(()), None) => Ok(written),
+        }
+    }
+
+    fn write_stream(&self, store: &Store, name: &str, progress: &mut dyn Progress) -> Result<u64> {
+        let mut writer = StreamWriter::start(store, name, self.create)?;
+        let total = self.source.size_bytes();
+        let mut written = 0;
+        let work = |chunk: Chunk, bytes: &mut Vec<u8>| self.deflate(chunk, bytes);
+        let take = |chunk: Chunk, grains: Vec<(u64, Vec<u8>)>| {
+            for (grain, compressed) in &grains {
+                writer.append(*grain, compressed)?;
+                written += GRAIN_BYTES as u64;
+            }
+            advance(progress, &store.path, chunk.end(), total)
+        };
+        let chunks = whole_grains(data_chunks(self.source), total);
+        pipeline::run(&store.path, chunks, self.threads, work, take)?;
+        writer.finish()?;
+        advance(progress, &store.path, total, total)?;
+        Ok(written)
+    }
+
+    /// The grains of a chunk that are not zeros, compressed.
+    fn deflate(&self, chunk: Chunk, bytes: &mut Vec<u8>) -> Result<Vec<(u64, Vec<u8>)>> {
+        bytes.clear();
+        bytes.resize((chunk.length as usize).next_multiple_of(GRAIN_BYTES), 0);
+        self.source.read_at(&mut bytes[..chunk.length as usize], chunk.offset)?;
+        let mut deflater = Deflater::new(self.options.deflate_level);
+        let first = chunk.offset / GRAIN_BYTES as u64;
+        let grains = (first..).zip(bytes.chunks_exact(GRAIN_BYTES));
+        let stored = grains.filter(|(_, grain)| !is_zero(grain));
+        Ok(stored.map(|(number, grain)| (number, deflater.deflate(grain))).collect())
+    }
+}
+
+/// Widens chunks to whole grains, and leaves out what the chunk before had already: runs of data
+/// may begin and end within a grain.
+fn whole_grains(
+    chunks: impl Iterator<Item = Result<Chunk>> + Send,
+    size_bytes: u64,
+) -> impl Iterator<Item = Result<Chunk>> + Send {
+    let mut done = 0;
+    chunks.filter_map(move |chunk| {
+        let chunk = match chunk {
+            Ok(chunk) => chunk,
+            Err(error) => return Some(Err(error)),
+        };
+        let grain = GRAIN_BYTES as u64;
+        let start = (chunk.offset - chunk.offset % grain).max(done);
+        let end = chunk.end().next_multiple_of(grain).min(size_bytes);
+        done = done.max(end);
+        (start < end).then_some(Ok(Chunk { offset: start, length: end - start }))
+    })
+}
+
+/// Writes the blocks of `bytes` that are not zeros, neighbours together. Blocks are aligned in the
+/// disk. Returns the bytes written.
+fn write_data(image: &dyn DiskImage, bytes: &[u8], offset: u64, block: usize) -> Result<u64> {
+    let (mut at, mut written) = (0, 0);
+    let step = |at: usize| {
+        let within = ((offset + at as u64) % block as u64) as usize;
+        (at + block - within).min(bytes.len())
+    };
+    while at < bytes.len() {
+        let (start, mut end) = (at, step(at));
+        at = end;
+        if is_zero(&bytes[start..end]) {
+            continue;
+        }
+        while end < bytes.len() && !is_zero(&bytes[end..step(end)]) {
+            end = step(end);
+        }
+        image.write_at(&bytes[start..end], offset + start as u64)?;
+        written += (end - start) as u64;
+        at = end;
+    }
+    Ok(written)
+}
+
+/// Whether all bytes are zero.
+fn is_zero(bytes: &[u8]) -> bool {
+    // Arrays of a fixed size, which the compiler makes vectors of.
+    let (blocks, tail) = bytes.as_chunks::<64>();
+    tail.iter().all(|byte| *byte == 0)
+        && blocks.iter().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+fn place_of(target: &Path) -> Result<(Folder, OsString)> {
+    let fail = |source| ImageError::io("create", target, source);
+    let name = target.file_name().ok_or_else(|| {
+        ImageError::new(ErrorKind::Invalid, target, "it is not the name of a file")
+    })?;
+    let folder = Folder::open(target.parent().unwrap_or(Path::new(""))).map_err(fail)?;
+    if folder.path_of(name).symlink_metadata().is_ok() {
+        return Err(fail(io::Error::from(io::ErrorKind::AlreadyExists)));
+    }
+    Ok((folder, name.to_owned()))
+}

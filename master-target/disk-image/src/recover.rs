@@ -1,0 +1,130 @@
+//! A stream whose writer was interrupted: tables, directory and footer made anew from the markers.
+
+use std::{fs::File, path::Path, sync::Arc};
+
+use crate::{
+    error::{ErrorKind, ImageError, Result},
+    fix::{Action, Fix},
+    image::SECTOR_BYTES,
+    report::{Progress, advance},
+    sparse::{
+        header::{DIRECTORY_AT_END, FLAG_MARKERS, Header},
+        inflate::{MARKER_BYTES, compressed_bytes_max, split_marker},
+        read_header,
+    },
+    storage::Store,
+    stream::{MARKER_DIRECTORY, MARKER_FOOTER, MARKER_TABLE, marker},
+};
+
+/// Grains that are put together again, 256 MiB of memory: a stream of 1 TiB of data. No export that
+/// large was ever interrupted and worth keeping.
+const GRAINS_MAX: usize = 16 << 20;
+
+/// The fixes that give a stream its end, where that is what `error` is about; else none.
+pub(crate) fn plan_footer(
+    path: &Path,
+    error: &ImageError,
+    progress: &mut dyn Progress,
+) -> Result<Vec<Fix>> {
+    let file = File::open(path).map_err(|source| ImageError::io("open", path, source))?;
+    let store = Arc::new(Store::new(path, Box::new(file)));
+    let Ok(header) = read_header(&store, 0) else { return Ok(Vec::new()) };
+    if header.directory_sector != DIRECTORY_AT_END
+        || !header.has(FLAG_MARKERS)
+        || error.path() != store.path && error.path().file_name() != path.file_name()
+    {
+        return Ok(Vec::new());
+    }
+    let (grains, end) = scan(&store, &header, progress)?;
+    let sentence = format!(
+        "write the stream's tables and footer anew behind its {} whole grains; what was not yet \
+         written when its writer stopped reads as zeros",
+        grains.len()
+    );
+    let bytes = tail(&header, grains, end);
+    let length = end * SECTOR_BYTES + bytes.len() as u64;
+    let fix =
+        |action| Fix { path: path.to_owned(), sentence: sentence.clone(), lost_bytes: 0, action };
+    Ok(vec![
+        fix(Action::SetLength(end * SECTOR_BYTES)),
+        fix(Action::Write { offset: end * SECTOR_BYTES, bytes }),
+        fix(Action::SetLength(length)),
+    ])
+}
+
+/// Numbers and sectors of the whole grains, and the first sector behind the last.
+fn scan(
+    store: &Store,
+    header: &Header,
+    progress: &mut dyn Progress,
+) -> Result<(Vec<(u64, u32)>, u64)> {
+    let length = store.length()?;
+    let mut sector = header.overhead_sectors.max(1);
+    let mut grains = Vec::new();
+    let mut end = sector;
+    loop {
+        let at = sector.saturating_mul(SECTOR_BYTES);
+        if at.saturating_add(SECTOR_BYTES) > length {
+            break;
+        }
+        let mut bytes = [0; 16];
+        store.read(&mut bytes, at)?;
+        let mut start = [0; MARKER_BYTES as usize];
+        start.copy_from_slice(&bytes[..MARKER_BYTES as usize]);
+        let (first, size) = split_marker(&start);
+        let sectors = if size > 0 {
+            let sound = first % header.grain_sectors == 0
+                && first < header.capacity_sectors
+                && u64::from(size) <= compressed_bytes_max(header.grain_bytes())
+                && at + MARKER_BYTES + u64::from(size) <= length;
+            let place = u32::try_from(sector).ok().filter(|_| sound);
+            let Some(place) = place else { break };
+            if grains.len() >= GRAINS_MAX {
+                let sentence = "the stream has too many grains to be put together again";
+                return Err(ImageError::new(ErrorKind::Unsupported, &store.path, sentence));
+            }
+            grains.push((first / header.grain_sectors, place));
+            (MARKER_BYTES + u64::from(size)).div_ceil(SECTOR_BYTES)
+        } else {
+            match u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]) {
+                MARKER_TABLE | MARKER_DIRECTORY if first < header.capacity_sectors => 1 + first,
+                // The footer, the end, or something else: what follows is written anew.
+                _ => break,
+            }
+        };
+        sector += sectors;
+        end = if size > 0 { sector } else { end };
+        if grains.len().is_multiple_of(4096) {
+            advance(progress, &store.path, at.min(length), length)?;
+        }
+    }
+    Ok((grains, end))
+}
+
+/// Tables, directory, footer and end, from sector `end` on.
+fn tail(header: &Header, mut grains: Vec<(u64, u32)>, end: u64) -> Vec<u8> {
+    let per_table = u64::from(header.entries_per_table);
+    let table_sectors = header.table_sectors();
+    let mut directory = vec![0_u32; header.directory_entries() as usize];
+    let mut bytes = Vec::new();
+    let here = |bytes: &Vec<u8>| end + bytes.len() as u64 / SECTOR_BYTES;
+    grains.sort_unstable();
+    for table in grains.chunk_by(|one, other| one.0 / per_table == other.0 / per_table) {
+        let mut entries = vec![0_u32; (table_sectors * SECTOR_BYTES / 4) as usize];
+        for (grain, sector) in table {
+            entries[(grain % per_table) as usize] = *sector;
+        }
+        bytes.extend_from_slice(&marker(table_sectors, MARKER_TABLE));
+        directory[(table[0].0 / per_table) as usize] = here(&bytes) as u32;
+        bytes.extend(entries.into_iter().flat_map(u32::to_le_bytes));
+    }
+    let sectors = (directory.len() as u64 * 4).div_ceil(SECTOR_BYTES);
+    bytes.extend_from_slice(&marker(sectors, MARKER_DIRECTORY));
+    let directory_sector = here(&bytes);
+    bytes.extend(directory.into_iter().flat_map(u32::to_le_bytes));
+    bytes.resize(bytes.len().next_multiple_of(SECTOR_BYTES as usize), 0);
+    bytes.extend_from_slice(&marker(1, MARKER_FOOTER));
+    bytes.extend_from_slice(&Header { directory_sector, ..*header }.encode());
+    bytes.extend_from_slice(&marker(0, 0));
+    bytes
+}

@@ -1,0 +1,582 @@
+//! Hosted sparse extents: monolithicSparse, twoGbMaxExtentSparse, and the compressed grains of
+//! streamOptimized.
+//!
+//! Invariants of a writable extent:
+//! 1. A table entry reaches the disk only after the grain that it names is durable there.
+//! 2. The redundant copy of a table is durable before the primary is touched.
+//! 3. A grain that was freed is used again only after the entry that named it is durably gone.
+//!
+//! So after a crash every entry names a whole grain, at least one copy of each table is whole, and
+//! what was flushed is there. What may be left over is space that nothing names.
+
+mod check;
+pub(crate) mod create;
+pub(crate) mod header;
+pub(crate) mod inflate;
+pub(crate) mod tables;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::{
+    descriptor::Descriptor,
+    error::{ErrorKind, ImageError, Result},
+    extent::{Backing, Extent},
+    fix::Sink,
+    image::{Deep, RunState, SECTOR_BYTES},
+    report::{ExtentInfo, Finding, Progress},
+    sparse::{
+        header::{DIRECTORY_AT_END, FLAG_ZEROED_GRAINS, Header, UNCLEAN_OFFSET},
+        inflate::Inflated,
+        tables::{BAD, MISSING, Tables, ZEROED},
+    },
+    storage::Store,
+};
+
+/// Tables that may be dirty before a write makes a checkpoint by itself: 2 MiB of memory, and at
+/// most as many small writes when a flush comes.
+const DIRTY_TABLES_MAX: usize = 1024;
+
+/// Freed grains that are remembered for use; beyond it they wait for the next check or conversion.
+const FREE_GRAINS_MAX: usize = 1 << 20;
+
+/// An open sparse extent.
+pub(crate) struct SparseExtent {
+    store: Arc<Store>,
+    header: Header,
+    writable: bool,
+    /// Held for reading while grains are read or written in place, for writing while the map of
+    /// grains changes: so no grain is given away under a reader.
+    grains: RwLock<()>,
+    state: Mutex<State>,
+    inflated: Inflated,
+}
+
+struct State {
+    tables: Tables,
+    /// Where the next grain goes.
+    next_sector: u64,
+    /// Grains that nothing on disk names.
+    free: Vec<u32>,
+    /// Grains that the tables on disk may still name.
+    freed: Vec<u32>,
+    /// This writer has set the unclean mark.
+    marked: bool,
+    /// A checkpoint failed, so what the tables on disk hold is unknown.
+    failed: bool,
+}
+
+/// Where a piece of the disk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spot {
+    Missing,
+    Zero,
+    /// Byte of the file.
+    At(u64),
+    /// Sector of the file and number of the grain.
+    Compressed(u32, u64),
+}
+
+impl SparseExtent {
+    /// Opens the extent in a file. The descriptor in it is the caller's to read.
+    pub(crate) fn open(store: Arc<Store>, writable: bool) -> Result<Self> {
+        let mut header = read_header(&store, 0)?;
+        if header.directory_sector == DIRECTORY_AT_END {
+            header = read_footer(&store, &header)?;
+        }
+        if writable && header.is_compressed() {
+            let sentence = "compressed grains cannot be written in place; convert the image to \
+                            monolithicSparse, or write a new one in one pass";
+            return Err(ImageError::new(ErrorKind::ReadOnly, &store.path, sentence));
+        }
+        if writable && header.version == 3 {
+            let sentence = "a sparse extent of version 3 may have a change map that a write would \
+                            make wrong; open it read only, or convert it";
+            return Err(ImageError::new(ErrorKind::ReadOnly, &store.path, sentence));
+        }
+        let tables = Tables::load(&store, header, writable)?;
+        let first_free = tables.file_sectors.max(header.overhead_sectors);
+        let next_sector = first_free.next_multiple_of(header.grain_sectors);
+        Ok(Self {
+            header,
+            writable,
+            grains: RwLock::new(()),
+            state: Mutex::new(State {
+                tables,
+                next_sector,
+                free: Vec::new(),
+                freed: Vec::new(),
+                marked: false,
+                failed: false,
+            }),
+            inflated: Inflated::new(header),
+            store,
+        })
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        &self.header
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn share(&self) -> RwLockReadGuard<'_, ()> {
+        self.grains.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn own(&self) -> RwLockWriteGuard<'_, ()> {
+        self.grains.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Table and entry of the grain at `offset`.
+    fn place_of(&self, offset: u64) -> (usize, usize) {
+        let grain = offset / self.header.grain_bytes();
+        let per_table = u64::from(self.header.entries_per_table);
+        ((grain / per_table) as usize, (grain % per_table) as usize)
+    }
+
+    /// Where `offset` is, and for how many bytes, at most `limit`, the file goes on like that.
+    fn locate(&self, state: &mut State, offset: u64, limit: u64) -> Result<(Spot, u64)> {
+        let grain_bytes = self.header.grain_bytes();
+        let (index, at) = self.place_of(offset);
+        let within = offset % grain_bytes;
+        if state.tables.is_empty(&self.store, index) {
+            let left =
+                (u64::from(self.header.entries_per_table) - at as u64) * grain_bytes - within;
+            return Ok((Spot::Missing, left.min(limit)));
+        }
+        let entries = &state.tables.get(&self.store, index)?.entries;
+        let first = entries.get(at).copied().unwrap_or(BAD);
+        let spot = match first {
+            BAD => {
+                let sentence = format!(
+                    "the grain of byte {offset} cannot be found: its table entry is wrong in every \
+                     copy; restore the image, or repair it, which makes these {grain_bytes} bytes zeros"
+                );
+                return Err(ImageError::new(ErrorKind::Damaged, &self.store.path, sentence));
+            }
+            MISSING => Spot::Missing,
+            ZEROED if self.header.has(FLAG_ZEROED_GRAINS) => Spot::Zero,
+            sector if self.header.is_compressed() => {
+                let grain = offset / grain_bytes;
+                return Ok((Spot::Compressed(sector, grain), (grain_bytes - within).min(limit)));
+            }
+            sector => Spot::At(u64::from(sector) * SECTOR_BYTES + within),
+        };
+        let mut length = grain_bytes - within;
+        for (count, entry) in entries[at..].iter().enumerate().skip(1) {
+            let goes_on = match spot {
+                Spot::At(_) => {
+                    u64::from(*entry) == u64::from(first) + count as u64 * self.header.grain_sectors
+                }
+                _ => *entry == first,
+            };
+            if length >= limit || !goes_on {
+                break;
+            }
+            length += grain_bytes;
+        }
+        Ok((spot, length.min(limit)))
+    }
+
+    /// Writes where no grain is: new grains, filled from `backing` where `buf` does not cover them.
+    /// Returns the bytes of `buf` that were written. The map is the caller's alone.
+    fn write_new(
+        &self,
+        state: &mut State,
+        buf: &[u8],
+        offset: u64,
+        backing: Backing<'_>,
+    ) -> Result<usize> {
+        let grain_bytes = self.header.grain_bytes();
+        let (index, at) = self.place_of(offset);
+        let within = offset % grain_bytes;
+        self.ensure_table(state, index)?;
+        let whole = (buf.len() as u64 / grain_bytes) as usize;
+        if within != 0 || whole == 0 {
+            let take = (grain_bytes - within).min(buf.len() as u64) as usize;
+            let mut grain = vec![0; grain_bytes as usize];
+            let start = offset - within;
+            // The last grain of a disk may stand for fewer bytes than it has.
+            let there = (self.header.capacity_bytes() - start).min(grain_bytes) as usize;
+            backing.read(&mut grain[..there], start)?;
+            grain[within as usize..within as usize + take].copy_from_slice(&buf[..take]);
+            let sector = self.take_grains(state, 1)?;
+            self.store.write(&grain, u64::from(sector) * SECTOR_BYTES)?;
+            state.tables.set(&self.store, index, at, sector)?;
+            return Ok(take);
+        }
+        let entries = &state.tables.get(&self.store, index)?.entries;
+        let is_new = |entry: &u32| *entry == MISSING || *entry == ZEROED;
+        let count = entries[at..].iter().take(whole).take_while(|entry| is_new(entry)).count();
+        let sector = self.take_grains(state, count)?;
+        let take = count * grain_bytes as usize;
+        self.store.write(&buf[..take], u64::from(sector) * SECTOR_BYTES)?;
+        for number in 0..count {
+            let entry = sector + (number as u64 * self.header.grain_sectors) as u32;
+            state.tables.set(&self.store, index, at + number, entry)?;
+        }
+        Ok(take)
+    }
+
+    /// Sectors of `count` grains in a row.
+    fn take_grains(&self, state: &mut State, count: usize) -> Result<u32> {
+        if count == 1
+            && let Some(sector) = state.free.pop()
+        {
+            return Ok(sector);
+        }
+        self.take_sectors(state, count as u64 * self.header.grain_sectors)
+    }
+
+    fn take_sectors(&self, state: &mut State, sectors: u64) -> Result<u32> {
+        let sector = state.next_sector;
+        let end = sector + sectors;
+        if end >= u64::from(u32::MAX) {
+            let sentence = "the extent's file has reached the 2 TiB that its tables can name; \
+                            convert the image to twoGbMaxExtentSparse or a flat kind";
+            return Err(ImageError::new(ErrorKind::Full, &self.store.path, sentence));
+        }
+        state.next_sector = end;
+        state.tables.file_sectors = state.tables.file_sectors.max(end);
+        Ok(sector as u32)
+    }
+
+    fn ensure_table(&self, state: &mut State, index: usize) -> Result<()> {
+        if state.tables.exists(index) {
+            return Ok(());
+        }
+        let table_sectors = self.header.table_sectors() * 2;
+        let sectors = table_sectors.next_multiple_of(self.header.grain_sectors);
+        let sector = self.take_sectors(state, sectors)?;
+        // Loaded while the directory names none, so that it comes empty.
+        state.tables.get(&self.store, index)?;
+        state.tables.place(index, sector);
+        Ok(())
+    }
+
+    /// Makes grains and then tables durable. A failure latches: no write follows it.
+    fn checkpoint(&self, state: &mut State) -> Result<()> {
+        if state.failed {
+            let sentence = "an earlier sync failed, so what the file holds is unknown; \
+                            check its storage and open it again";
+            return Err(ImageError::new(ErrorKind::Latched, &self.store.path, sentence));
+        }
+        state.failed = true;
+        self.write_changes(state)?;
+        state.failed = false;
+        Ok(())
+    }
+
+    fn write_changes(&self, state: &mut State) -> Result<()> {
+        let changed = state.tables.dirty_tables() > 0;
+        if changed && !state.marked && !self.header.unclean {
+            self.store.write(&[1], UNCLEAN_OFFSET)?;
+            state.marked = true;
+        }
+        self.store.sync()?;
+        state.tables.checkpoint(&self.store)?;
+        for sector in std::mem::take(&mut state.freed) {
+            self.store.free(u64::from(sector) * SECTOR_BYTES, self.header.grain_bytes())?;
+            if state.free.len() < FREE_GRAINS_MAX {
+                state.free.push(sector);
+            }
+        }
+        Ok(())
+    }
+
+    fn checkpoint_if_many(&self, state: &mut State) -> Result<()> {
+        let many = state.tables.dirty_tables() > DIRTY_TABLES_MAX;
+        if many || state.failed || state.freed.len() > FREE_GRAINS_MAX {
+            self.checkpoint(state)?;
+        }
+        Ok(())
+    }
+
+    /// Makes whole grains from `offset` on read as zeros without storing them, where the format
+    /// can say so; returns the bytes done, 0 where it cannot.
+    fn drop_grains(
+        &self,
+        state: &mut State,
+        offset: u64,
+        length: u64,
+        backing: Backing<'_>,
+    ) -> Result<u64> {
+        let grain_bytes = self.header.grain_bytes();
+        let gone = match (self.header.has(FLAG_ZEROED_GRAINS), backing.is_zero()) {
+            // An absent grain of a disk without parent is zeros already.
+            (_, true) => MISSING,
+            (true, false) => ZEROED,
+            (false, false) => return Ok(0),
+        };
+        let (index, at) = self.place_of(offset);
+        let per_table = self.header.entries_per_table as usize;
+        let whole = (length / grain_bytes) as usize;
+        let count = whole.min(per_table - at);
+        if !state.tables.exists(index) && gone == MISSING {
+            return Ok(count as u64 * grain_bytes);
+        }
+        self.ensure_table(state, index)?;
+        for place in at..at + count {
+            let entry = state.tables.get(&self.store, index)?.entries[place];
+            if entry == gone || (entry == ZEROED && gone == MISSING) || entry == BAD {
+                continue;
+            }
+            state.tables.set(&self.store, index, place, gone)?;
+            if entry > ZEROED {
+                state.freed.push(entry);
+            }
+        }
+        self.checkpoint_if_many(state)?;
+        Ok(count as u64 * grain_bytes)
+    }
+
+    /// Splits a range where grains are covered whole and calls for each piece; the last grain of
+    /// the disk counts as whole when the range reaches the disk's end.
+    fn by_grains(
+        &self,
+        offset: u64,
+        length: u64,
+        mut each: impl FnMut(u64, u64, Cover) -> Result<()>,
+    ) -> Result<()> {
+        let grain_bytes = self.header.grain_bytes();
+        let capacity = self.header.capacity_bytes();
+        let end = offset + length;
+        let first = offset.next_multiple_of(grain_bytes).min(end);
+        let last = if end == capacity { end } else { end - end % grain_bytes }.max(first);
+        for (from, to, cover) in
+            [(offset, first, Cover::Part), (first, last, Cover::Whole), (last, end, Cover::Part)]
+        {
+            if from < to {
+                each(from, to - from, cover)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn zero_part(&self, offset: u64, length: u64, backing: Backing<'_>) -> Result<()> {
+        let mut at = offset;
+        while at < offset + length {
+            let guard = self.share();
+            let (spot, run) = self.locate(&mut self.state(), at, offset + length - at)?;
+            match spot {
+                Spot::At(place) => self.store.zero(place, run)?,
+                Spot::Missing if !backing.is_zero() => {
+                    drop(guard);
+                    let step = run.min(self.header.grain_bytes());
+                    self.write(&vec![0; step as usize], at, backing)?;
+                    at += step;
+                    continue;
+                }
+                _ => {}
+            }
+            at += run;
+        }
+        Ok(())
+    }
+}
+
+/// How much of each grain a piece covers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cover {
+    Whole,
+    Part,
+}
+
+impl Extent for SparseExtent {
+    fn status(&self, offset: u64, limit: u64) -> Result<(RunState, u64)> {
+        let (spot, length) = self.locate(&mut self.state(), offset, limit)?;
+        let state = match spot {
+            Spot::Missing => RunState::Unallocated,
+            Spot::Zero => RunState::Zero,
+            Spot::At(_) | Spot::Compressed(..) => RunState::Data,
+        };
+        Ok((state, length))
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64, backing: Backing<'_>) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let _guard = self.share();
+            let (spot, length) = self.locate(&mut self.state(), at, (buf.len() - done) as u64)?;
+            let part = &mut buf[done..done + length as usize];
+            match spot {
+                Spot::Missing => backing.read(part, at)?,
+                Spot::Zero => part.fill(0),
+                Spot::At(place) => self.store.read(part, place)?,
+                Spot::Compressed(sector, grain) => {
+                    let within = (at % self.header.grain_bytes()) as usize;
+                    self.inflated.read(&self.store, sector, grain, within, part)?;
+                }
+            }
+            done += length as usize;
+        }
+        Ok(())
+    }
+
+    fn write(&self, buf: &[u8], offset: u64, backing: Backing<'_>) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let left = (buf.len() - done) as u64;
+            {
+                let _guard = self.share();
+                let (spot, length) = self.locate(&mut self.state(), at, left)?;
+                if let Spot::At(place) = spot {
+                    self.store.write(&buf[done..done + length as usize], place)?;
+                    done += length as usize;
+                    continue;
+                }
+            }
+            let _guard = self.own();
+            let mut state = self.state();
+            self.checkpoint_if_many(&mut state)?;
+            // Another writer may have come between the two locks.
+            let (spot, _) = self.locate(&mut state, at, left)?;
+            match spot {
+                Spot::Missing => done += self.write_new(&mut state, &buf[done..], at, backing)?,
+                // A zeroed grain hides the parent.
+                Spot::Zero => {
+                    let hidden = Backing { parent: None, ..backing };
+                    done += self.write_new(&mut state, &buf[done..], at, hidden)?;
+                }
+                Spot::At(_) | Spot::Compressed(..) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, length: u64, backing: Backing<'_>) -> Result<()> {
+        self.by_grains(offset, length, |offset, length, cover| {
+            let mut done = 0;
+            while cover == Cover::Whole && done < length {
+                let _guard = self.own();
+                let mut state = self.state();
+                let left = (length - done).next_multiple_of(self.header.grain_bytes());
+                let step = self.drop_grains(&mut state, offset + done, left, backing)?;
+                if step == 0 {
+                    break;
+                }
+                done += step;
+            }
+            match length.saturating_sub(done) {
+                0 => Ok(()),
+                left => self.zero_part(offset + done, left, backing),
+            }
+        })
+    }
+
+    fn trim(&self, offset: u64, length: u64, backing: Backing<'_>) -> Result<()> {
+        self.by_grains(offset, length, |offset, length, cover| {
+            let mut done = 0;
+            while cover == Cover::Whole && done < length {
+                let _guard = self.own();
+                let mut state = self.state();
+                let left = (length - done).next_multiple_of(self.header.grain_bytes());
+                match self.drop_grains(&mut state, offset + done, left, backing)? {
+                    0 => break,
+                    step => done += step,
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        let _guard = self.own();
+        self.checkpoint(&mut self.state())
+    }
+
+    fn close(&self) -> Result<()> {
+        let mut state = self.state();
+        if state.marked && state.tables.dirty_tables() == 0 {
+            self.store.write(&[0], UNCLEAN_OFFSET)?;
+            self.store.sync()?;
+            state.marked = false;
+        }
+        Ok(())
+    }
+
+    fn info(&self) -> Result<ExtentInfo> {
+        Ok(ExtentInfo {
+            path: Some(self.store.path.clone()),
+            format: "SPARSE",
+            length_bytes: self.header.capacity_bytes(),
+            offset_bytes: 0,
+            file_bytes: self.store.length()?,
+            grain_bytes: Some(self.header.grain_bytes()),
+            version: Some(self.header.version),
+            compressed: self.header.is_compressed(),
+            unclean: self.header.unclean,
+        })
+    }
+
+    fn store(&self) -> Option<&Store> {
+        Some(&self.store)
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        self.state().tables.findings.clone()
+    }
+
+    fn check(&self, deep: Deep, sink: &mut Sink<'_>, progress: &mut dyn Progress) -> Result<()> {
+        self.examine(deep, sink, progress)
+    }
+}
+
+/// The header at byte `at`.
+pub(crate) fn read_header(store: &Store, at: u64) -> Result<Header> {
+    let mut bytes = [0; 512];
+    store.read(&mut bytes, at)?;
+    Header::parse(&bytes, &store.path, at)
+}
+
+/// The header that stands at the end of the file, between its marker and the end of the stream.
+pub(crate) fn read_footer(store: &Store, header: &Header) -> Result<Header> {
+    let length = store.length()?;
+    let missing = |at: u64| {
+        let sentence = "the stream ends without its footer, so its writer was interrupted; \
+                        export the disk again, or repair the image";
+        ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(at)
+    };
+    let at = length.checked_sub(2 * SECTOR_BYTES).ok_or_else(|| missing(0))?;
+    // Some writers pad the file, so the footer is looked for in the last sectors.
+    let lowest = at.saturating_sub(FOOTER_SEARCH_SECTORS * SECTOR_BYTES).max(SECTOR_BYTES);
+    let mut place = at - at % SECTOR_BYTES;
+    while place >= lowest {
+        if let Ok(footer) = read_header(store, place)
+            && footer.directory_sector != DIRECTORY_AT_END
+            && footer.capacity_sectors == header.capacity_sectors
+            && footer.grain_sectors == header.grain_sectors
+        {
+            return Ok(footer);
+        }
+        place -= SECTOR_BYTES;
+    }
+    Err(missing(at))
+}
+
+/// Sectors before the end in which a footer is looked for: transfers pad to 64 KiB at most.
+const FOOTER_SEARCH_SECTORS: u64 = 128;
+
+/// The descriptor in a sparse file; none where the header names none or it is empty.
+pub(crate) fn read_descriptor(store: &Store, header: &Header) -> Result<Option<Descriptor>> {
+    if header.descriptor_sector == 0 || header.descriptor_sectors == 0 {
+        return Ok(None);
+    }
+    let at = header.descriptor_sector.saturating_mul(SECTOR_BYTES);
+    // The header's bound keeps this at 4 MiB.
+    let bytes = store.read_vec(at, (header.descriptor_sectors * SECTOR_BYTES) as usize)?;
+    if bytes.first() == Some(&0) {
+        return Ok(None);
+    }
+    let parsed = Descriptor::parse(&bytes).map_err(|error| {
+        ImageError::new(ErrorKind::Damaged, &store.path, error.to_string()).at(at)
+    })?;
+    Ok(Some(parsed))
+}

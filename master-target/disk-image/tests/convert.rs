@@ -1,0 +1,345 @@
+//! Conversions between all kinds, judged by qemu-img and libvmdk; comparison; repair.
+
+mod support;
+
+use std::{fs::File, os::unix::fs::FileExt, path::Path};
+
+use backhaul_disk_image::{
+    CreateOptions, Deep, DiskImage, ErrorKind, Kind, OpenOptions, RunState, Severity, Silent,
+    create, open,
+    ops::{ConvertOptions, apply_repair, check, compare, convert, info, map, plan_repair},
+};
+use support::{Random, qemu, run, text};
+
+const CREATABLE: [Kind; 8] = [
+    Kind::Raw,
+    Kind::MonolithicFlat,
+    Kind::TwoGbMaxExtentFlat,
+    Kind::Vmfs,
+    Kind::MonolithicSparse,
+    Kind::TwoGbMaxExtentSparse,
+    Kind::StreamOptimized,
+    Kind::FixedVhd,
+];
+
+/// A raw disk with noise, text, zeros and holes at places that are not whole grains.
+fn raw_disk(path: &Path, size_bytes: u64) -> Box<dyn DiskImage> {
+    let file = File::create(path).unwrap();
+    file.set_len(size_bytes).unwrap();
+    let mut random = Random(size_bytes | 1);
+    for number in 0..40 {
+        let at = random.below(size_bytes / 512) * 512;
+        let length = (1 + random.below(300)) * 512;
+        let mut bytes = vec![0; length.min(size_bytes - at) as usize];
+        match number % 3 {
+            0 => random.fill(&mut bytes),
+            1 => bytes.fill(b'x'),
+            _ => {}
+        }
+        file.write_all_at(&bytes, at).unwrap();
+    }
+    file.write_all_at(&[1; 512], size_bytes - 512).unwrap();
+    open(path, &OpenOptions::read_only().of_kind(Kind::Raw)).unwrap()
+}
+
+fn format(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Raw => "raw",
+        Kind::FixedVhd => "vpc",
+        _ => "vmdk",
+    }
+}
+
+#[test]
+fn every_kind_becomes_every_kind() {
+    let dir = tempfile::tempdir().unwrap();
+    for size_bytes in [512, 65_536 * 7 + 512, (66 << 20) + 1024] {
+        let oracle = dir.path().join(format!("oracle-{size_bytes}.raw"));
+        let source = raw_disk(&oracle, size_bytes);
+        for first in CREATABLE {
+            let one = dir.path().join(format!("{size_bytes}-{first}.vmdk"));
+            let report = convert(source.as_ref(), &one, &ConvertOptions::new(first), &mut Silent);
+            assert_eq!(report.unwrap().size_bytes, size_bytes);
+            qemu(&["compare", "-f", format(first), "-F", "raw", text(&one), text(&oracle)]);
+            let opened = open(&one, &OpenOptions::read_only().of_kind(first)).unwrap();
+            let checked = opened.check(Deep::Yes, &mut Silent).unwrap();
+            assert!(checked.is_clean(), "{first}: {:?}", checked.findings);
+            for second in CREATABLE {
+                let two = dir.path().join(format!("{size_bytes}-{first}-{second}.vmdk"));
+                convert(opened.as_ref(), &two, &ConvertOptions::new(second), &mut Silent).unwrap();
+                let back = open(&two, &OpenOptions::read_only().of_kind(second)).unwrap();
+                let same = compare(back.as_ref(), source.as_ref(), None, &mut Silent).unwrap();
+                assert!(same.same_content, "{first} to {second}: {same:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn libvmdk_understands_what_we_make() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = raw_disk(&dir.path().join("oracle.raw"), 3 << 20);
+    for kind in CREATABLE.into_iter().filter(|kind| format(*kind) == "vmdk") {
+        let image = dir.path().join(format!("{kind}.vmdk"));
+        convert(source.as_ref(), &image, &ConvertOptions::new(kind), &mut Silent).unwrap();
+        let (good, said) = run("vmdkinfo", "libvmdk-utils", &[text(&image)]);
+        assert!(good && said.contains("3145728 bytes"), "{kind}: {said}");
+    }
+}
+
+#[test]
+fn a_stopped_conversion_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = raw_disk(&dir.path().join("oracle.raw"), 66 << 20);
+    for kind in CREATABLE {
+        let image = dir.path().join(format!("{kind}.vmdk"));
+        let mut calls = 0;
+        let mut stop = |_: u64, _: u64| {
+            calls += 1;
+            calls < 3
+        };
+        let error = convert(source.as_ref(), &image, &ConvertOptions::new(kind), &mut stop);
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::Cancelled);
+        let left: Vec<_> =
+            std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+        assert_eq!(left.len(), 1, "{kind} left {left:?}");
+    }
+}
+
+#[test]
+fn comparison_names_the_first_difference() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = raw_disk(&dir.path().join("one.raw"), 40 << 20);
+    let path = dir.path().join("two.vmdk");
+    convert(one.as_ref(), &path, &ConvertOptions::new(Kind::MonolithicSparse), &mut Silent)
+        .unwrap();
+    let two = open(&path, &OpenOptions::writable()).unwrap();
+    for at in [(39 << 20) + 5, (20 << 20) + 77] {
+        let mut byte = [0];
+        two.read_at(&mut byte, at).unwrap();
+        two.write_at(&[byte[0] ^ 1], at).unwrap();
+        let report = compare(one.as_ref(), two.as_ref(), None, &mut Silent).unwrap();
+        assert_eq!(report.first_difference, Some(at));
+        let report = compare(two.as_ref(), one.as_ref(), None, &mut Silent).unwrap();
+        assert_eq!(report.first_difference, Some(at));
+    }
+}
+
+#[test]
+fn map_and_info_tell_what_is_stored_and_serialise() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("m.vmdk");
+    let options = CreateOptions {
+        zeroed_grains: true,
+        ..CreateOptions::new(Kind::MonolithicSparse, 100 << 20)
+    };
+    create(&image, &options).unwrap();
+    let opened = open(&image, &OpenOptions::writable()).unwrap();
+    opened.write_at(&[1; 65_536], 1 << 20).unwrap();
+    opened.flush().unwrap();
+    let mut runs = Vec::new();
+    let totals = map(opened.as_ref(), &mut |run| {
+        runs.push((run.offset, run.length, run.state));
+        true
+    });
+    let expected = [
+        (0, 1 << 20, RunState::Unallocated),
+        (1 << 20, 65_536, RunState::Data),
+        ((1 << 20) + 65_536, (99 << 20) - 65_536, RunState::Unallocated),
+    ];
+    assert_eq!(runs, expected);
+    assert_eq!(totals.unwrap().data_bytes, 65_536);
+    drop(opened);
+    let told = serde_json::to_value(info(&image, &OpenOptions::read_only()).unwrap()).unwrap();
+    assert_eq!(told["kind"], "monolithicSparse");
+    assert_eq!(told["extents"][0]["version"], 2);
+}
+
+/// A sparse image with every second grain written, closed.
+fn sparse(path: &Path) -> Vec<u8> {
+    create(path, &CreateOptions::new(Kind::MonolithicSparse, 64 << 20)).unwrap();
+    let opened = open(path, &OpenOptions::writable()).unwrap();
+    let mut model = vec![0; 64 << 20];
+    for grain in (0..1024).step_by(2) {
+        let range = grain * 65_536..(grain + 1) * 65_536;
+        model[range.clone()].fill(1 + (grain % 251) as u8);
+        opened.write_at(&model[range], grain as u64 * 65_536).unwrap();
+    }
+    opened.flush().unwrap();
+    model
+}
+
+fn content(path: &Path) -> Vec<u8> {
+    let opened = open(path, &OpenOptions::read_only()).unwrap();
+    let mut found = vec![1; opened.size_bytes() as usize];
+    opened.read_at(&mut found, 0).unwrap();
+    found
+}
+
+fn repair(path: &Path) -> u64 {
+    let mut lost = 0;
+    for _ in 0..4 {
+        let plan = plan_repair(path, &OpenOptions::read_only(), &mut Silent).unwrap();
+        if plan.fixes.is_empty() {
+            break;
+        }
+        lost += plan.lost_bytes;
+        apply_repair(&plan, &mut Silent).unwrap();
+    }
+    lost
+}
+
+/// Byte of a copy of table 0: the redundant directory stands at sector 21, the primary at 21 + 9.
+fn table_byte(file: &File, redundant: bool) -> u64 {
+    let mut header = [0; 512];
+    file.read_exact_at(&mut header, 0).unwrap();
+    let at = if redundant { 48 } else { 56 };
+    let directory = u64::from_le_bytes(header[at..at + 8].try_into().unwrap()) * 512;
+    let mut entry = [0; 4];
+    file.read_exact_at(&mut entry, directory).unwrap();
+    u64::from(u32::from_le_bytes(entry)) * 512
+}
+
+#[test]
+fn one_damaged_copy_is_read_from_the_other_and_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    for redundant in [false, true] {
+        let image = dir.path().join(format!("{redundant}.vmdk"));
+        let model = sparse(&image);
+        let file = File::options().read(true).write(true).open(&image).unwrap();
+        file.write_all_at(&[0xff; 1000], table_byte(&file, redundant)).unwrap();
+        assert!(content(&image) == model);
+        let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(before.redundancies > 0 && before.losses == 0, "{before:?}");
+        assert!(before.findings.iter().any(|finding| finding.severity == Severity::Redundancy));
+        assert_eq!(repair(&image), 0);
+        let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(after.is_clean(), "{after:?}");
+        assert!(content(&image) == model);
+        qemu(&["check", "-f", "vmdk", text(&image)]);
+    }
+}
+
+#[test]
+fn a_directory_entry_that_cannot_be_is_read_from_the_other_copy_and_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    for field in [48, 56] {
+        let image = dir.path().join(format!("{field}.vmdk"));
+        let model = sparse(&image);
+        let file = File::options().read(true).write(true).open(&image).unwrap();
+        let mut header = [0; 512];
+        file.read_exact_at(&mut header, 0).unwrap();
+        let directory = u64::from_le_bytes(header[field..field + 8].try_into().unwrap()) * 512;
+        file.write_all_at(&[0xfe; 4], directory).unwrap();
+        assert!(content(&image) == model);
+        assert_eq!(repair(&image), 0);
+        let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(after.is_clean(), "{after:?}");
+        assert!(content(&image) == model);
+        let oracle = dir.path().join("oracle.raw");
+        std::fs::write(&oracle, &model).unwrap();
+        qemu(&["compare", "-f", "vmdk", "-F", "raw", text(&image), text(&oracle)]);
+    }
+}
+
+#[test]
+fn what_is_lost_in_both_copies_is_said_and_becomes_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("lost.vmdk");
+    let mut model = sparse(&image);
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    for redundant in [false, true] {
+        file.write_all_at(&[0xff; 4], table_byte(&file, redundant)).unwrap();
+    }
+    let opened = open(&image, &OpenOptions::read_only()).unwrap();
+    let error = opened.read_at(&mut [0], 5).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
+    opened.read_at(&mut [0], 65_536).unwrap();
+    drop(opened);
+    assert_eq!(repair(&image), 65_536);
+    model[..65_536].fill(0);
+    assert!(content(&image) == model);
+    let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+    assert!(after.is_clean(), "{after:?}");
+}
+
+#[test]
+fn grains_that_share_a_place_are_parted() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("shared.vmdk");
+    let mut model = sparse(&image);
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    for redundant in [false, true] {
+        let table = table_byte(&file, redundant);
+        let mut entry = [0; 4];
+        file.read_exact_at(&mut entry, table).unwrap();
+        file.write_all_at(&entry, table + 8).unwrap();
+    }
+    let first = model[..65_536].to_vec();
+    model[131_072..196_608].copy_from_slice(&first);
+    let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+    assert_eq!(before.losses, 1, "{before:?}");
+    repair(&image);
+    assert!(content(&image) == model);
+    let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+    assert!(after.is_clean(), "{after:?}");
+    qemu(&["check", "-f", "vmdk", text(&image)]);
+}
+
+#[test]
+fn leaked_space_is_found_and_given_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("leak.vmdk");
+    let model = sparse(&image);
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    let length = file.metadata().unwrap().len();
+    file.write_all_at(&[1; 65_536 * 3], length).unwrap();
+    let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+    assert_eq!((before.leaked_bytes, before.losses), (65_536 * 3, 0));
+    assert_eq!(repair(&image), 0);
+    assert_eq!(file.metadata().unwrap().len(), length);
+    assert!(content(&image) == model);
+}
+
+#[test]
+fn an_interrupted_stream_gets_its_end_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let oracle = dir.path().join("oracle.raw");
+    let source = raw_disk(&oracle, 66 << 20);
+    let image = dir.path().join("s.vmdk");
+    convert(source.as_ref(), &image, &ConvertOptions::new(Kind::StreamOptimized), &mut Silent)
+        .unwrap();
+    let whole = std::fs::read(&image).unwrap();
+    for cut in [whole.len() - 1024, whole.len() - 512, whole.len() - 3000] {
+        std::fs::write(&image, &whole[..cut]).unwrap();
+        let error = open(&image, &OpenOptions::read_only()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
+        repair(&image);
+        qemu(&["compare", "-f", "vmdk", "-F", "raw", text(&image), text(&oracle)]);
+    }
+    // Cut within the grains, the first ones are still there.
+    std::fs::write(&image, &whole[..whole.len() / 2]).unwrap();
+    repair(&image);
+    let opened = open(&image, &OpenOptions::read_only()).unwrap();
+    let report = opened.check(Deep::Yes, &mut Silent).unwrap();
+    assert!(report.is_clean() && report.grains_allocated > 0, "{report:?}");
+}
+
+#[test]
+fn a_vhd_with_a_wrong_checksum_and_a_short_flat_extent_are_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let vhd = dir.path().join("d.vhd");
+    create(&vhd, &CreateOptions::new(Kind::FixedVhd, 4 << 20)).unwrap();
+    let file = File::options().write(true).open(&vhd).unwrap();
+    file.write_all_at(&[9], (4 << 20) + 80).unwrap();
+    open(&vhd, &OpenOptions::read_only()).unwrap_err();
+    assert_eq!(repair(&vhd), 0);
+    open(&vhd, &OpenOptions::writable().of_kind(Kind::FixedVhd)).unwrap();
+    let flat = dir.path().join("f.vmdk");
+    create(&flat, &CreateOptions::new(Kind::Vmfs, 4 << 20)).unwrap();
+    let extent = File::options().write(true).open(dir.path().join("f-flat.vmdk")).unwrap();
+    extent.set_len(3 << 20).unwrap();
+    open(&flat, &OpenOptions::read_only()).unwrap_err();
+    assert_eq!(repair(&flat), 1 << 20);
+    assert_eq!(content(&flat).len(), 4 << 20);
+}
