@@ -1,5 +1,6 @@
 //! The connection to the target: made, remade, and pumped into the owner loop.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use backhaul_proto::identity::Identity;
@@ -79,6 +80,7 @@ pub async fn run(
     };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
     let mut backoff = Backoff::new(seed ^ u64::from(std::process::id()));
+    let identity = Arc::new(identity);
     loop {
         let reason = match connect(&config.target, &identity, &options).await {
             Err(error) => error.to_string(),

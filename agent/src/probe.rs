@@ -1,5 +1,6 @@
 //! Probing the link: can the target be reached, how far away is it, and what does the way carry?
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -109,7 +110,7 @@ impl Limit {
 ///
 /// When the target is reached over no transport, or the link breaks meanwhile.
 pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow::Result<Report> {
-    let identity = Identity::load(&config.identity, Role::Agent)?;
+    let identity = Arc::new(Identity::load(&config.identity, Role::Agent)?);
     let transport =
         TransportOptions { congestion: config.congestion, ..TransportOptions::default() };
     let mut reach = Vec::new();

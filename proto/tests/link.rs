@@ -1,6 +1,7 @@
 //! Two real endpoints on loopback: who is let in, and that what is sent arrives.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
@@ -30,8 +31,8 @@ fn site() -> tempfile::TempDir {
     dir
 }
 
-fn identity(dir: &Path, name: &str, role: Role) -> Identity {
-    Identity::load(&files(dir, name), role).unwrap()
+fn identity(dir: &Path, name: &str, role: Role) -> Arc<Identity> {
+    Arc::new(Identity::load(&files(dir, name), role).unwrap())
 }
 
 async fn listener(dir: &Path) -> (Listener, String) {
@@ -235,4 +236,62 @@ async fn a_batch_that_is_not_read_to_its_end_ends_a_tcp_session() {
     drop(target.accept_batch().await.unwrap());
     assert!(target.accept_batch().await.is_err());
     assert_eq!(target.closed().await, "a batch was not read to its end");
+}
+
+/// The VPN is re-keyed, or a NAT forgets its table: datagrams come from another port in the middle
+/// of a transfer. The connection lives on, and nothing that was delivered is sent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_source_address_keeps_the_connection() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use tokio::net::UdpSocket;
+    let dir = site();
+    let (listener, address) = listener(dir.path()).await;
+    let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let through = front.local_addr().unwrap().to_string();
+    let moved = Arc::new(AtomicBool::new(false));
+    let switch = Arc::clone(&moved);
+    tokio::spawn(async move {
+        let (before, after) = (
+            UdpSocket::bind("127.0.0.1:0").await.unwrap(),
+            UdpSocket::bind("127.0.0.1:0").await.unwrap(),
+        );
+        let (mut out, mut back) = (vec![0; 65_536], vec![0; 65_536]);
+        let mut agent = None;
+        loop {
+            let now = if switch.load(Ordering::Relaxed) { &after } else { &before };
+            tokio::select! {
+                Ok((len, from)) = front.recv_from(&mut out) => {
+                    agent = Some(from);
+                    let _ = now.send_to(&out[..len], &address).await;
+                }
+                Ok((len, _)) = now.recv_from(&mut back) => {
+                    if let Some(agent) = agent {
+                        let _ = front.send_to(&back[..len], agent).await;
+                    }
+                }
+            }
+        }
+    });
+    let agent = identity(dir.path(), "a1", Role::Agent);
+    let quic = options(TransportChoice::Quic, Some("t1"));
+    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+    let (ours, theirs) = tokio::join!(connect(&through, &agent, &quic), accepting);
+    let (ours, first_address) = (ours.unwrap(), theirs.remote_address());
+    let sending = async {
+        for seq in 1..=300 {
+            moved.store(seq > 150, Ordering::Relaxed);
+            ours.send_batch(batch(seq)).await.unwrap();
+        }
+    };
+    let receiving = async {
+        for seq in 1..=300 {
+            let mut stream = theirs.accept_batch().await.unwrap();
+            let header = stream.read_header().await.unwrap();
+            assert_eq!(header.batch, BatchSeq(seq));
+            stream.read_exact(&mut vec![0; header.wire_bytes as usize]).await.unwrap();
+            stream.read_end().await.unwrap();
+        }
+    };
+    tokio::join!(sending, receiving);
+    assert_ne!(theirs.remote_address(), first_address);
 }

@@ -145,10 +145,76 @@ async fn a_probe_tells_what_the_line_is_like() {
     assert!(number("clock_skew_seconds").abs() < 0.05, "{report}");
     assert!((1200.0..1420.0).contains(&number("mtu_bytes")), "{report}");
     for way in ["up_bytes_per_second", "down_bytes_per_second"] {
-        assert!((1e6..5.2e6).contains(&number(way)), "{way}: {report}");
+        // In three seconds, what was under way at either end of them counts.
+        assert!((1e6..6e6).contains(&number(way)), "{way}: {report}");
     }
     assert!((0.001..0.1).contains(&number("lost_share")), "{report}");
     assert_eq!(report["limit"], "link", "{report}");
     scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
+
+/// The link is dark for longer than the transport waits. The guest notices nothing; when the link is
+/// back the stream goes on within seconds, with what was not acknowledged, over QUIC again.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_blackout_the_stream_goes_on_where_it_was() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(48 << 20, |spec| {
+        spec.link = Some("200mbit,20ms,0.1%".parse().unwrap());
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(84, 1 << 20).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.rig.link().unwrap().blackout(true);
+    let dark = |machine: &Machine| !machine.connected;
+    let before = scenario.rig.wait("the dark", STEP_TIME_MAX, dark).await.unwrap();
+    scenario.rig.wait_log("agent", "no connection to the target").await.unwrap();
+    scenario.rig.link().unwrap().blackout(false);
+    let back = Instant::now();
+    scenario.wait_received(before.received_plain_bytes + 1).await.unwrap();
+    println!("data came {:.1} s after the link was back", back.elapsed().as_secs_f64());
+    assert!(back.elapsed().as_secs() < 8, "{:?}", back.elapsed());
+    let done = scenario.wait_consistent().await.unwrap();
+    let links = scenario.rig.client().links().await.unwrap();
+    assert_eq!(links[0].transport, "quic", "both were blind, and QUIC is the better one");
+    scenario.fail_over().await.unwrap();
+    let written = guest.await.unwrap().unwrap();
+    // What the guest wrote, once: markers and what was under way when the light went out come on
+    // top.
+    let sent = done.received_plain_bytes;
+    assert!(sent < written.bytes + (8 << 20), "{sent} received for {} written", written.bytes);
+    assert!(written.longest.as_secs() < 5, "the guest waited {:?}", written.longest);
+    scenario.compare().unwrap();
+}
+
+/// The worst line that anybody would still use: it loses, reorders and duplicates, and goes away
+/// every other moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_flaps_reorders_and_duplicates_brings_the_machine_home() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(32 << 20, |spec| {
+        let line = "100mbit,10ms,5%,reorder=20%,reorder_by=5ms,duplicate=2%,jitter=3ms";
+        spec.link = Some(line.parse().unwrap());
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(85, 1 << 20).await.unwrap();
+    let mut turns = tokio::time::interval(std::time::Duration::from_secs(1));
+    for turn in 0..12 {
+        turns.tick().await;
+        scenario.rig.link().unwrap().blackout(turn % 2 == 1);
+    }
+    scenario.rig.link().unwrap().blackout(false);
+    scenario.wait_consistent().await.unwrap();
+    let (agent, target) = scenario.rig.memory_bytes_max();
+    assert!(agent <= 256 << 20 && target <= 512 << 20, "{agent} {target}");
+    scenario.fail_over().await.unwrap();
+    let written = guest.await.unwrap().unwrap();
+    assert!(written.longest.as_secs() < 5, "the guest waited {:?}", written.longest);
     scenario.compare().unwrap();
 }

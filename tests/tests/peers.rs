@@ -1,6 +1,7 @@
 //! Peers that are not what they should be: of another version, or broken.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use backhaul_api::Machine;
 use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
@@ -47,7 +48,7 @@ struct FakeAgent {
 impl FakeAgent {
     async fn connect(scenario: &Scenario) -> Self {
         let address = setting(&scenario.folder.path().join("agent.toml"), "target");
-        let identity = identity(scenario, "lab-agent", Role::Agent);
+        let identity = Arc::new(identity(scenario, "lab-agent", Role::Agent));
         let options = ConnectOptions {
             choice: TransportChoice::Quic,
             expected: Some("lab-target".parse().unwrap()),

@@ -3,7 +3,11 @@
 use std::io;
 use std::net::SocketAddr;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::id::PeerName;
 use crate::identity::Identity;
@@ -11,9 +15,18 @@ use crate::link::Connection;
 use crate::quic::{self, AcceptError, BindError, ConnectError, TransportOptions};
 use crate::tcp;
 
-/// How long QUIC may stay without any answer before TCP is tried. Two lost first packets are sent
-/// again within it.
+/// A handshake that is not answered is tried again by QUIC after 1, 3 and 7 s, too late for a link
+/// that is back after a blackout. So another one is begun this often, as long as nothing answers.
+const ATTEMPT_PERIOD: Duration = Duration::from_secs(1);
+
+/// How long QUIC may stay without any answer before TCP is tried as well.
 const QUIC_ANSWER_TIME_MAX: Duration = Duration::from_secs(4);
+
+/// When TCP answers first, QUIC is given so long to catch up: both are blind during a blackout.
+const QUIC_LATE_TIME_MAX: Duration = Duration::from_millis(1500);
+
+/// How long an attempt to connect may take in all; the agent begins the next one soon after.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(9);
 
 /// Which transports may be used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -58,38 +71,79 @@ pub struct ConnectOptions {
 /// Those of QUIC, unless TCP alone was asked for: when neither answers, both are named.
 pub async fn connect(
     address: &str,
-    identity: &Identity,
+    identity: &Arc<Identity>,
     options: &ConnectOptions,
 ) -> Result<Connection, ConnectError> {
-    let over_tcp = || tcp::connect(address, identity, options.expected.clone());
-    if options.choice == TransportChoice::Tcp {
-        return over_tcp().await.map(Connection::Tcp);
-    }
-    let quic = quic::connect(address, identity, options.expected.clone(), &options.transport);
-    let failure = match options.choice {
-        TransportChoice::Quic => return quic.await.map(Connection::Quic),
-        _ => match tokio::time::timeout(QUIC_ANSWER_TIME_MAX, quic).await {
-            Ok(Ok(connection)) => return Ok(Connection::Quic(connection)),
-            Ok(Err(error)) => Some(error),
-            Err(_) => None,
-        },
+    let deadline = tokio::time::sleep(CONNECT_TIME_MAX);
+    tokio::pin!(deadline);
+    let mut attempts = JoinSet::new();
+    let mut begin_quic = tokio::time::interval(ATTEMPT_PERIOD);
+    let with_quic = options.choice != TransportChoice::Tcp;
+    let tcp_after = match options.choice {
+        TransportChoice::Auto => Some(QUIC_ANSWER_TIME_MAX),
+        TransportChoice::Quic => None,
+        TransportChoice::Tcp => Some(Duration::ZERO),
     };
-    // Only silence speaks for a firewall; whoever answered over UDP said what is wrong.
-    match failure {
-        None | Some(ConnectError::NoAnswer { .. }) => {}
-        Some(error) => return Err(error),
+    if let Some(after) = tcp_after {
+        let (address, identity) = (address.to_owned(), Arc::clone(identity));
+        let expected = options.expected.clone();
+        attempts.spawn(async move {
+            tokio::time::sleep(after).await;
+            tcp::connect(&address, &identity, expected).await.map(Connection::Tcp)
+        });
     }
-    match over_tcp().await {
-        Ok(connection) => {
-            tracing::warn!(
-                "nothing answers over UDP: TCP is used, which is slower on long links; let UDP to the target's port pass the VPN and every firewall"
-            );
-            Ok(Connection::Tcp(connection))
+    // Over TCP, when it answered before QUIC.
+    let mut second_best: Option<Connection> = None;
+    let mut silence = None;
+    loop {
+        tokio::select! {
+            _ = begin_quic.tick(), if with_quic && second_best.is_none() => {
+                let (address, identity) = (address.to_owned(), Arc::clone(identity));
+                let options = options.clone();
+                attempts.spawn(async move {
+                    quic::connect(&address, &identity, options.expected, &options.transport)
+                        .await
+                        .map(Connection::Quic)
+                });
+            }
+            Some(ended) = attempts.join_next() => match ended {
+                Ok(Ok(connection @ Connection::Tcp(_))) if with_quic => {
+                    second_best = Some(connection);
+                    deadline.as_mut().reset(Instant::now() + QUIC_LATE_TIME_MAX);
+                }
+                Ok(Ok(connection)) => return Ok(connection),
+                // Only silence speaks for a firewall or a blackout; whoever answered said what is
+                // wrong.
+                Ok(Err(error @ ConnectError::NoAnswer { .. })) => {
+                    silence = Some(error);
+                    if !with_quic {
+                        break;
+                    }
+                }
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {}
+            },
+            () = &mut deadline => break,
         }
-        Err(error @ (ConnectError::NoAnswer { .. } | ConnectError::Local(_))) => {
-            Err(failure.unwrap_or(error))
+    }
+    if let Some(connection) = second_best {
+        tracing::warn!(
+            "nothing answers over UDP: TCP is used, which is slower on long links; let UDP to the target's port pass the VPN and every firewall"
+        );
+        return Ok(connection);
+    }
+    match silence {
+        Some(error) => Err(error),
+        None => {
+            let found = tokio::net::lookup_host(address).await.ok();
+            Err(match found.and_then(|mut found| found.next()) {
+                Some(address) => ConnectError::NoAnswer { address },
+                None => ConnectError::Resolve {
+                    address: address.to_owned(),
+                    source: io::ErrorKind::NotFound.into(),
+                },
+            })
         }
-        Err(error) => Err(error),
     }
 }
 

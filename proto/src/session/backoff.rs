@@ -12,9 +12,8 @@ pub struct Backoff {
 impl Backoff {
     /// First wait, before jitter.
     pub const FIRST: Duration = Duration::from_millis(200);
-    /// Longest wait, before jitter: short enough that a link which is up again is noticed at once
-    /// by a person who watches.
-    pub const LONGEST: Duration = Duration::from_secs(5);
+    /// Longest wait, before jitter: a link that is up again is used within two seconds.
+    pub const LONGEST: Duration = Duration::from_secs(1);
 
     /// A backoff whose jitter comes from `seed`, so that many agents do not return in step.
     pub fn new(seed: u64) -> Self {
