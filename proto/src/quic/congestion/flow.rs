@@ -199,8 +199,10 @@ impl Flow {
     /// The draft's extra_acked: how far acknowledgements run ahead of the rate.
     fn measure_clumps(&mut self, now: Instant, acked_bytes: f64) {
         let (began, acked) = self.clump_epoch;
-        let expected = self.rate() * now.saturating_duration_since(began).as_secs_f64();
-        if acked <= expected {
+        let elapsed = now.saturating_duration_since(began);
+        let expected = self.rate() * elapsed.as_secs_f64();
+        // Over many round trips, a rate that is a little too low would look like a clump.
+        if acked <= expected || elapsed > self.base_rtt() {
             self.clump_epoch = (now, acked_bytes);
             return;
         }
@@ -246,7 +248,7 @@ impl Flow {
         };
         let target = match &self.phase {
             Phase::Startup { .. } => {
-                let top = GAIN_STARTUP * bdp + WINDOW_PACKETS_INITIAL * self.mtu_bytes;
+                let top = (GAIN_STARTUP * bdp).max(WINDOW_PACKETS_INITIAL * self.mtu_bytes);
                 let limit = base + self.noise();
                 let queued = self.round.rtt_samples >= 8 && self.round.rtt_min > limit;
                 if !sample.app_limited && !queued && self.window_bytes < top {
@@ -320,7 +322,7 @@ const WINDOW_PACKETS_MIN: f64 = 4.0;
 /// The draft's initial window is ten packets; a pacer spreads ours over the first round trip.
 pub(super) const WINDOW_PACKETS_INITIAL: f64 = 32.0;
 /// Doubles what is in flight each round trip (draft: StartupCwndGain).
-const GAIN_STARTUP: f64 = 2.0;
+const GAIN_STARTUP: f64 = 1.8;
 /// Most a probe has in flight (draft: ProbeBW_UP cwnd_gain).
 const GAIN_UP_MAX: f64 = 2.25;
 /// Draft: ProbeRTTCwndGain.
@@ -343,7 +345,7 @@ const PEAK_KEPT: f64 = 0.99;
 /// From this share of it on the queue counts as full.
 const PEAK_FULL: f64 = 0.8;
 /// Cubic's law fills a queue of any length; beyond this many bandwidth-delay products we do not.
-const RIVAL_MAX: f64 = 2.5;
+const RIVAL_MAX: f64 = 4.0;
 /// Share of a queue of ours beyond the cushion that a cruise leaves in place: below 1 it shrinks.
 const QUEUE_KEPT: f64 = 0.25;
 /// Queueing delay below this is noise on any path, and above the other on none.
