@@ -29,8 +29,10 @@ pub(super) struct Flow {
     /// Delay above the smallest round-trip time that stays when our own queue is empty: jitter,
     /// clumped acknowledgements, somebody else's queue.
     pub(super) floor: Duration,
-    /// The floors that the last drains found: who shares a path is not always there.
-    pub(super) floors: [Duration; 3],
+    /// The least delay above the smallest round-trip time in each of the last drains: jitter lets
+    /// some packets through at once, somebody else's queue none. Who shares a path is not always
+    /// there, so three are kept.
+    pub(super) company: [Duration; 3],
     /// Bytes that arrive in a clump beyond what the rate explains.
     pub(super) clump: MaxRate,
     pub(super) smoothed_rtt: Duration,
@@ -62,7 +64,7 @@ impl Flow {
             loss: LossBase::default(),
             round: Round::new(0),
             floor: Duration::ZERO,
-            floors: [Duration::ZERO; 3],
+            company: [Duration::ZERO; 3],
             clump: MaxRate::default(),
             smoothed_rtt: Duration::from_millis(100),
             probed_rtt_at: now,
@@ -157,7 +159,8 @@ impl Flow {
 
     /// Somebody else keeps the queue full, as far as one can see from here.
     pub(super) fn is_shared(&self) -> bool {
-        self.floor > (self.base_rtt() / 8).clamp(FLOOR_SHARED, NOISE_MAX) + self.burst_time()
+        let company = self.company.into_iter().max().unwrap_or_default();
+        company > (self.base_rtt() / 8).clamp(FLOOR_SHARED, NOISE_MAX) + self.burst_time()
     }
 
     /// Queueing delay that cannot be told from noise.
@@ -190,7 +193,7 @@ impl Flow {
         self.max_rate = MaxRate::default();
         self.min_rtt = MinRtt::default();
         (self.rate_lo, self.inflight_hi, self.slow_rounds) = (None, None, 0);
-        (self.floor, self.floors) = (Duration::ZERO, [Duration::ZERO; 3]);
+        (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();
         self.probed_rtt_at = now;
         self.round = Round::new(self.delivery.delivered_bytes());
@@ -322,7 +325,7 @@ const WINDOW_PACKETS_MIN: f64 = 4.0;
 /// The draft's initial window is ten packets; a pacer spreads ours over the first round trip.
 pub(super) const WINDOW_PACKETS_INITIAL: f64 = 32.0;
 /// Doubles what is in flight each round trip (draft: StartupCwndGain).
-const GAIN_STARTUP: f64 = 1.8;
+const GAIN_STARTUP: f64 = 2.0;
 /// Most a probe has in flight (draft: ProbeBW_UP cwnd_gain).
 const GAIN_UP_MAX: f64 = 2.25;
 /// Draft: ProbeRTTCwndGain.

@@ -81,7 +81,7 @@ fn odd_links_are_filled() {
                         shape.reorder_delay = Duration::from_millis(3);
                         shape.clump = Duration::from_millis(clump);
                         seed += 1;
-                        let bounds = Bounds { share: 0.90, queue_millis: 35.0, dropped: 0.02 };
+                        let bounds = Bounds { share: 0.93, queue_millis: 20.0, dropped: 0.01 };
                         broken.extend(check(shape, seed, &bounds));
                     }
                 }
@@ -136,6 +136,29 @@ fn beside(rival: &str, mbit: f64, rtt: u64, first: bool) -> (f64, f64, f64) {
     (world.share(0, 15.0, 60.0), world.share(1, 15.0, 60.0), world.queue(15.0, 60.0) * 1e3)
 }
 
+/// From the first packet, with packets as large as the Internet's.
+#[test]
+fn a_link_is_found_within_fifteen_round_trips() {
+    for (mbit, rtt, loss) in [
+        (1000.0, 40, 0.001),
+        (500.0, 40, 0.001),
+        (500.0, 100, 0.01),
+        (200.0, 80, 0.005),
+        (50.0, 200, 0.02),
+        (20.0, 10, 0.0),
+    ] {
+        let shape = Shape::new(mbit, rtt, loss);
+        let mut world = World::new(shape, 12);
+        let ours = Ours::boxed(world.epoch, 1400, 12, &RateLimit::default());
+        world.add(ours, App::Bulk { from: 0 }, 1400);
+        let round = rtt as f64 / 1e3;
+        world.run(17.0 * round);
+        let rounds = world.reaches(0, 0.8, 0.0, round) / round;
+        println!("{mbit} Mbit/s, {rtt} ms, {loss}: 80 % after {rounds:.1} RTT");
+        assert!(rounds <= 15.0, "{mbit} {rtt}: {rounds} RTT");
+    }
+}
+
 /// Neither starves: each gets `least` of the link or more.
 fn share_with(rival: &str, least: impl Fn(u64) -> f64) {
     let mut broken = Vec::new();
@@ -169,7 +192,7 @@ fn a_link_is_shared_with_our_own_kind() {
 /// that, whoever fills it takes the larger part.
 #[test]
 fn a_link_is_shared_with_bbr() {
-    share_with("BBR", |rtt| if rtt <= 40 { 0.15 } else { 0.3 });
+    share_with("BBR", |rtt| if rtt <= 40 { 0.25 } else { 0.3 });
 }
 
 #[test]
