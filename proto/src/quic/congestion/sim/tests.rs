@@ -81,7 +81,7 @@ fn odd_links_are_filled() {
                         shape.reorder_delay = Duration::from_millis(3);
                         shape.clump = Duration::from_millis(clump);
                         seed += 1;
-                        let bounds = Bounds { share: 0.93, queue_millis: 20.0, dropped: 0.01 };
+                        let bounds = Bounds { share: 0.90, queue_millis: 20.0, dropped: 0.01 };
                         broken.extend(check(shape, seed, &bounds));
                     }
                 }
