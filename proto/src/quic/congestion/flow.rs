@@ -29,8 +29,10 @@ pub(super) struct Flow {
     /// Delay above the smallest round-trip time that stays when our own queue is empty: jitter,
     /// clumped acknowledgements, somebody else's queue.
     pub(super) floor: Duration,
-    /// The floors that the last drains found: who shares a path is not always there.
-    pub(super) floors: [Duration; 3],
+    /// The least delay above the smallest round-trip time in each of the last drains: jitter lets
+    /// some packets through at once, somebody else's queue none. Who shares a path is not always
+    /// there, so three are kept.
+    pub(super) company: [Duration; 3],
     /// Bytes that arrive in a clump beyond what the rate explains.
     pub(super) clump: MaxRate,
     pub(super) smoothed_rtt: Duration,
@@ -62,7 +64,7 @@ impl Flow {
             loss: LossBase::default(),
             round: Round::new(0),
             floor: Duration::ZERO,
-            floors: [Duration::ZERO; 3],
+            company: [Duration::ZERO; 3],
             clump: MaxRate::default(),
             smoothed_rtt: Duration::from_millis(100),
             probed_rtt_at: now,
@@ -157,7 +159,8 @@ impl Flow {
 
     /// Somebody else keeps the queue full, as far as one can see from here.
     pub(super) fn is_shared(&self) -> bool {
-        self.floor > (self.base_rtt() / 8).clamp(FLOOR_SHARED, NOISE_MAX) + self.burst_time()
+        let company = self.company.into_iter().max().unwrap_or_default();
+        company > (self.base_rtt() / 8).clamp(FLOOR_SHARED, NOISE_MAX) + self.burst_time()
     }
 
     /// Queueing delay that cannot be told from noise.
@@ -190,7 +193,7 @@ impl Flow {
         self.max_rate = MaxRate::default();
         self.min_rtt = MinRtt::default();
         (self.rate_lo, self.inflight_hi, self.slow_rounds) = (None, None, 0);
-        (self.floor, self.floors) = (Duration::ZERO, [Duration::ZERO; 3]);
+        (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();
         self.probed_rtt_at = now;
         self.round = Round::new(self.delivery.delivered_bytes());
@@ -199,8 +202,10 @@ impl Flow {
     /// The draft's extra_acked: how far acknowledgements run ahead of the rate.
     fn measure_clumps(&mut self, now: Instant, acked_bytes: f64) {
         let (began, acked) = self.clump_epoch;
-        let expected = self.rate() * now.saturating_duration_since(began).as_secs_f64();
-        if acked <= expected {
+        let elapsed = now.saturating_duration_since(began);
+        let expected = self.rate() * elapsed.as_secs_f64();
+        // Over many round trips, a rate that is a little too low would look like a clump.
+        if acked <= expected || elapsed > self.base_rtt() {
             self.clump_epoch = (now, acked_bytes);
             return;
         }
@@ -246,7 +251,7 @@ impl Flow {
         };
         let target = match &self.phase {
             Phase::Startup { .. } => {
-                let top = GAIN_STARTUP * bdp + WINDOW_PACKETS_INITIAL * self.mtu_bytes;
+                let top = (GAIN_STARTUP * bdp).max(WINDOW_PACKETS_INITIAL * self.mtu_bytes);
                 let limit = base + self.noise();
                 let queued = self.round.rtt_samples >= 8 && self.round.rtt_min > limit;
                 if !sample.app_limited && !queued && self.window_bytes < top {
@@ -343,7 +348,7 @@ const PEAK_KEPT: f64 = 0.99;
 /// From this share of it on the queue counts as full.
 const PEAK_FULL: f64 = 0.8;
 /// Cubic's law fills a queue of any length; beyond this many bandwidth-delay products we do not.
-const RIVAL_MAX: f64 = 2.5;
+const RIVAL_MAX: f64 = 4.0;
 /// Share of a queue of ours beyond the cushion that a cruise leaves in place: below 1 it shrinks.
 const QUEUE_KEPT: f64 = 0.25;
 /// Queueing delay below this is noise on any path, and above the other on none.

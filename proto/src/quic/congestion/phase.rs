@@ -190,9 +190,10 @@ impl Flow {
     /// Our queue is gone: what is left is not ours.
     fn leave_down(&mut self, now: Instant, end: &RoundEnd) {
         let was_shared = self.is_shared();
-        let [_, second, third] = self.floors;
-        self.floors = [second, third, end.rtt_mean.saturating_sub(self.base_rtt())];
-        self.floor = self.floors.into_iter().max().unwrap_or_default();
+        let base = self.base_rtt();
+        self.floor = end.rtt_mean.saturating_sub(base);
+        let [_, second, third] = self.company;
+        self.company = [second, third, end.rtt_min.saturating_sub(base)];
         self.cruise(now);
         // Somebody came, or the route is longer than it was: only an empty path can tell.
         let recent = now.saturating_duration_since(self.probed_rtt_at) < PROBE_RTT_INTERVAL / 2;
@@ -243,7 +244,7 @@ impl Flow {
                     self.min_rtt.confirm(now);
                 }
                 let longer = self.base_rtt().saturating_sub(before);
-                self.floors = self.floors.map(|floor| floor.saturating_sub(longer));
+                self.company = self.company.map(|delay| delay.saturating_sub(longer));
                 self.floor = self.floor.saturating_sub(longer);
                 self.probed_rtt_at = now;
                 self.cruise(now);

@@ -1,5 +1,6 @@
 //! A link at packet level, to run the controller on: deterministic, no clock, no sockets.
 
+mod hostile;
 mod link;
 mod rivals;
 mod sender;
