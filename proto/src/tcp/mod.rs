@@ -12,7 +12,7 @@
 //! | 8 | 16 | the session: random, the same on all three |
 //!
 //! The target answers one byte 1 on the control connection when it has all three. Whoever closes
-//! sends [`GOODBYE`] there in place of a frame's length, then a `u16` length and the reason.
+//! sends `ff ff ff ff` there in place of a frame's length, then a `u16` length and the reason.
 
 mod connection;
 mod endpoint;
