@@ -16,10 +16,8 @@ use std::time::{Duration, Instant};
 
 use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
-use backhaul_proto::quic::{
-    Congestion, Identity, IdentityFiles, Listener, Role, TransportOptions, connect, create_ca,
-    issue,
-};
+use backhaul_proto::identity::{Identity, IdentityFiles, Role, create_ca, issue};
+use backhaul_proto::quic::{Congestion, Listener, TransportOptions, connect};
 use bytes::Bytes;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
