@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backhaul_disk_image::{AdapterType, Kind};
 use backhaul_lab::link::LinkSpec;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
@@ -68,9 +69,12 @@ pub(crate) enum Verb {
         #[arg(long)]
         without_removal: bool,
     },
-    /// The link to the agents
+    /// The link between agents and target
     #[command(subcommand)]
     Link(LinkVerb),
+    /// Disk images: raw, fixed VHD and every VMDK
+    #[command(subcommand)]
+    Image(ImageVerb),
     /// A whole failback on this machine, with throw-away keys: protect, sync, write, fail over,
     /// verify, commit
     Lab(LabArguments),
@@ -97,6 +101,102 @@ pub(crate) enum LinkVerb {
         #[arg(long, default_value = "10s", value_parser = time)]
         time: Duration,
     },
+}
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = "Kinds: raw, monolithicFlat, twoGbMaxExtentFlat, vmfs, monolithicSparse, \
+    twoGbMaxExtentSparse, streamOptimized, vmfsSparse, seSparse, vhd.")]
+pub(crate) enum ImageVerb {
+    /// What an image is: kind, sizes, identity, files, parents
+    Info {
+        #[command(flatten)]
+        input: ImageInput,
+    },
+    /// Look for damage; exit code 3 when there is some
+    Check {
+        #[command(flatten)]
+        input: ImageInput,
+        /// Inflate every compressed grain as well
+        #[arg(long)]
+        deep: bool,
+    },
+    /// Which parts of the disk are data, zeros, or not allocated
+    Map {
+        #[command(flatten)]
+        input: ImageInput,
+    },
+    /// Make a new image of another kind with the same content
+    Convert {
+        /// The kind to make
+        #[arg(short = 'O', long = "kind")]
+        to: Kind,
+        #[command(flatten)]
+        input: ImageInput,
+        /// The new image, which must not exist
+        output: PathBuf,
+        /// The controller that the new descriptor names
+        #[arg(long, default_value_t = AdapterType::LsiLogic)]
+        adapter: AdapterType,
+        /// For streamOptimized: 1 is fast, 9 is small
+        #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=9))]
+        deflate_level: u32,
+        /// For vmfs: reserve the space
+        #[arg(long)]
+        thick: bool,
+    },
+    /// Compare two disks; exit code 3 when they differ
+    Compare {
+        /// One image
+        one: PathBuf,
+        /// The other
+        other: PathBuf,
+        /// Follow paths out of the images' folders
+        #[arg(long)]
+        allow_outside: bool,
+    },
+    /// Make an empty image
+    Create {
+        /// The kind to make
+        #[arg(short = 'O', long = "kind")]
+        to: Kind,
+        /// The new image, which must not exist
+        output: PathBuf,
+        /// Size of the disk, such as 40GiB; that of the parent when absent
+        #[arg(long, required_unless_present = "parent")]
+        size: Option<ByteSize>,
+        /// The controller that the new descriptor names
+        #[arg(long, default_value_t = AdapterType::LsiLogic)]
+        adapter: AdapterType,
+        /// Make a delta on this image
+        #[arg(long)]
+        parent: Option<PathBuf>,
+        /// For vmfs: reserve the space
+        #[arg(long)]
+        thick: bool,
+    },
+    /// Mend what can be mended, after showing the plan
+    Repair {
+        #[command(flatten)]
+        input: ImageInput,
+        /// Do it without asking
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImageInput {
+    /// The image: a descriptor, a sparse VMDK, a VHD, a raw file or a device
+    pub(crate) image: PathBuf,
+    /// What it must be; probed when absent. Name `raw` for disks of guests that are not trusted
+    #[arg(short = 'f', long)]
+    pub(crate) from: Option<Kind>,
+    /// Follow paths out of the descriptor's folder
+    #[arg(long)]
+    pub(crate) allow_outside: bool,
+    /// Read although somebody else may be writing
+    #[arg(long)]
+    pub(crate) shared: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,7 +1,9 @@
 //! `backhaul`: the operator's command line, a client of the master target's API.
 
 mod arguments;
+mod image;
 mod lab;
+mod print;
 mod show;
 mod steps;
 
@@ -92,6 +94,7 @@ async fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<ExitCode>
             spinner.finish_and_clear();
             output.probe(&report);
         }
+        Verb::Image(verb) => return image::run(verb, output),
         Verb::Lab(lab) => return lab::run(lab, output).await,
         Verb::Completions { shell } => {
             let mut command = Arguments::command();

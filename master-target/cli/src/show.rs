@@ -1,6 +1,6 @@
 //! What people and programs are shown.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 use backhaul_agent::probe::Report;
 use backhaul_api::{Consistency, Link, Machine, Point, Stage, Status};
@@ -11,12 +11,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::json;
 
-/// Prints a line. A reader that went away (`| head`) is no reason to complain.
-macro_rules! say {
-    ($($text:tt)*) => {
-        let _ = writeln!(std::io::stdout(), $($text)*);
-    };
-}
+use crate::print::say;
 
 /// Where answers go, and in which form.
 pub(crate) struct Output {
@@ -51,14 +46,14 @@ impl Output {
         }
     }
 
-    fn table(&self, heads: &[&str]) -> Table {
+    pub(crate) fn table(&self, heads: &[&str]) -> Table {
         let mut table = Table::new();
         table.load_preset(UTF8_FULL_CONDENSED).set_header(heads);
         table.set_content_arrangement(ContentArrangement::Dynamic);
         table
     }
 
-    fn cell(&self, text: impl ToString, colour: Color) -> Cell {
+    pub(crate) fn cell(&self, text: impl ToString, colour: Color) -> Cell {
         let cell = Cell::new(text);
         if self.colours { cell.fg(colour) } else { cell }
     }

@@ -1,0 +1,172 @@
+//! What people and programs are shown of images.
+
+use backhaul_disk_image::ops::{CompareReport, ConvertReport, MapTotals, RepairPlan};
+use backhaul_disk_image::{CheckReport, ImageInfo, Run, RunState, Severity};
+use bytesize::ByteSize;
+use comfy_table::{Cell, Color};
+use serde_json::json;
+
+use crate::print::say;
+use crate::show::Output;
+
+/// Runs and findings that a table shows; `--json` has all of them.
+const ROWS_MAX: usize = 100;
+
+fn size(bytes: u64) -> String {
+    ByteSize(bytes).display().iec().to_string()
+}
+
+impl Output {
+    pub(crate) fn image_info(&self, info: &ImageInfo) {
+        if self.is_json() {
+            return self.json(info);
+        }
+        let mut next = Some(info);
+        while let Some(info) = next {
+            say!("image       {}", info.path.display());
+            let thin = if info.thin { ", thin" } else { "" };
+            say!("kind        {}{thin}", info.kind);
+            say!("disk        {} ({} bytes)", size(info.size_bytes), info.size_bytes);
+            say!("stored      {}", size(info.stored_bytes));
+            for (name, value) in [
+                ("content id", &info.content_id),
+                ("parent's   ", &info.parent_content_id),
+                ("uuid", &info.uuid),
+                ("adapter", &info.adapter),
+                ("hardware", &info.hardware_version),
+            ] {
+                if let Some(value) = value {
+                    say!("{name:<11} {value}");
+                }
+            }
+            for extent in &info.extents {
+                let path = extent.path.as_ref().map(|path| path.display().to_string());
+                let unclean = if extent.unclean { ", not closed by its last writer" } else { "" };
+                say!(
+                    "extent      {} {} {}{unclean}",
+                    extent.format,
+                    size(extent.length_bytes),
+                    path.unwrap_or_default()
+                );
+            }
+            for finding in &info.findings {
+                say!("finding     {}", finding.sentence);
+            }
+            next = info.parent.as_deref();
+            if next.is_some() {
+                say!("");
+            }
+        }
+    }
+
+    pub(crate) fn checked(&self, report: &CheckReport) {
+        if self.is_json() {
+            return self.json(report);
+        }
+        if !report.findings.is_empty() {
+            let mut table = self.table(&["severity", "file", "at", "what"]);
+            for finding in report.findings.iter().take(ROWS_MAX) {
+                let (word, colour) = match finding.severity {
+                    Severity::Note => ("note", Color::Reset),
+                    Severity::Leak => ("leak", Color::Yellow),
+                    Severity::Redundancy => ("one copy", Color::Yellow),
+                    Severity::Loss => ("loss", Color::Red),
+                };
+                table.add_row(vec![
+                    self.cell(word, colour),
+                    Cell::new(finding.path.display()),
+                    Cell::new(finding.offset.map_or(String::new(), |at| at.to_string())),
+                    Cell::new(&finding.sentence),
+                ]);
+            }
+            say!("{table}");
+        }
+        if report.grains_total > 0 {
+            let share = report.grains_allocated as f64 * 100.0 / report.grains_total as f64;
+            say!("{share:.1} % of {} grains are allocated", report.grains_total);
+        }
+        if report.is_clean() {
+            say!("no damage was found");
+        } else {
+            say!(
+                "{} losses, {} places where only one copy is good, {} leaked; see `backhaul image repair`",
+                report.losses,
+                report.redundancies,
+                size(report.leaked_bytes)
+            );
+        }
+    }
+
+    pub(crate) fn mapped(&self, runs: &[Run], totals: &MapTotals) {
+        if self.is_json() {
+            return self.json(&json!({ "runs": runs, "totals": totals }));
+        }
+        let mut table = self.table(&["offset", "length", "state"]);
+        for run in runs.iter().take(ROWS_MAX) {
+            let state = match run.state {
+                RunState::Data => self.cell("data", Color::Green),
+                RunState::Zero => Cell::new("zero"),
+                RunState::Unallocated => Cell::new("unallocated"),
+            };
+            table.add_row(vec![Cell::new(run.offset), Cell::new(run.length), state]);
+        }
+        say!("{table}");
+        if runs.len() > ROWS_MAX {
+            say!("and {} more; --json has all of them", runs.len() - ROWS_MAX);
+        }
+        say!(
+            "data {}, zero {}, unallocated {}",
+            size(totals.data_bytes),
+            size(totals.zero_bytes),
+            size(totals.unallocated_bytes)
+        );
+    }
+
+    pub(crate) fn converted(&self, report: &ConvertReport) {
+        if self.is_json() {
+            return self.json(report);
+        }
+        say!(
+            "{} is a {} image of {}, of which {} are data",
+            report.path.display(),
+            report.kind,
+            size(report.size_bytes),
+            size(report.written_bytes)
+        );
+    }
+
+    pub(crate) fn compared(&self, report: &CompareReport) {
+        if self.is_json() {
+            return self.json(report);
+        }
+        match (report.first_difference, report.size_bytes) {
+            (Some(at), _) => say!("the disks differ, first at byte {at}"),
+            (None, [one, other]) if one != other => {
+                say!(
+                    "the disks are equal, and the longer one ends in {} zeros",
+                    one.abs_diff(other)
+                );
+            }
+            (None, _) => say!("the disks are equal"),
+        }
+    }
+
+    pub(crate) fn plan(&self, plan: &RepairPlan) {
+        if let Some(sentence) = &plan.cannot_open {
+            say!("it cannot be opened: {sentence}");
+        }
+        let mut table = self.table(&["file", "fix", "bytes lost"]);
+        for fix in plan.fixes.iter().take(ROWS_MAX) {
+            table.add_row(vec![
+                Cell::new(fix.path.display()),
+                Cell::new(&fix.sentence),
+                Cell::new(fix.lost_bytes),
+            ]);
+        }
+        say!("{table}");
+        if plan.fixes.len() > ROWS_MAX {
+            say!("and {} more", plan.fixes.len() - ROWS_MAX);
+        }
+        say!("{} fixes; {} of the disk are lost", plan.fixes.len(), size(plan.lost_bytes));
+    }
+}
