@@ -55,8 +55,9 @@ pub struct Report {
     pub down_bytes_per_second: f64,
     /// Bytes a second that the target's store takes durably.
     pub disk_bytes_per_second: u64,
-    /// Median round-trip time of a small message while the way up was flooded, in seconds.
-    pub loaded_rtt_seconds: f64,
+    /// Median and 99th percentile of the round-trip time of a small message while the way up was
+    /// flooded, in seconds.
+    pub loaded_rtt_seconds: (f64, f64),
     /// What keeps the rate to the target from being higher.
     pub limit: Limit,
 }
@@ -164,7 +165,7 @@ pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow
         Limit::Cpu
     } else if (disk_bytes_per_second as f64) < up.bytes_per_second {
         Limit::Disk
-    } else if up.bytes_per_second * up.rtt_seconds > 0.8 * window_bytes {
+    } else if up.bytes_per_second * up.rtt_seconds.0 > 0.8 * window_bytes {
         Limit::Window
     } else {
         Limit::Link
@@ -189,11 +190,17 @@ pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow
 /// What the way up came to.
 struct Up {
     bytes_per_second: f64,
-    rtt_seconds: f64,
+    rtt_seconds: (f64, f64),
     lost_share: f64,
     mtu_bytes: u16,
     dropped_datagrams: u64,
     cpu_percent: u64,
+}
+
+/// The figure that this share of the sorted ones does not exceed.
+fn share(sorted: &[f64], share: f64) -> f64 {
+    let index = (sorted.len() as f64 * share) as usize;
+    sorted.get(index.min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
 }
 
 /// The control stream of a probe.
@@ -263,7 +270,7 @@ impl Prober {
         let packets = (after.sent_packets - stats.sent_packets).max(1);
         Ok(Up {
             bytes_per_second: (last.received_bytes - before.received_bytes) as f64 / seconds,
-            rtt_seconds: rtts.get(rtts.len() / 2).copied().unwrap_or_default(),
+            rtt_seconds: (share(&rtts, 0.5), share(&rtts, 0.99)),
             lost_share: (after.lost_packets - stats.lost_packets) as f64 / packets as f64,
             mtu_bytes: after.mtu_bytes,
             dropped_datagrams: last.dropped_datagrams - before.dropped_datagrams,

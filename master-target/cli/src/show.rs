@@ -178,12 +178,9 @@ impl Output {
             }
         }
         let (least, median) = report.rtt_seconds;
-        let loaded = ms(report.loaded_rtt_seconds);
-        say!(
-            "round trip  {} at least, {} in the middle, {loaded} under load",
-            ms(least),
-            ms(median)
-        );
+        let (loaded, worst) = report.loaded_rtt_seconds;
+        let loaded = format!("{} under load (99 of 100 below {})", ms(loaded), ms(worst));
+        say!("round trip  {} at least, {} in the middle, {loaded}", ms(least), ms(median));
         say!("clock       the target's is {:+.3} s from this one", report.clock_skew_seconds);
         if report.mtu_bytes > 0 {
             say!("MTU         {} bytes of UDP payload", report.mtu_bytes);
