@@ -41,8 +41,10 @@ pub(super) struct Flow {
     pub(super) slow_rounds: u32,
     /// The window beside somebody else who yields.
     pub(super) rival: Option<Rival>,
-    /// Cuts of `rival` in the last rounds, as a share of them: high when nobody else yields.
+    /// Cuts of `rival` in the last rounds, as a share of them.
     pub(super) cut_share: f64,
+    /// Nobody else yields: until then, neither do we.
+    defied_until: Option<Instant>,
     /// Highest round-trip time that was seen lately: with it, the queue is full.
     peak_rtt: Duration,
     pub(super) clump_epoch: (Instant, f64),
@@ -71,6 +73,7 @@ impl Flow {
             slow_rounds: 0,
             rival: None,
             cut_share: 0.0,
+            defied_until: None,
             peak_rtt: Duration::ZERO,
             clump_epoch: (now, 0.0),
             window_bytes: WINDOW_PACKETS_INITIAL * f64::from(mtu),
@@ -244,9 +247,7 @@ impl Flow {
         let (rate, bdp) = (self.rate(), self.bdp());
         let base = self.base_rtt();
         let cruise = match &self.rival {
-            Some(rival) if !self.is_defied() => {
-                (rival.window_packets() * self.mtu_bytes).min(RIVAL_MAX * bdp)
-            }
+            Some(rival) => (rival.window_packets() * self.mtu_bytes).min(RIVAL_MAX * bdp),
             _ => rate * (base + self.hold()).as_secs_f64() + self.mtu_bytes,
         };
         let target = match &self.phase {
@@ -300,14 +301,20 @@ impl Flow {
 
     /// Takes up, follows or gives up Cubic's law.
     fn follow_rival(&mut self, now: Instant, end: &RoundEnd, congested: bool) {
-        if !self.is_shared() {
-            (self.rival, self.cut_share) = (None, 0.0);
+        if self.defied_until.is_some_and(|until| now >= until) {
+            (self.rival, self.cut_share, self.defied_until) = (None, 0.0, None);
+        }
+        if !self.is_shared() || self.is_defied() {
+            self.rival = None;
             return;
         }
         let start = self.window_bytes / self.mtu_bytes;
         let rival = self.rival.get_or_insert_with(|| Rival::new(now, start));
         let cut = rival.end_round(now, congested);
         self.cut_share += (f64::from(u8::from(cut)) - self.cut_share) / CUT_ROUNDS;
+        if self.cut_share > CUT_DEFIED || rival.falling_cuts() >= CUTS_FALLING {
+            self.defied_until = Some(now + DEFIED);
+        }
         let probing = matches!(self.phase, Phase::Down { .. } | Phase::ProbeRtt { .. });
         if !probing && !end.app_limited {
             let packets = (end.total_bytes - end.lost_bytes) / self.mtu_bytes;
@@ -317,7 +324,7 @@ impl Flow {
 
     /// Somebody shares the path and does not yield when we do.
     pub(super) fn is_defied(&self) -> bool {
-        self.cut_share > CUT_DEFIED
+        self.defied_until.is_some()
     }
 }
 
@@ -343,6 +350,11 @@ const CUT_ROUNDS: f64 = 32.0;
 /// Cubic cuts once in twenty rounds or more; who has to cut more often has met somebody who does
 /// not yield.
 const CUT_DEFIED: f64 = 0.06;
+/// Cuts in a row, each at a smaller window than the one before: two or three bring us to half the
+/// link beside somebody who yields, more only beside somebody who does not.
+const CUTS_FALLING: u32 = 4;
+/// How long that is believed before yielding is tried again.
+const DEFIED: Duration = Duration::from_secs(30);
 /// How much of the highest queue is remembered from round to round.
 const PEAK_KEPT: f64 = 0.99;
 /// From this share of it on the queue counts as full.

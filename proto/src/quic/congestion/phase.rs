@@ -60,7 +60,7 @@ impl Flow {
                 self.round.ends_at_bytes = self.delivery.delivered_bytes();
             }
             Phase::Cruise { until } if now >= until => {
-                if self.rival.is_some() && !self.is_defied() {
+                if self.rival.is_some() {
                     // Cubic's law probes by itself; only whether anybody is there must be seen.
                     self.enter_down();
                 } else {
