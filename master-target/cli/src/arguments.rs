@@ -105,7 +105,8 @@ pub(crate) enum LinkVerb {
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Kinds: raw, monolithicFlat, twoGbMaxExtentFlat, vmfs, monolithicSparse, \
-    twoGbMaxExtentSparse, streamOptimized, vmfsSparse, seSparse, vhd.")]
+    twoGbMaxExtentSparse, streamOptimized, vmfsSparse, seSparse, vhd.\n\nExit codes: 0 done, 1 refused \
+    or failed, 2 arguments, 3 damage was found. Of compare: 0 equal, 1 different, 2 failed.")]
 pub(crate) enum ImageVerb {
     /// What an image is: kind, sizes, identity, files, parents
     Info {
@@ -126,30 +127,19 @@ pub(crate) enum ImageVerb {
         input: ImageInput,
     },
     /// Make a new image of another kind with the same content
-    Convert {
-        /// The kind to make
-        #[arg(short = 'O', long = "kind")]
-        to: Kind,
-        #[command(flatten)]
-        input: ImageInput,
-        /// The new image, which must not exist
-        output: PathBuf,
-        /// The controller that the new descriptor names
-        #[arg(long, default_value_t = AdapterType::LsiLogic)]
-        adapter: AdapterType,
-        /// For streamOptimized: 1 is fast, 9 is small
-        #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=9))]
-        deflate_level: u32,
-        /// For vmfs: reserve the space
-        #[arg(long)]
-        thick: bool,
-    },
-    /// Compare two disks; exit code 3 when they differ
+    Convert(ConvertArguments),
+    /// Compare two disks; exit code 1 when they differ
     Compare {
         /// One image
         one: PathBuf,
         /// The other
         other: PathBuf,
+        /// What the one must be; probed when absent
+        #[arg(short = 'f', long)]
+        from: Option<Kind>,
+        /// What the other must be; probed when absent
+        #[arg(short = 'F', long)]
+        other_from: Option<Kind>,
         /// Follow paths out of the images' folders
         #[arg(long)]
         allow_outside: bool,
@@ -182,6 +172,29 @@ pub(crate) enum ImageVerb {
         #[arg(long)]
         yes: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArguments {
+    /// The kind to make
+    #[arg(short = 'O', long = "kind")]
+    pub(crate) to: Kind,
+    #[command(flatten)]
+    pub(crate) input: ImageInput,
+    /// The new image, which must not exist
+    pub(crate) output: PathBuf,
+    /// The controller that the new descriptor names
+    #[arg(long, default_value_t = AdapterType::LsiLogic)]
+    pub(crate) adapter: AdapterType,
+    /// For streamOptimized: 1 is fast, 9 is small
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=9))]
+    pub(crate) deflate_level: u32,
+    /// For vmfs: reserve the space
+    #[arg(long)]
+    pub(crate) thick: bool,
+    /// Replace the image that is there, once the new one is whole
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use backhaul_api::{Client, ClientError, CommitRequest, FailoverRequest, Stage};
+use backhaul_disk_image::ImageError;
 use backhaul_proto::limits::PROBE_TIME_MAX;
 use clap::{CommandFactory, Parser};
 
@@ -45,12 +46,19 @@ fn fail(output: &Output, error: &anyhow::Error) -> ExitCode {
         Some(ClientError::Unreachable { .. }) => "unreachable",
         _ => "failed",
     };
-    // A client error's own sentence says all; its source would only repeat the end of it.
-    let sentence = client_error.map_or_else(|| format!("{error:#}"), ToString::to_string);
+    let sentence = client_error.map_or_else(|| sentence(error), ToString::to_string);
     output.failure(code, &sentence);
     match client_error {
         Some(ClientError::Unreachable { .. }) => ExitCode::from(EXIT_UNREACHABLE),
         _ => ExitCode::from(EXIT_FAILED),
+    }
+}
+
+/// What went wrong, said once: the sentence of a client's or an image's error ends with its source.
+fn sentence(error: &anyhow::Error) -> String {
+    match error.downcast_ref::<ImageError>() {
+        Some(error) => error.to_string(),
+        None => format!("{error:#}"),
     }
 }
 

@@ -1,23 +1,31 @@
 //! `backhaul image`: the disk-image library at work on files, without a target.
 
+mod bar;
+mod replace;
 mod show;
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{bail, ensure};
-use backhaul_disk_image::ops::{self, ConvertOptions};
-use backhaul_disk_image::{CreateOptions, Deep, OpenOptions, Progress, Run, create, open};
-use indicatif::{ProgressBar, ProgressStyle};
+use anyhow::{Context, anyhow, bail, ensure};
+use backhaul_disk_image::ops::{self, ConvertOptions, RepairPlan};
+use backhaul_disk_image::{
+    CreateOptions, Deep, ErrorKind, ImageError, OpenOptions, Run, create, open,
+};
 use serde_json::json;
 
-use crate::arguments::{ImageInput, ImageVerb};
+use self::bar::Bar;
+use crate::arguments::{ConvertArguments, ImageInput, ImageVerb};
 use crate::print::say;
 use crate::show::Output;
 
-/// Damage was found, or two disks differ.
-const EXIT_DIFFERENT: u8 = 3;
+/// Damage was found.
+const EXIT_DAMAGED: u8 = 3;
+/// Two disks differ, as cmp and qemu-img have it.
+const EXIT_DIFFERENT: u8 = 1;
+/// Two disks could not be compared.
+const EXIT_NOT_COMPARED: u8 = 2;
 
 /// Does what was asked for; errors have exit code 1.
 pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode> {
@@ -25,24 +33,22 @@ pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode>
         ImageVerb::Info { input } => output.image_info(&ops::info(&input.image, &input.options())?),
         ImageVerb::Check { input, deep } => return check(input, *deep, output),
         ImageVerb::Map { input } => map(input, output)?,
-        ImageVerb::Convert { to, input, output: target, adapter, deflate_level, thick } => {
-            let source = open(&input.image, &input.options())?;
-            let mut options = ConvertOptions::new(*to);
-            options.create.adapter = *adapter;
-            options.create.thin = !thick;
-            options.deflate_level = *deflate_level;
-            let bar = Bar::new(output, "converting");
-            let report = ops::convert(&*source, target, &options, &mut bar.advance())?;
-            bar.finish();
-            output.converted(&report);
-        }
-        ImageVerb::Compare { one, other, allow_outside } => {
-            return compare(one, other, *allow_outside, output);
+        ImageVerb::Convert(arguments) => convert(arguments, output)?,
+        ImageVerb::Compare { one, other, from, other_from, allow_outside } => {
+            let options = |kind| {
+                let allow_outside = *allow_outside;
+                OpenOptions { kind, allow_outside, ..OpenOptions::read_only() }
+            };
+            let sides = [(one, options(*from)), (other, options(*other_from))];
+            return Ok(compare(sides, output).unwrap_or_else(|error| {
+                output.failure("failed", &crate::sentence(&error));
+                ExitCode::from(EXIT_NOT_COMPARED)
+            }));
         }
         ImageVerb::Create { to, output: target, size, adapter, parent, thick } => {
             let size_bytes = match (size, parent) {
                 (Some(size), _) => size.as_u64(),
-                (None, Some(parent)) => ops::info(parent, &OpenOptions::read_only())?.size_bytes,
+                (None, Some(parent)) => ops::info(parent, &PARENT)?.size_bytes,
                 (None, None) => bail!("a new image needs a size, such as --size 40GiB"),
             };
             let mut options = CreateOptions::new(*to, size_bytes);
@@ -50,12 +56,16 @@ pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode>
             options.parent.clone_from(parent);
             options.thin = !thick;
             create(target, &options)?;
-            output.image_info(&ops::info(target, &OpenOptions::read_only())?);
+            // A parent elsewhere was named by whoever asks.
+            output.image_info(&ops::info(target, &PARENT)?);
         }
         ImageVerb::Repair { input, yes } => return repair(input, *yes, output),
     }
     Ok(ExitCode::SUCCESS)
 }
+
+/// How an image is opened that the command line itself names as a parent.
+const PARENT: OpenOptions = OpenOptions { allow_outside: true, ..OpenOptions::read_only() };
 
 impl ImageInput {
     fn options(&self) -> OpenOptions {
@@ -74,29 +84,53 @@ fn check(input: &ImageInput, deep: bool, output: &Output) -> anyhow::Result<Exit
     let report = ops::check(&input.image, &input.options(), deep, &mut bar.advance())?;
     bar.finish();
     output.checked(&report);
-    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DIFFERENT) })
+    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DAMAGED) })
 }
 
 fn map(input: &ImageInput, output: &Output) -> anyhow::Result<()> {
     let image = open(&input.image, &input.options())?;
+    let runs_max = if output.is_json() { usize::MAX } else { show::ROWS_MAX };
     let mut runs: Vec<Run> = Vec::new();
-    // As JSON the runs are one value, and a table needs its widths: both want all of them.
     let totals = ops::map(&*image, &mut |run| {
-        runs.push(run);
+        if runs.len() < runs_max {
+            runs.push(run);
+        }
         true
     })?;
     output.mapped(&runs, &totals);
     Ok(())
 }
 
-fn compare(
-    one: &Path,
-    other: &Path,
-    allow_outside: bool,
-    output: &Output,
-) -> anyhow::Result<ExitCode> {
-    let options = OpenOptions { allow_outside, ..OpenOptions::read_only() };
-    let (left, right) = (open(one, &options)?, open(other, &options)?);
+fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> {
+    let source = open(&arguments.input.image, &arguments.input.options())?;
+    let mut options = ConvertOptions::new(arguments.to);
+    options.create.adapter = arguments.adapter;
+    options.create.thin = !arguments.thick;
+    options.deflate_level = arguments.deflate_level;
+    let bar = Bar::new(output, "converting");
+    let make = |target: &Path| Ok(ops::convert(&*source, target, &options, &mut bar.advance())?);
+    let report = match arguments.force {
+        true => replace::replace(&*source, &arguments.output, make),
+        false => make(&arguments.output).map_err(|error| told_of_force(error, &arguments.output)),
+    }?;
+    bar.finish();
+    output.converted(&report);
+    Ok(())
+}
+
+fn told_of_force(error: anyhow::Error, target: &Path) -> anyhow::Error {
+    let exists = |error: &ImageError| error.kind() == ErrorKind::Exists;
+    if !error.downcast_ref().is_some_and(exists) {
+        return error;
+    }
+    let sentence =
+        "exists already and is not overwritten; choose another name, or replace it with --force";
+    anyhow!("{}: {sentence}", target.display())
+}
+
+fn compare(sides: [(&PathBuf, OpenOptions); 2], output: &Output) -> anyhow::Result<ExitCode> {
+    let [(one, options), (other, other_options)] = sides;
+    let (left, right) = (open(one, &options)?, open(other, &other_options)?);
     let bar = Bar::new(output, "comparing");
     let report = ops::compare(&*left, &*right, None, &mut bar.advance())?;
     bar.finish();
@@ -107,78 +141,63 @@ fn compare(
 /// A repair may uncover what another one has to mend, so plans are made until one is empty.
 fn repair(input: &ImageInput, yes: bool, output: &Output) -> anyhow::Result<ExitCode> {
     let mut applied = 0;
+    let mut last: Option<RepairPlan> = None;
     loop {
         let bar = Bar::new(output, "examining");
         let plan = ops::plan_repair(&input.image, &input.options(), &mut bar.advance())?;
         bar.finish();
         if plan.fixes.is_empty() {
-            let clean = plan.report.as_ref().is_some_and(|report| report.is_clean());
-            if output.is_json() {
-                output.json(&json!({ "applied": applied, "clean": clean }));
-            } else if clean {
-                say!("{} fixes applied; the image is clean", applied);
-            } else {
-                say!("{} fixes applied; what is left cannot be repaired:", applied);
-                if let Some(report) = &plan.report {
-                    output.checked(report);
-                }
-            }
-            return Ok(if clean { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DIFFERENT) });
+            return Ok(repaired(&plan, applied, output));
+        }
+        ensure!(
+            last.as_ref().is_none_or(|last| last.fixes != plan.fixes),
+            "{}: {applied} fixes were applied and the same damage is found again; check the storage",
+            input.image.display()
+        );
+        if output.is_json() && !yes {
+            output.json(&json!({ "applied": applied, "clean": false, "plan": plan }));
+            return Ok(ExitCode::from(EXIT_DAMAGED));
         }
         if !output.is_json() {
             output.plan(&plan);
         }
+        let untouched = || format!("{} was not touched", input.image.display());
         if !yes {
             ensure!(
-                std::io::stdin().is_terminal() && !output.is_json(),
-                "{} was not touched: run this with --yes to apply the plan",
-                input.image.display()
+                std::io::stdin().is_terminal(),
+                "{}: run this with --yes to apply the plan",
+                untouched()
             );
-            if !asked()? {
-                bail!("{} was not touched", input.image.display());
-            }
+            ensure!(asked().with_context(untouched)?, untouched());
         }
         let bar = Bar::new(output, "repairing");
         applied += ops::apply_repair(&plan, &mut bar.advance())?.applied;
         bar.finish();
+        last = Some(plan);
     }
+}
+
+/// Says how a repair ended.
+fn repaired(plan: &RepairPlan, applied: usize, output: &Output) -> ExitCode {
+    let clean = plan.report.as_ref().is_some_and(|report| report.is_clean());
+    if output.is_json() {
+        output.json(&json!({ "applied": applied, "clean": clean, "plan": plan }));
+    } else if clean {
+        say!("{applied} fixes applied; the image is clean");
+    } else {
+        say!("{applied} fixes applied; what is left cannot be repaired:");
+        if let Some(report) = &plan.report {
+            output.checked(report);
+        }
+    }
+    if clean { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DAMAGED) }
 }
 
 fn asked() -> std::io::Result<bool> {
-    print!("Apply this plan? A copy of the image first is wise. [y/N] ");
-    std::io::stdout().flush()?;
+    let mut terminal = std::io::stderr();
+    write!(terminal, "Apply this plan? A copy of the image first is wise. [y/N] ")?;
+    terminal.flush()?;
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
-}
-
-/// A progress bar on a terminal; nothing elsewhere.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new(output: &Output, what: &str) -> Self {
-        let bar = if output.is_json() || !std::io::stderr().is_terminal() {
-            ProgressBar::hidden()
-        } else {
-            ProgressBar::new(0)
-        };
-        let template = "{prefix} [{bar:30.cyan/blue}] {percent:>3}% {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_prefix(what.to_owned());
-        Self(bar)
-    }
-
-    fn advance(&self) -> impl Progress + '_ {
-        |done_bytes, total_bytes| {
-            self.0.set_length(total_bytes);
-            self.0.set_position(done_bytes);
-            true
-        }
-    }
-
-    fn finish(&self) {
-        self.0.finish_and_clear();
-    }
 }

@@ -10,7 +10,7 @@ use crate::print::say;
 use crate::show::Output;
 
 /// Runs and findings that a table shows; `--json` has all of them.
-const ROWS_MAX: usize = 100;
+pub(super) const ROWS_MAX: usize = 100;
 
 fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
@@ -111,8 +111,9 @@ impl Output {
             table.add_row(vec![Cell::new(run.offset), Cell::new(run.length), state]);
         }
         say!("{table}");
-        if runs.len() > ROWS_MAX {
-            say!("and {} more; --json has all of them", runs.len() - ROWS_MAX);
+        let more = totals.runs.saturating_sub(ROWS_MAX as u64);
+        if more > 0 {
+            say!("and {more} more; --json has all of them");
         }
         say!(
             "data {}, zero {}, unallocated {}",
