@@ -9,7 +9,6 @@ use backhaul_daemon::bandwidth::Rate;
 use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId};
-use backhaul_proto::link::Transport;
 use backhaul_proto::message::{
     Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, LinkReport,
     MachineHello, MachineWelcome, Progress, Standing, agent_message, target_message,
@@ -90,7 +89,7 @@ pub struct Agent {
     acked_bytes_per_second: f64,
     /// The ceiling of all machines together, as QUIC keeps it.
     ceiling: RateLimit,
-    /// The same over TCP.
+    /// The same, batch by batch.
     link_limit: BatchLimit,
     first_to_send: usize,
     /// How long the last heartbeat took there and back, in microseconds.
@@ -632,10 +631,9 @@ impl Agent {
         let now = Instant::now();
         let ceiling = self.config.limit.now().map(Rate::bytes_per_second);
         self.ceiling.set(ceiling);
-        // QUIC keeps the ceiling packet by packet; over TCP it is counted out in batches.
-        let over_tcp =
-            self.link.as_ref().is_some_and(|link| link.connection.transport() == Transport::Tcp);
-        self.link_limit.set(ceiling.filter(|_| over_tcp));
+        // QUIC keeps the ceiling packet by packet. Over TCP, and on paths so short that a window
+        // of a few packets already exceeds it, it is counted out in batches.
+        self.link_limit.set(ceiling);
         for machine in &mut self.machines {
             let ceiling = machine.config.limit.now();
             machine.limit.set(ceiling.map(Rate::bytes_per_second));
