@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use backhaul_daemon::bandwidth::Rate;
 use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::EncodedBatch;
-use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId};
-use backhaul_proto::link::Transport;
+use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, MachineName, PointId};
 use backhaul_proto::message::{
     Ack, DiskHello, HashReply, HashRequest, Heartbeat, Hello, Job, JobKind, JobReply, LinkReport,
     MachineHello, MachineWelcome, Progress, Standing, agent_message, target_message,
@@ -18,6 +17,7 @@ use backhaul_proto::quic::RateLimit;
 use backhaul_proto::session::{BatchLimit, Sender};
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 use crate::batch::{EncodePool, Encoded};
 use crate::capture::{
@@ -66,7 +66,9 @@ struct Machine {
     replicating: Option<MachineIndex>,
     point_period: Option<Duration>,
     next_point: Instant,
-    running_job: Option<u64>,
+    running_job: Option<(u64, AbortHandle)>,
+    /// Held while the machine's state file is replaced.
+    state_lock: Arc<tokio::sync::Mutex<()>>,
     last_reply: Option<JobReply>,
     sync_sent_bytes: u64,
     trouble: String,
@@ -77,6 +79,8 @@ pub struct Agent {
     config_path: PathBuf,
     config: Config,
     machines: Vec<Machine>,
+    /// Machines of the configuration whose protection has ended.
+    ended: Vec<MachineName>,
     pool: EncodePool,
     link: Option<LinkUp>,
     /// Why there is no link, to log a reason only when it changes.
@@ -90,7 +94,7 @@ pub struct Agent {
     acked_bytes_per_second: f64,
     /// The ceiling of all machines together, as QUIC keeps it.
     ceiling: RateLimit,
-    /// The same over TCP.
+    /// The same, batch by batch.
     link_limit: BatchLimit,
     first_to_send: usize,
     /// How long the last heartbeat took there and back, in microseconds.
@@ -113,6 +117,7 @@ impl Agent {
         let mut agent = Self {
             config_path: config_path.to_owned(),
             machines: Vec::new(),
+            ended: Vec::new(),
             pool,
             link: None,
             down_reason: String::new(),
@@ -145,6 +150,7 @@ impl Agent {
                 "protection ended with its commit; to protect it again, remove {}",
                 file.display()
             );
+            self.ended.push(config.name);
             return Ok(());
         }
         let mut disks = Vec::new();
@@ -189,6 +195,7 @@ impl Agent {
             point_period: None,
             next_point: Instant::now(),
             running_job: None,
+            state_lock: Arc::default(),
             last_reply: None,
             sync_sent_bytes: 0,
             trouble: String::new(),
@@ -338,6 +345,7 @@ impl Agent {
             version_max: VERSION_MAX.0,
             software: env!("CARGO_PKG_VERSION").into(),
             machines: machines.collect(),
+            ended_machines: self.ended.iter().map(ToString::to_string).collect(),
         }
     }
 
@@ -378,6 +386,11 @@ impl Agent {
                 machine.sender.handle_disconnected();
                 machine.replicating = None;
                 machine.sync.send(SyncInput::Disconnected);
+                if welcome.fence && !machine.capture.is_fenced() {
+                    tracing::warn!(machine = %name, "it was failed over without having been shut down; its writes are refused from now on");
+                    let context = self.job_context(welcome.machine as usize);
+                    tokio::spawn(job::fence(context));
+                }
             }
             Standing::Ended => {
                 machine.replicating = None;
@@ -532,8 +545,12 @@ impl Agent {
             let reply = JobReply { machine: job.machine, ..reply.clone() };
             return self.say(agent_message::Kind::JobReply(reply));
         }
-        if machine.running_job == Some(job.job) {
-            return;
+        match &machine.running_job {
+            Some((running, _)) if *running == job.job => return,
+            // What was asked before counts no more: a shutdown that a cancel has overtaken must
+            // not raise the fence afterwards. Its hook ends with it.
+            Some((_, running)) => running.abort(),
+            None => {}
         }
         if job.kind() == JobKind::Resync {
             let reply = JobReply { job: job.job, machine: job.machine, ..JobReply::default() };
@@ -541,22 +558,34 @@ impl Agent {
             self.say(agent_message::Kind::JobReply(reply));
             return self.restart(index);
         }
-        machine.running_job = Some(job.job);
+        let job_number = job.job;
         tracing::info!(machine = %machine.config.name, job = job.job, kind = ?job.kind(), "a job began");
-        let context = JobContext {
-            capture: Arc::clone(&machine.capture),
-            config: machine.config.clone(),
-            state_dir: self.config.state_dir.clone(),
-        };
+        let context = self.job_context(index);
         let events = self.events.clone();
-        tokio::spawn(async move {
+        let running = tokio::spawn(async move {
             let reply = job::execute(context, job).await;
             let _ = events.send(Event::JobDone(index, reply));
         });
+        self.machines[index].running_job = Some((job_number, running.abort_handle()));
+    }
+
+    fn job_context(&self, index: usize) -> JobContext {
+        let machine = &self.machines[index];
+        JobContext {
+            capture: Arc::clone(&machine.capture),
+            config: machine.config.clone(),
+            state_dir: self.config.state_dir.clone(),
+            state_lock: Arc::clone(&machine.state_lock),
+        }
     }
 
     fn handle_job_done(&mut self, index: usize, reply: JobReply) {
         let machine = &mut self.machines[index];
+        // The last words of a job that was overtaken.
+        if machine.running_job.as_ref().is_none_or(|(running, _)| *running != reply.job) {
+            return;
+        }
+        machine.running_job = None;
         match &reply.failure {
             None => {
                 tracing::info!(machine = %machine.config.name, job = reply.job, "the job is done")
@@ -564,9 +593,6 @@ impl Agent {
             Some(failure) => {
                 tracing::error!(machine = %machine.config.name, job = reply.job, "{}", failure.sentence);
             }
-        }
-        if machine.running_job == Some(reply.job) {
-            machine.running_job = None;
         }
         machine.last_reply = Some(reply.clone());
         let reply = JobReply { machine: index as u32, ..reply };
@@ -632,10 +658,9 @@ impl Agent {
         let now = Instant::now();
         let ceiling = self.config.limit.now().map(Rate::bytes_per_second);
         self.ceiling.set(ceiling);
-        // QUIC keeps the ceiling packet by packet; over TCP it is counted out in batches.
-        let over_tcp =
-            self.link.as_ref().is_some_and(|link| link.connection.transport() == Transport::Tcp);
-        self.link_limit.set(ceiling.filter(|_| over_tcp));
+        // QUIC keeps the ceiling packet by packet. Over TCP, and on paths so short that a window
+        // of a few packets already exceeds it, it is counted out in batches.
+        self.link_limit.set(ceiling);
         for machine in &mut self.machines {
             let ceiling = machine.config.limit.now();
             machine.limit.set(ceiling.map(Rate::bytes_per_second));

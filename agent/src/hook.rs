@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use backhaul_proto::id::MachineName;
 use tokio::io::AsyncReadExt;
-use tokio::process::Command;
+use tokio::process::{ChildStderr, Command};
 
 /// Of what a hook prints on standard error, this much is kept for the message.
 const STDERR_BYTES_MAX: u64 = 1024;
+
+/// How long what it said is waited for after its end.
+const STDERR_TIME_MAX: Duration = Duration::from_millis(200);
 
 /// Runs `hook` (program and arguments) for `machine`, whose name it finds in `BACKHAUL_MACHINE`.
 /// An empty hook succeeds.
@@ -35,13 +38,11 @@ pub async fn run(
         .map_err(|error| format!("the {what} hook `{program}` cannot be started: {error}"))?;
     let stderr = child.stderr.take();
     let finished = tokio::time::timeout(limit, async {
-        let mut said = Vec::new();
-        if let Some(mut stderr) = stderr {
-            let _ = (&mut stderr).take(STDERR_BYTES_MAX).read_to_end(&mut said).await;
-            // The rest is drained, so that a talkative hook is not blocked.
-            let _ = tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await;
-        }
-        (child.wait().await, said)
+        let said = tokio::spawn(read_stderr(stderr));
+        let status = child.wait().await;
+        // A child that the hook left behind may keep its standard error open for ever.
+        let said = tokio::time::timeout(STDERR_TIME_MAX, said).await;
+        (status, said.ok().and_then(Result::ok).unwrap_or_default())
     })
     .await;
     match finished {
@@ -57,6 +58,16 @@ pub async fn run(
             Err(format!("the {what} hook `{program}` failed ({status}){colon}{said}"))
         }
     }
+}
+
+/// The beginning of what a hook says; the rest is drained, so that it is not blocked.
+async fn read_stderr(stderr: Option<ChildStderr>) -> Vec<u8> {
+    let mut said = Vec::new();
+    if let Some(mut stderr) = stderr {
+        let _ = (&mut stderr).take(STDERR_BYTES_MAX).read_to_end(&mut said).await;
+        tokio::spawn(async move { tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await });
+    }
+    said
 }
 
 #[cfg(test)]

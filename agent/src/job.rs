@@ -23,6 +23,9 @@ pub struct JobContext {
     pub config: MachineConfig,
     /// Where its state is kept.
     pub state_dir: PathBuf,
+    /// Held while that is replaced, so that a job which was overtaken half-way does not have the
+    /// last word.
+    pub state_lock: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Does a job. Every kind can be done again: a fence that is up stays up, a hook that ran is run
@@ -49,6 +52,13 @@ pub async fn execute(context: JobContext, job: Job) -> JobReply {
         Err(refusal) => reply.failure = Some(refusal),
     }
     reply
+}
+
+/// Refuses the machine's writes from now on: it was failed over without its shutdown.
+pub async fn fence(context: JobContext) {
+    if let Err(refusal) = protect(&context, Protection::Fenced, Fence::Up).await {
+        tracing::error!(machine = %context.capture.name(), "{}", refusal.sentence);
+    }
 }
 
 type JobResult = Result<Option<(u64, u64)>, Refusal>;
@@ -92,7 +102,12 @@ async fn run_hook(context: &JobContext, what: &str, hook: &[String]) -> Result<(
 async fn protect(context: &JobContext, protection: Protection, fence: Fence) -> JobResult {
     let state = MachineState { protection };
     let (dir, name) = (context.state_dir.clone(), context.capture.name().clone());
-    let stored = tokio::task::spawn_blocking(move || state.store(&dir, &name)).await;
+    let lock = Arc::clone(&context.state_lock).lock_owned().await;
+    let stored = tokio::task::spawn_blocking(move || {
+        let _lock = lock;
+        state.store(&dir, &name)
+    });
+    let stored = stored.await;
     let sentence = match stored {
         Ok(Ok(())) => {
             context.capture.set_fence(fence).await;

@@ -29,6 +29,12 @@ enum What {
     },
     /// 4 KiB random writes through the export against qemu-nbd
     GuestWrites,
+    /// Control under load over the same links
+    Control {
+        /// Only links whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+    },
     /// Payload over long, lossy links against iperf3, rsync, nbdcopy over TLS and quinn's Cubic
     Links {
         /// Only links whose name contains this
@@ -49,6 +55,7 @@ async fn main() -> anyhow::Result<()> {
         What::Links { only, contender } => {
             links::run(&arguments.dir, arguments.runs, &only, &contender).await
         }
+        What::Control { only } => links::probe(&arguments.dir, arguments.runs, &only).await,
         What::GuestWrites => guest_writes::run(&arguments.dir, arguments.runs).await,
     }
 }

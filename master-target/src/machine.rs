@@ -75,6 +75,9 @@ pub struct Open {
     pub images: Arc<Vec<FlatImage>>,
     /// Every batch up to here is on the disks.
     pub applied: BatchSeq,
+    /// The worker has begun the generation of `receiver`: before, the disks still change by the one
+    /// before, and nothing may be concluded from what they hold.
+    pub begun: bool,
     /// Acknowledged data is gone: only a new generation helps.
     pub damaged: bool,
     /// Bytes delivered to the worker and not durable.
@@ -185,9 +188,10 @@ impl Machine {
         )?;
         self.handle_recovered(&recovered)?;
         let hold = self.hold();
-        let worker = Worker::start(&self.config.name, store, hold, journal_bytes_max, report)?;
-        let config = ReceiverConfig { window_bytes, ..ReceiverConfig::default() };
         let generation = recovered.generation.unwrap_or_default();
+        let worker =
+            Worker::start(&self.config.name, store, generation, hold, journal_bytes_max, report)?;
+        let config = ReceiverConfig { window_bytes, ..ReceiverConfig::default() };
         let (durable, write) = (recovered.durable, recovered.durable_write);
         let disks = images.iter().map(|image| {
             Ok(Arc::new(ReadableDisk {
@@ -203,6 +207,7 @@ impl Machine {
             disks: disks.collect::<std::io::Result<_>>()?,
             images: Arc::new(images),
             applied: recovered.applied,
+            begun: true,
             damaged: recovered.damage.is_some(),
             pending_bytes: 0,
             usage: None,

@@ -29,8 +29,9 @@ pub enum Command {
     Hold(Option<BatchSeq>),
     /// A new generation begins.
     Begin(Generation),
-    /// Bring the disks to the end of a batch, or of the journal, and make them durable; then hold.
-    Prepare(Option<BatchSeq>),
+    /// Bring the disks to the end of a batch of a generation, or of the journal, and make them
+    /// durable; then hold.
+    Prepare(Option<(Generation, BatchSeq)>),
     /// Make everything durable and end.
     Close,
 }
@@ -40,13 +41,15 @@ pub enum Command {
 pub enum Report {
     /// Every batch up to here is on stable storage.
     Durable {
+        /// Their generation: reports of an older one may still be on their way when a new begins.
+        generation: Generation,
         /// The last one.
         batch: BatchSeq,
         /// Memory of the batches that became durable with it.
         bytes: u64,
     },
-    /// Every batch up to here is on the disks.
-    Applied(BatchSeq),
+    /// Every batch of this generation up to here is on the disks.
+    Applied(Generation, BatchSeq),
     /// The generation began, after everything of the one before was applied.
     Begun(Generation),
     /// The disks are durable at the end of this batch, or why not.
@@ -73,6 +76,7 @@ impl Worker {
     pub fn start(
         machine: &MachineName,
         store: MachineStore,
+        generation: Generation,
         hold: Option<BatchSeq>,
         journal_bytes_max: u64,
         report: impl Fn(Report) + Send + 'static,
@@ -81,6 +85,7 @@ impl Worker {
         let name: String = format!("disk-{machine}").chars().take(15).collect();
         let running = Running {
             store,
+            generation,
             inbox,
             hold,
             journal_bytes_max,
@@ -109,6 +114,7 @@ impl Worker {
 
 struct Running {
     store: MachineStore,
+    generation: Generation,
     inbox: Receiver<Command>,
     hold: Option<BatchSeq>,
     journal_bytes_max: u64,
@@ -213,12 +219,13 @@ impl Running {
         let bytes = group.iter().map(|batch| batch.memory_bytes() as u64).sum();
         let appended = self.with_space(|store| store.append(&mut group))?;
         self.dirty = true;
-        (self.report)(Report::Durable { batch: appended.durable, bytes });
+        let (generation, batch) = (self.generation, appended.durable);
+        (self.report)(Report::Durable { generation, batch, bytes });
         if self.store.usage().journal_bytes > self.journal_bytes_max && self.hold.take().is_some() {
             (self.report)(Report::HoldReleased);
         }
         // A sync batch is on the disks already, and others may wait for hearing so.
-        (self.report)(Report::Applied(self.store.applied().through));
+        (self.report)(Report::Applied(generation, self.store.applied().through));
         self.apply()
     }
 
@@ -229,7 +236,7 @@ impl Running {
         }
         let applied = self.with_space(|store| store.apply(limit, APPLY_STEP_BYTES))?;
         self.dirty = true;
-        (self.report)(Report::Applied(applied.through));
+        (self.report)(Report::Applied(self.generation, applied.through));
         self.applied_since_checkpoint += APPLY_STEP_BYTES;
         if self.applied_since_checkpoint >= CHECKPOINT_BYTES {
             self.checkpoint()?;
@@ -258,13 +265,23 @@ impl Running {
     fn begin(&mut self, generation: Generation) -> Result<(), StoreError> {
         self.hold = None;
         self.with_space(|store| store.begin_generation(generation))?;
+        self.generation = generation;
         self.dirty = false;
         (self.report)(Report::Begun(generation));
         Ok(())
     }
 
-    fn prepare(&mut self, through: Option<BatchSeq>) -> Result<(), StoreError> {
-        let through = through.unwrap_or(self.store.durable().durable);
+    fn prepare(&mut self, goal: Option<(Generation, BatchSeq)>) -> Result<(), StoreError> {
+        let durable = self.store.durable().durable;
+        let (generation, through) = goal.unwrap_or((self.generation, durable));
+        if generation != self.generation || through > durable {
+            let sentence = format!(
+                "the point is not in the journal any more: it is batch {through} of generation {generation}, the journal has generation {} up to batch {durable}",
+                self.generation
+            );
+            (self.report)(Report::Prepared(Err(sentence)));
+            return Ok(());
+        }
         if self.store.applied().through > through {
             let sentence =
                 "the disks have gone past that point, because the journal was full".into();
@@ -274,7 +291,7 @@ impl Running {
         self.hold = Some(through);
         while self.store.applied().through < through {
             let applied = self.with_space(|store| store.apply(through, APPLY_STEP_BYTES))?;
-            (self.report)(Report::Applied(applied.through));
+            (self.report)(Report::Applied(generation, applied.through));
         }
         self.checkpoint()?;
         (self.report)(Report::Prepared(Ok(through)));

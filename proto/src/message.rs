@@ -96,6 +96,10 @@ pub struct Hello {
     /// Its machines; a machine's place in this list is its index on this connection.
     #[prost(message, repeated, tag = "4")]
     pub machines: Vec<MachineHello>,
+    /// Machines of its configuration that were removed by a commit, in case that the reply to that
+    /// job was lost.
+    #[prost(string, repeated, tag = "5")]
+    pub ended_machines: Vec<String>,
 }
 
 /// One machine in a [`Hello`].
@@ -172,6 +176,10 @@ pub struct MachineWelcome {
     /// machine come after it, even when the agent's clock went back.
     #[prost(uint64, tag = "8")]
     pub newest_point: u64,
+    /// With [`Standing::FailedOver`]: the machine must take no more writes, whatever became of its
+    /// shutdown hook. Not set for a rehearsal.
+    #[prost(bool, tag = "9")]
+    pub fence: bool,
 }
 
 /// What an agent may do with a machine.

@@ -323,3 +323,55 @@ async fn a_commit_without_removal_needs_no_agent() {
     scenario.rig.start_agent().unwrap();
     scenario.rig.wait_log("agent", "protection has ended").await.unwrap();
 }
+
+/// A shutdown hook that is slower than the operator's patience. The machine is failed over with
+/// data loss, and must not go on writing what a commit would lose; the cancel that follows ends the
+/// hook, which once raised the fence long afterwards, over a machine that replicated again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hook_that_is_overtaken_neither_leaves_the_source_open_nor_fences_it_later() {
+    let mut scenario = Scenario::prepare(32 << 20, |_| {}).unwrap();
+    let slow = |text: String| {
+        let hook = text.lines().find(|line| line.starts_with("shutdown_hook")).unwrap().to_owned();
+        text.replace(&hook, "shutdown_hook = [\"sleep\", \"3\"]")
+    };
+    scenario.rig.edit_configuration("agent", slow).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let client = scenario.rig.connect(0).await.unwrap();
+    client.write(0, vec![1; 4096].into(), false).await.unwrap();
+    let request = FailoverRequest {
+        to: "latest".into(),
+        without_shutdown: false,
+        drain_timeout_seconds: 0.5,
+    };
+    scenario.rig.client().failover(MACHINE, &request).await.unwrap();
+    let failed_over = |machine: &backhaul_api::Machine| machine.stage == Stage::FailedOver;
+    let done = scenario.rig.wait("the failover", STEP_TIME_MAX, failed_over).await.unwrap();
+    assert!(!done.failover.unwrap().source_drained);
+    scenario.rig.wait_log("agent", "its writes are refused from now on").await.unwrap();
+    let mut refused = false;
+    for _ in 0..100 {
+        refused = client.write(4096, vec![2; 4096].into(), false).await.is_err();
+        if refused {
+            break;
+        }
+    }
+    assert!(refused, "a failed-over machine still writes");
+
+    scenario.rig.client().cancel(MACHINE).await.unwrap();
+    let replicates = |machine: &backhaul_api::Machine| machine.stage == Stage::Replicating;
+    scenario.rig.wait("the cancel", STEP_TIME_MAX, replicates).await.unwrap();
+    let workload = WorkloadSpec {
+        ranges: std::iter::once(0..32 << 20).collect(),
+        rate_bytes_per_second: Some(1 << 20),
+        flush_every: 8,
+        seed: 93,
+    };
+    // For longer than the hook would have taken.
+    let client = scenario.rig.connect(0).await.unwrap();
+    let guest = scenario.rig.start_guest(client, workload, Some(250)).unwrap();
+    guest.await.unwrap().unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    assert!(done.failover.unwrap().source_drained);
+    scenario.compare().unwrap();
+}

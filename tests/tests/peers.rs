@@ -69,6 +69,7 @@ impl FakeAgent {
             version_max: versions.1,
             software: "9.9".into(),
             machines: vec![machine],
+            ended_machines: Vec::new(),
         };
         let kind = Some(agent_message::Kind::Hello(hello));
         self.sender.send(&AgentMessage { kind }).await.unwrap();

@@ -147,6 +147,12 @@ impl Order {
         self.uncaptured
     }
 
+    /// What an answer of the target is good for: this generation, as long as nothing that was in
+    /// the stream becomes dirty.
+    pub fn epoch(&self) -> (Generation, u64) {
+        (self.generation(), self.uncaptured)
+    }
+
     /// The dirty map of a disk.
     pub fn dirty(&self, disk: DiskIndex) -> &DirtyMap {
         &self.dirty[usize::from(disk.0)]

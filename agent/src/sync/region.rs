@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use backhaul_proto::batch::{Record, RecordKind};
+use backhaul_proto::id::Generation;
 use backhaul_proto::limits::{BLOCK_BYTES, LEAF_BYTES, REGION_BYTES};
 use bytes::{Bytes, BytesMut};
 
@@ -34,19 +35,22 @@ pub(super) enum Outcome {
     },
 }
 
-/// Deals with a region, given what is known of the target's content of it.
+/// [`Order::epoch`](crate::capture::Order::epoch) when something was known.
+type Epoch = (Generation, u64);
+
+/// Deals with a region, given what is known of the target's content of it, and since when.
 pub(super) fn deal_with(
     machine: &Arc<MachineCapture>,
     region: RegionRef,
-    known: &Known,
+    (known, epoch): (&Known, Epoch),
     runtime: &tokio::runtime::Handle,
 ) -> Outcome {
     let disk = &machine.disks()[usize::from(region.disk.0)];
     let start = region.region * u64::from(REGION_BYTES);
     let end = (start + u64::from(REGION_BYTES)).min(disk.device.size_bytes());
     match known {
-        Known::Root(root) => compare_root(machine, disk, start..end, root, runtime),
-        _ => send(machine, disk, start..end, known, runtime),
+        Known::Root(root) => compare_root(machine, disk, start..end, (root, epoch), runtime),
+        _ => send(machine, disk, start..end, (known, epoch), runtime),
     }
 }
 
@@ -54,11 +58,18 @@ fn compare_root(
     machine: &MachineCapture,
     disk: &Arc<CapturedDisk>,
     range: std::ops::Range<u64>,
-    root: &[u8; 32],
+    (root, epoch): (&[u8; 32], Epoch),
     runtime: &tokio::runtime::Handle,
 ) -> Outcome {
     let len = range.end - range.start;
-    let _locked = runtime.block_on(disk.ranges.acquire(range.start, len));
+    let locked = runtime.block_on(disk.ranges.acquire(range.start, len));
+    // A write that waited for the same range may have overflowed meanwhile: what the target held
+    // when it was asked proves nothing any more.
+    let now = machine.order().epoch();
+    if now != epoch {
+        drop(locked);
+        return send(machine, disk, range, (&Known::Nothing, now), runtime);
+    }
     let mut content = vec![0; len as usize];
     if disk.device.read(&mut content, range.start).is_err() {
         // Block by block will tell which sector it is.
@@ -73,8 +84,12 @@ fn compare_root(
     }
     let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
     machine.with_order(|order| {
-        order.handle_synced(now_us(), disk.index, blocks, Vec::new(), Vec::new());
+        // In a new generation everything is dirty again, and is asked for again.
+        if order.generation() == epoch.0 {
+            order.handle_synced(now_us(), disk.index, blocks, Vec::new(), Vec::new());
+        }
     });
+    drop(locked);
     Outcome::Done { sent_bytes: 0 }
 }
 
@@ -82,7 +97,7 @@ fn send(
     machine: &MachineCapture,
     disk: &Arc<CapturedDisk>,
     range: std::ops::Range<u64>,
-    known: &Known,
+    (known, epoch): (&Known, Epoch),
     runtime: &tokio::runtime::Handle,
 ) -> Outcome {
     let mut sent_bytes = 0;
@@ -91,6 +106,8 @@ fn send(
     while at < range.end {
         let end = (at + PIECE_BYTES).min(range.end);
         let _locked = runtime.block_on(disk.ranges.acquire(at, end - at));
+        let now = machine.order().epoch();
+        let known = if now == epoch { known } else { &Known::Nothing };
         let (content, bad) = read(disk, at, end);
         let same = same_leaves(content.as_ref(), (at, end), range.start, known);
         let mut piece = Piece { start: at, content, known, same };
@@ -102,6 +119,9 @@ fn send(
         let (records, data) = piece.records(disk, &dirty, &bad);
         sent_bytes += data.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
         machine.with_order(|order| {
+            if order.generation() != now.0 {
+                return;
+            }
             let blocks = at / BLOCK..end.div_ceil(BLOCK);
             order.handle_synced(now_us(), disk.index, blocks, records, data);
             for (block, _) in &bad {

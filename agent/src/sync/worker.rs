@@ -172,8 +172,9 @@ impl Worker {
             return false;
         }
         if let Some((region, known)) = plan.poll_region(&order, disks) {
+            let epoch = order.epoch();
             drop(order);
-            let outcome = deal_with(&machine, region, &known, &self.runtime);
+            let outcome = deal_with(&machine, region, (&known, epoch), &self.runtime);
             return self.handle_outcome(region, outcome);
         }
         let over = plan.is_pass_over(disks);

@@ -4,12 +4,14 @@
 //! | --- | --- | --- |
 //! | `Replicating` | a request | `ShuttingDown`, or `Preparing` when the agent is away |
 //! | `ShuttingDown` | the agent: hook run, fence up, final point set | `Draining`, or `Preparing` when a point was named; hook failed: `Replicating`; deadline: `Preparing` |
-//! | `Draining` | the final point on stable storage | `Preparing`; deadline: `Preparing` with what is there |
+//! | `Draining` | the final point on stable storage | `Preparing`; deadline: `Preparing` with what is there; the agent was restarted: `ShuttingDown` |
 //! | `Preparing` | the disks at the point, durable, with a new content id | `FailedOver`; failed: asked again on request |
 //! | `FailedOver` | commit or cancel | `Removing` or `Cancelling` |
 //! | `Cancelling` | the agent: fence down | `Replicating` |
 //! | `Removing` | the agent: removal hook run | `Committed`; hook failed: `FailedOver` |
 //! | `Committed` | nothing | |
+//!
+//! No deadline makes disks ready that are a mixture: until a sync is over it is waited for.
 //!
 //! A cancel is taken in every stage before `Removing`. Every change of stage is made durable
 //! ([`Action::Persist`]) before the actions after it are carried out, so a target that stops
@@ -23,6 +25,9 @@ use backhaul_proto::message::JobKind;
 use serde::{Deserialize, Serialize};
 
 use crate::recovery_point::RecoveryPoint;
+
+/// How often a failover that waits for a sync looks again after its deadline.
+const MIXTURE_PERIOD: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests;
@@ -51,6 +56,8 @@ pub enum Stage {
         point_us: u64,
         /// The batch that ends with it.
         batch: u64,
+        /// The generation of both.
+        generation: u64,
     },
     /// The disks are brought to the point.
     Preparing {
@@ -67,6 +74,10 @@ pub enum Stage {
         job: u64,
         /// The disks were ready, so somebody may have written to them.
         was_ready: bool,
+        /// What the failover came to, if it was over: until the agent has answered, it can be gone
+        /// back to.
+        #[serde(default)]
+        outcome: Option<Outcome>,
     },
     /// The agent was asked to remove the machine.
     Removing {
@@ -137,6 +148,9 @@ pub struct Outcome {
     pub loss_seconds: f64,
     /// From the request to disks that are ready.
     pub seconds: f64,
+    /// The source was left running on purpose.
+    #[serde(default)]
+    pub rehearsal: bool,
 }
 
 /// Why a request is refused. The code is stable, the sentence says what to do.
@@ -188,8 +202,12 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// At most so much is lost. After a restart without the agent the newest point is all that is
+    /// known to be here.
     fn loss_seconds(&self) -> f64 {
-        self.rpo.map_or(0.0, |rpo| rpo.as_secs_f64())
+        let since_point =
+            self.point.map_or(0.0, |point| self.now_us.saturating_sub(point.id_us) as f64 / 1e6);
+        self.rpo.map_or(since_point, |rpo| rpo.as_secs_f64())
     }
 }
 
@@ -238,7 +256,8 @@ impl Failover {
     }
 
     /// What must be asked for anew after a restart of the target, or when the agent connects.
-    pub fn resume(&mut self, now: Instant, connected: bool) -> Vec<Action> {
+    /// `generation` is the one that the agent continues.
+    pub fn resume(&mut self, now: Instant, connected: bool, generation: u64) -> Vec<Action> {
         match &self.stage {
             Stage::ShuttingDown { job, plan } => {
                 let (job, kind) = (JobId(*job), shutdown_kind(plan));
@@ -246,10 +265,17 @@ impl Failover {
                 self.deadline.get_or_insert(deadline);
                 if connected { vec![Action::SendJob(job, kind)] } else { Vec::new() }
             }
-            Stage::Draining { plan, .. } => {
+            Stage::Draining { job, plan, generation: drained, .. } => {
+                let (job, plan, drained) = (*job, *plan, *drained);
                 let deadline = now + Duration::from_secs_f64(plan.drain_timeout_seconds);
                 self.deadline.get_or_insert(deadline);
-                Vec::new()
+                if !connected || drained == generation {
+                    return Vec::new();
+                }
+                // The agent was restarted, and the final point with it: a batch of that number in
+                // the new generation is another one.
+                self.stage = Stage::ShuttingDown { job, plan };
+                vec![Action::Persist, Action::SendJob(JobId(job), shutdown_kind(&plan))]
             }
             Stage::Cancelling { job, .. } if connected => {
                 vec![Action::SendJob(JobId(*job), JobKind::Unfence)]
@@ -303,6 +329,12 @@ impl Failover {
                 return Ok(vec![Action::Prepare(*goal)]);
             }
             Stage::ShuttingDown { .. } | Stage::Draining { .. } => return Ok(Vec::new()),
+            // The source does not come back, so the cancel is taken back: the disks are as they were.
+            Stage::Cancelling { outcome: Some(outcome), .. } if !facts.connected => {
+                self.failure.clear();
+                self.stage = Stage::FailedOver(*outcome);
+                return Ok(vec![Action::Persist, Action::Announce]);
+            }
             Stage::Cancelling { .. } => {
                 return self.refuse(
                     "cancelling",
@@ -310,7 +342,7 @@ impl Failover {
                 );
             }
         }
-        let Some(newest) = facts.point.filter(|_| facts.consistent) else {
+        if !facts.consistent {
             return match facts.sync_percent {
                 Some(percent) => self.refuse(
                     "not-consistent",
@@ -321,24 +353,26 @@ impl Failover {
                     "has no recovery point: its first sync has not finished, or was interrupted; start its agent and let the sync finish",
                 ),
             };
-        };
-        self.failure.clear();
+        }
+        let newest = facts.point;
         match to {
-            Some(id) if id != newest.id() => {
+            Some(id) if newest.is_none_or(|newest| id != newest.id()) => {
                 self.refuse(
                     "unknown-point",
                     "does not keep that recovery point; `backhaul points` lists those that it can be failed over to",
                 )
             }
             _ if facts.connected && !(to.is_some() && plan.without_shutdown) => {
-                let plan = Plan { to: to.map(|_| newest), ..plan };
+                self.failure.clear();
+                let plan = Plan { to: to.and(newest), ..plan };
                 let job = facts.now_us;
                 self.deadline = Some(now + Duration::from_secs_f64(plan.drain_timeout_seconds));
                 self.stage = Stage::ShuttingDown { job, plan };
                 Ok(vec![Action::Persist, Action::SendJob(JobId(job), shutdown_kind(&plan))])
             }
             _ => {
-                let plan = Plan { to: to.map(|_| newest), ..plan };
+                self.failure.clear();
+                let plan = Plan { to: to.and(newest), ..plan };
                 Ok(self.prepare(plan, plan.goal_without_source(facts)))
             }
         }
@@ -352,7 +386,7 @@ impl Failover {
 
     /// An operator asks to undo a failover.
     pub fn handle_cancel(&mut self, facts: &Facts) -> Result<Vec<Action>, Refusal> {
-        let was_ready = match &self.stage {
+        let (was_ready, outcome) = match &self.stage {
             Stage::Replicating => {
                 return self.refuse(
                     "not-failed-over",
@@ -365,14 +399,20 @@ impl Failover {
                     "was committed, which cannot be undone; re-protect it to replicate again",
                 );
             }
-            Stage::Cancelling { .. } => return Ok(Vec::new()),
-            Stage::FailedOver(_) | Stage::Preparing { .. } => true,
-            Stage::ShuttingDown { .. } | Stage::Draining { .. } => false,
+            // Asked again: the job may have failed, or its answer been lost.
+            Stage::Cancelling { job, .. } => {
+                self.failure.clear();
+                let again = Action::SendJob(JobId(*job), JobKind::Unfence);
+                return Ok(if facts.connected { vec![Action::Persist, again] } else { Vec::new() });
+            }
+            Stage::FailedOver(outcome) => (true, Some(*outcome)),
+            Stage::Preparing { .. } => (true, None),
+            Stage::ShuttingDown { .. } | Stage::Draining { .. } => (false, None),
         };
         self.failure.clear();
         self.deadline = None;
         let job = facts.now_us;
-        self.stage = Stage::Cancelling { job, was_ready };
+        self.stage = Stage::Cancelling { job, was_ready, outcome };
         let mut actions = vec![Action::Persist];
         if facts.connected {
             actions.push(Action::SendJob(JobId(job), JobKind::Unfence));
@@ -387,6 +427,12 @@ impl Failover {
         without_removal: bool,
     ) -> Result<Vec<Action>, Refusal> {
         let outcome = match &self.stage {
+            Stage::FailedOver(_) if !facts.consistent => {
+                return self.refuse(
+                    "not-consistent",
+                    "has disks that are a mixture, which must not be made final; cancel, let the sync finish, and fail over again",
+                );
+            }
             Stage::FailedOver(outcome) => *outcome,
             Stage::Removing { outcome, .. } if without_removal => *outcome,
             Stage::Removing { .. } => return Ok(Vec::new()),
@@ -438,8 +484,13 @@ impl Failover {
                     // The source is off; what it wrote after the chosen point is not wanted.
                     return self.prepare(plan, plan.goal_without_source(facts));
                 }
-                self.stage =
-                    Stage::Draining { job: job.0, plan, point_us: point.id_us, batch: point.batch };
+                self.stage = Stage::Draining {
+                    job: job.0,
+                    plan,
+                    point_us: point.id_us,
+                    generation: point.generation,
+                    batch: point.batch,
+                };
                 let mut actions = vec![Action::Persist];
                 actions.extend(self.handle_durable(facts, point.generation));
                 actions
@@ -450,7 +501,7 @@ impl Failover {
                 self.stage = Stage::Replicating;
                 vec![Action::Persist]
             }
-            (Stage::Cancelling { job: asked, was_ready }, Ok(_)) if *asked == job.0 => {
+            (Stage::Cancelling { job: asked, was_ready, .. }, Ok(_)) if *asked == job.0 => {
                 let was_ready = *was_ready;
                 self.stage = Stage::Replicating;
                 vec![Action::Persist, Action::Resume { was_ready }, Action::Announce]
@@ -476,8 +527,10 @@ impl Failover {
 
     /// More batches of `generation` are on stable storage.
     pub fn handle_durable(&mut self, facts: &Facts, generation: u64) -> Vec<Action> {
-        let Stage::Draining { plan, point_us, batch, .. } = &self.stage else { return Vec::new() };
-        if facts.durable.0 < *batch {
+        let Stage::Draining { plan, point_us, batch, generation: drained, .. } = &self.stage else {
+            return Vec::new();
+        };
+        if generation != *drained || facts.durable.0 < *batch {
             return Vec::new();
         }
         let point = RecoveryPoint { id_us: *point_us, generation, batch: *batch };
@@ -493,7 +546,8 @@ impl Failover {
         result: Result<RecoveryPoint, String>,
     ) -> Vec<Action> {
         let Stage::Preparing { plan, goal } = &self.stage else { return Vec::new() };
-        match result {
+        let mixture = "a sync has begun, and its disks are a mixture until it is over".to_owned();
+        match if facts.consistent { result } else { Err(mixture) } {
             Ok(point) => {
                 let (drained, loss_seconds) = match *goal {
                     Goal::Point { drained, loss_seconds, .. } => (drained, loss_seconds),
@@ -501,7 +555,9 @@ impl Failover {
                 };
                 let seconds = facts.now_us.saturating_sub(plan.requested_at_us) as f64 / 1e6;
                 self.failure.clear();
-                self.stage = Stage::FailedOver(Outcome { point, drained, loss_seconds, seconds });
+                let rehearsal = plan.without_shutdown;
+                let outcome = Outcome { point, drained, loss_seconds, seconds, rehearsal };
+                self.stage = Stage::FailedOver(outcome);
             }
             Err(sentence) => {
                 self.failure = format!(
@@ -510,6 +566,27 @@ impl Failover {
             }
         }
         vec![Action::Persist]
+    }
+
+    /// The agent says, without having been asked, that it has removed the machine.
+    pub fn handle_ended(&mut self, facts: &Facts) -> Vec<Action> {
+        match &self.stage {
+            Stage::Removing { job, .. } => {
+                let job = JobId(*job);
+                self.handle_job_reply(facts, job, Ok(None))
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether the source must take no more writes.
+    pub fn must_fence(&self) -> bool {
+        match &self.stage {
+            Stage::Preparing { plan, .. } => !plan.without_shutdown,
+            Stage::FailedOver(outcome) => !outcome.rehearsal,
+            Stage::Removing { .. } => true,
+            _ => false,
+        }
     }
 
     /// When [`Failover::handle_timeout`] wants to be called.
@@ -523,6 +600,13 @@ impl Failover {
             return Vec::new();
         }
         match &self.stage {
+            // Going on without the source needs disks that are a prefix of its writes.
+            Stage::ShuttingDown { .. } | Stage::Draining { .. } if !facts.consistent => {
+                self.deadline = Some(now + MIXTURE_PERIOD);
+                let told = !self.failure.is_empty();
+                self.failure = "the source has not finished its sync, and until then the disks are a mixture; the failover goes on when it has: keep its agent running, or cancel".into();
+                if told { Vec::new() } else { vec![Action::Persist] }
+            }
             Stage::ShuttingDown { plan, .. } | Stage::Draining { plan, .. } => {
                 let plan = *plan;
                 self.prepare(plan, plan.goal_without_source(facts))

@@ -117,6 +117,101 @@ fn a_named_point_shuts_the_source_down_too_and_stays_where_it_is() {
     assert!(loss_seconds > 0.9, "{loss_seconds}");
 }
 
+/// A guest that flushes more than the queue holds while it shuts down forces a sync, and the
+/// deadline once made a half-synced disk "ready", which could be committed.
+#[test]
+fn no_deadline_makes_a_mixture_ready() {
+    let now = Instant::now();
+    let mut machine = machine();
+    machine.handle_failover(now, &facts(), None, plan()).unwrap();
+    let syncing = Facts { consistent: false, ..facts() };
+    let late = now + Duration::from_secs(61);
+    assert_eq!(machine.handle_timeout(late, &syncing), [Action::Persist]);
+    assert!(matches!(machine.stage(), Stage::ShuttingDown { .. }));
+    assert!(machine.failure().contains("a mixture"), "{}", machine.failure());
+    assert!(machine.handle_timeout(late, &syncing).is_empty(), "it waits before it looks again");
+    let later = late + Duration::from_secs(6);
+    assert!(machine.handle_timeout(later, &facts()).len() == 3, "and goes on when it is over");
+    machine.handle_prepared(&syncing, Ok(point(5)));
+    assert!(matches!(machine.stage(), Stage::Preparing { .. }), "{:?}", machine.stage());
+    machine.handle_prepared(&facts(), Ok(point(5)));
+    let refused = machine.handle_commit(&syncing, true).unwrap_err();
+    assert_eq!(refused.code, "not-consistent");
+}
+
+/// The agent was killed while its last writes were on the way: the batch number of the final point
+/// then means another batch, of the new generation.
+#[test]
+fn an_agent_that_is_restarted_while_draining_sets_the_final_point_again() {
+    let now = Instant::now();
+    let mut machine = machine();
+    machine.handle_failover(now, &facts(), None, plan()).unwrap();
+    let job = JobId(1_000_000);
+    machine.handle_job_reply(&facts(), job, Ok(Some(point(9))));
+    let later = Facts { durable: BatchSeq(9), ..facts() };
+    assert!(machine.handle_durable(&later, 2).is_empty(), "batch 9 of generation 2 is another");
+    let actions = machine.resume(now, true, 2);
+    assert_eq!(actions, [Action::Persist, Action::SendJob(job, JobKind::Shutdown)]);
+    let second = RecoveryPoint::new(PointId(12_000), Generation(2), BatchSeq(4));
+    let actions = machine.handle_job_reply(&later, job, Ok(Some(second)));
+    let goal = Goal::Point { point: second, drained: true, loss_seconds: 0.0 };
+    assert_eq!(actions.last(), Some(&Action::Prepare(goal)));
+}
+
+/// A cancel waits for the agent. When that never comes back, the disks that were ready still are.
+#[test]
+fn a_cancel_without_an_agent_can_be_taken_back() {
+    let now = Instant::now();
+    let away = Facts { connected: false, ..facts() };
+    let mut machine = machine();
+    machine.handle_failover(now, &away, None, plan()).unwrap();
+    machine.handle_prepared(&away, Ok(point(5)));
+    machine.handle_cancel(&away).unwrap();
+    let actions = machine.handle_failover(now, &away, None, plan()).unwrap();
+    assert_eq!(actions, [Action::Persist, Action::Announce]);
+    assert!(machine.handle_commit(&away, true).is_ok());
+    // With the agent there, a repeated cancel asks again.
+    let mut machine = self::machine();
+    machine.handle_failover(now, &away, None, plan()).unwrap();
+    machine.handle_cancel(&facts()).unwrap();
+    let actions = machine.handle_cancel(&facts()).unwrap();
+    assert_eq!(actions[1], Action::SendJob(JobId(1_000_000), JobKind::Unfence));
+}
+
+#[test]
+fn what_is_lost_is_never_called_nothing_without_knowing() {
+    let now = Instant::now();
+    let mut machine = machine();
+    let restarted = Facts { connected: false, rpo: None, ..facts() };
+    let actions = machine.handle_failover(now, &restarted, None, plan()).unwrap();
+    let Action::Prepare(Goal::JournalEnd { loss_seconds }) = actions[2] else { panic!() };
+    assert!(loss_seconds > 0.9, "since the newest point: {loss_seconds}");
+}
+
+/// A journal over its bound gives the newest point up, not the machine.
+#[test]
+fn a_consistent_machine_without_a_point_fails_over_to_the_end_of_its_journal() {
+    let now = Instant::now();
+    let mut machine = machine();
+    let without = Facts { connected: false, point: None, ..facts() };
+    let actions = machine.handle_failover(now, &without, None, plan()).unwrap();
+    assert_eq!(actions[2], Action::Prepare(Goal::JournalEnd { loss_seconds: 3.0 }));
+}
+
+/// The agent removed the machine, and was restarted before its answer had arrived.
+#[test]
+fn a_commit_ends_when_the_agent_says_that_it_is_done() {
+    let now = Instant::now();
+    let away = Facts { connected: false, ..facts() };
+    let mut machine = machine();
+    machine.handle_failover(now, &away, None, plan()).unwrap();
+    machine.handle_prepared(&away, Ok(point(5)));
+    assert!(machine.handle_ended(&facts()).is_empty(), "nobody asked for it");
+    machine.handle_commit(&facts(), false).unwrap();
+    machine.handle_ended(&facts());
+    assert!(matches!(machine.stage(), Stage::Committed(_)));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Failover(bool),
@@ -184,12 +279,12 @@ proptest! {
                 Step::Timeout => machine.handle_timeout(now + Duration::from_secs(3600), &facts),
                 Step::Connect(connected) => {
                     facts.connected = connected;
-                    machine.resume(now, connected)
+                    machine.resume(now, connected, 1)
                 }
                 Step::Restart => {
                     machine = Failover::new("web01", durable_stage.clone(), String::new());
                     let mut actions = machine.resume_local();
-                    actions.extend(machine.resume(now, facts.connected));
+                    actions.extend(machine.resume(now, facts.connected, 1));
                     actions
                 }
             };

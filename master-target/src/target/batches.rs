@@ -70,9 +70,12 @@ impl Target {
         let now = Instant::now();
         let Some(machine) = self.machines.get_mut(name) else { return };
         match report {
-            Report::Durable { batch, bytes } => {
+            Report::Durable { generation, batch, bytes } => {
                 let Some(open) = &mut machine.open else { return };
                 open.pending_bytes = open.pending_bytes.saturating_sub(bytes);
+                if generation != open.receiver.generation() {
+                    return;
+                }
                 open.receiver.handle_durable(now, batch);
                 machine.watermark.handle_durable(batch);
                 self.note_marks(name, batch);
@@ -83,8 +86,11 @@ impl Target {
                 let actions = machine.failover.handle_durable(&facts, machine.state.generation);
                 self.carry_out(name, actions);
             }
-            Report::Applied(batch) => {
+            Report::Applied(generation, batch) => {
                 let Some(open) = &mut machine.open else { return };
+                if generation != open.receiver.generation() {
+                    return;
+                }
                 open.applied = open.applied.max(batch);
                 let questions = std::mem::take(&mut machine.questions);
                 for (link, request) in questions {
@@ -93,6 +99,12 @@ impl Target {
             }
             Report::Begun(generation) => {
                 tracing::info!(machine = %name, %generation, "a generation began");
+                let Some(open) = &mut machine.open else { return };
+                open.begun = generation == open.receiver.generation();
+                let questions = std::mem::take(&mut machine.questions);
+                for (link, request) in questions {
+                    self.handle_question(link, request);
+                }
             }
             Report::HoldReleased => {
                 machine.state.point = None;
@@ -181,7 +193,7 @@ impl Target {
     pub(super) fn handle_question(&mut self, id: LinkId, request: HashRequest) {
         let Some(machine) = self.machine_on(id, request.machine) else { return };
         let Some(open) = &machine.open else { return };
-        if open.applied.0 < request.after_batch {
+        if !open.begun || open.applied.0 < request.after_batch {
             if machine.questions.len() < QUESTIONS_MAX {
                 machine.questions.push((id, request));
             } else {

@@ -32,7 +32,9 @@ impl Target {
                 }
                 Action::Prepare(goal) => {
                     let through = match goal {
-                        Goal::Point { point, .. } => Some(point.batch()),
+                        Goal::Point { point, .. } => {
+                            Some((Generation(point.generation), point.batch()))
+                        }
                         Goal::JournalEnd { .. } => None,
                     };
                     match &machine.open {

@@ -57,6 +57,11 @@ impl Target {
             machines.push(name);
             welcomes.push(welcome);
         }
+        let full = welcomes.iter().find_map(|welcome: &MachineWelcome| {
+            let refusal = welcome.refusal.as_ref()?;
+            let known = waiting.contains_key(&MachineIndex(welcome.machine as u16));
+            (refusal.code() == Code::Storage && !known).then(|| refusal.sentence.clone())
+        });
         up.control(target_message::Kind::Welcome(Welcome {
             version: version.0,
             software: env!("CARGO_PKG_VERSION").into(),
@@ -74,12 +79,31 @@ impl Target {
                 report: LinkReport::default(),
             },
         );
+        if let Some(sentence) = full {
+            // The state could not be made durable; the agent comes again, and it is tried again.
+            return self.drop_link(id, &sentence);
+        }
+        self.note_ended(id, &hello.ended_machines);
         for name in names {
             let now = Instant::now();
             if let Some(machine) = self.machines.get_mut(&name) {
-                let actions = machine.failover.resume(now, true);
+                let actions = machine.failover.resume(now, true, machine.state.generation);
                 self.carry_out(&name, actions);
             }
+        }
+    }
+
+    /// An agent that removed a machine and was restarted before its reply arrived says so now.
+    fn note_ended(&mut self, id: LinkId, names: &[String]) {
+        let Some(agent) = self.links.get(&id).map(|link| link.agent.clone()) else { return };
+        for name in names.iter().filter_map(|name| name.parse::<MachineName>().ok()) {
+            let Some(machine) = self.machines.get_mut(&name) else { continue };
+            if machine.config.agent != agent {
+                continue;
+            }
+            let facts = machine.facts(Instant::now());
+            let actions = machine.failover.handle_ended(&facts);
+            self.carry_out(&name, actions);
         }
     }
 
@@ -110,7 +134,8 @@ impl Target {
                 *place = Some(name.clone());
             }
             if let Some(machine) = self.machines.get_mut(&name) {
-                let actions = machine.failover.resume(Instant::now(), true);
+                let generation = machine.state.generation;
+                let actions = machine.failover.resume(Instant::now(), true, generation);
                 self.carry_out(&name, actions);
             }
         }
@@ -315,7 +340,8 @@ pub(super) fn standing(
 ) -> MachineWelcome {
     let name = machine.config.name.clone();
     if !machine.failover.is_replicating() {
-        return welcome(index, Standing::FailedOver);
+        let fence = machine.failover.must_fence();
+        return MachineWelcome { fence, ..welcome(index, Standing::FailedOver) };
     }
     let newest_point = machine.state.newest_point_us;
     let point_period_ms = machine.config.point_period.as_millis() as u64;
@@ -336,6 +362,7 @@ pub(super) fn standing(
         open.worker.send(Command::Begin(generation));
         open.damaged = false;
         open.applied = BatchSeq(0);
+        open.begun = false;
         machine.trouble.clear();
         machine.marks.clear();
         machine.watermark.handle_new_generation();

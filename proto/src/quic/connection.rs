@@ -1,6 +1,7 @@
 //! A connection between an agent and a target, and the streams on it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use quinn::{RecvStream, SendStream, VarInt};
@@ -32,6 +33,8 @@ pub struct Connection {
     socket: SocketFacts,
     /// What batches may take of the transport's window, in units of [`BULK_UNIT_BYTES`].
     bulk: Arc<Semaphore>,
+    /// Batches sent so far.
+    batches: Arc<AtomicU32>,
 }
 
 impl Connection {
@@ -44,7 +47,7 @@ impl Connection {
     ) -> Self {
         let bulk_bytes = window_bytes.saturating_sub(CONTROL_RESERVE_BYTES);
         let bulk = Arc::new(Semaphore::new(bulk_bytes as usize / BULK_UNIT_BYTES));
-        Self { quinn, peer, socket, bulk }
+        Self { quinn, peer, socket, bulk, batches: Arc::default() }
     }
 
     /// The name in the peer's certificate.
@@ -108,9 +111,20 @@ impl Connection {
         // Never closed, so this cannot fail.
         let _place = self.bulk.acquire_many(units).await;
         let mut stream = self.quinn.open_uni().await.map_err(ended)?;
+        let _ = stream.set_priority(self.next_priority());
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
         stream.finish().map_err(|error| broken(error.to_string()))?;
         stream.stopped().await.map(drop).map_err(|error| broken(error.to_string()))
+    }
+
+    /// Batches go in their order, below control and hashes, and so do the parts of them that were
+    /// lost: at one priority for all, what has to be sent again would wait behind every newer batch
+    /// that the transport holds already, seconds on a slow line, and the target cannot acknowledge
+    /// past it.
+    fn next_priority(&self) -> i32 {
+        let sent = self.batches.fetch_add(1, Ordering::Relaxed);
+        // Once in two thousand million batches a few of them are in the wrong order.
+        -((sent % i32::MAX as u32) as i32)
     }
 
     /// The next batch stream that the peer opens.
