@@ -3,6 +3,8 @@
 //! A [`Scenario`] is a pair of daemons, one machine and a guest that writes. The judge of every
 //! scenario is `qemu-img compare` of the protected disk and the VMDK.
 
+pub mod whole_guest;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
