@@ -5,5 +5,6 @@
 
 pub mod first_sync;
 pub mod guest_writes;
+pub mod images;
 pub mod links;
 pub mod sample;

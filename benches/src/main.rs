@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use backhaul_benches::{first_sync, guest_writes, links};
+use backhaul_benches::{first_sync, guest_writes, images, links};
 use clap::{Parser, Subcommand};
 
 /// Measures Backhaul against its peers, in one run. Build the daemons first:
@@ -29,6 +29,15 @@ enum What {
     },
     /// 4 KiB random writes through the export against qemu-nbd
     GuestWrites,
+    /// Conversion and random writes of images against qemu-img and qemu-io
+    Images {
+        /// Size of the disk that is converted, half of which is real files
+        #[arg(long, default_value_t = 2048)]
+        mib: u64,
+        /// Only kinds whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+    },
     /// Control under load over the same links
     Control {
         /// Only links whose name contains this
@@ -55,6 +64,7 @@ async fn main() -> anyhow::Result<()> {
         What::Links { only, contender } => {
             links::run(&arguments.dir, arguments.runs, &only, &contender).await
         }
+        What::Images { mib, only } => images::run(&arguments.dir, mib << 20, arguments.runs, &only),
         What::Control { only } => links::probe(&arguments.dir, arguments.runs, &only).await,
         What::GuestWrites => guest_writes::run(&arguments.dir, arguments.runs).await,
     }

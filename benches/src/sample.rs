@@ -22,7 +22,8 @@ impl Sample {
 impl fmt::Display for Sample {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (low, high) = (self.0.first().unwrap_or(&0.0), self.0.last().unwrap_or(&0.0));
-        write!(f, "{:.2} ({low:.2}–{high:.2})", self.median())
+        let digits = f.precision().unwrap_or(2);
+        write!(f, "{:.digits$} ({low:.digits$}–{high:.digits$})", self.median())
     }
 }
 
