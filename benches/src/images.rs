@@ -240,7 +240,13 @@ fn qemu_io(path: &Path, kind: Kind, script: &str) -> anyhow::Result<f64> {
     commands.as_file().write_all(script.as_bytes())?;
     let began = Instant::now();
     let mut line = Command::new("qemu-io");
-    line.args(["--image-opts", &format!("{driver},file.filename={}", path.display())]);
+    // Its default syncs after every write.
+    line.args([
+        "-t",
+        "writeback",
+        "--image-opts",
+        &format!("{driver},file.filename={}", path.display()),
+    ]);
     line.stdin(File::open(commands.path())?).stdout(Stdio::null());
     command(&mut line)?;
     Ok(began.elapsed().as_secs_f64())
