@@ -2,17 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use backhaul_proto::message::{Code, Job, JobKind, JobReply, Refusal};
 
-use crate::capture::{Fence, MachineCapture, Mode, now_us};
+use crate::capture::{Fence, MachineCapture, now_us};
 use crate::config::MachineConfig;
 use crate::hook;
 use crate::state::{MachineState, Protection};
-
-/// How often a fenced machine is looked at while its last sync finishes.
-const SYNC_POLL: Duration = Duration::from_millis(20);
 
 /// What a job works on.
 #[derive(Debug, Clone)]
@@ -81,9 +77,7 @@ async fn shut_down(context: &JobContext) -> JobResult {
     protect(context, Protection::Fenced, Fence::Up).await?;
     // What the machine wrote while it went down may have overflowed the queue. Nothing writes any
     // more, so the sync that follows ends; the target's deadline bounds the wait.
-    while context.capture.order().mode() != Mode::Ordered {
-        tokio::time::sleep(SYNC_POLL).await;
-    }
+    context.capture.ordered().await;
     set_point(context)
 }
 

@@ -248,6 +248,7 @@ impl Prober {
     async fn up(&mut self, connection: &Connection, time: Duration) -> anyhow::Result<Up> {
         let flooding = connection.clone();
         let flood = tokio::spawn(async move { probe::flood(&flooding, time).await });
+        // The rate is found in this time, and measured after it.
         tokio::time::sleep(time / SETTLE_SHARE).await;
         let before = self.ask(ProbeRequest::default()).await?;
         let (began, stats, cpu) = (Instant::now(), connection.stats(), cpu_time());
@@ -290,6 +291,7 @@ impl Prober {
         let measure = async {
             let download_ms = time.as_millis() as u64;
             self.ask(ProbeRequest { download_ms, ..ProbeRequest::default() }).await?;
+            // As on the way up: found first, then measured for the rest of the time.
             tokio::time::sleep(time / SETTLE_SHARE).await;
             let (began, before) = (Instant::now(), received.load(Ordering::Relaxed));
             tokio::time::sleep(time - time / SETTLE_SHARE).await;

@@ -2,7 +2,7 @@
 //! into a `qemu-nbd` VMDK and `qemu-img convert`, which are neither.
 
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -10,6 +10,7 @@ use backhaul_api::Consistency;
 use backhaul_lab::disk::{DiskSpec, make_disk};
 use backhaul_lab::rig::{Rig, RigSpec};
 
+use crate::peer::Peer;
 use crate::sample::Sample;
 
 /// Longest that a run may take.
@@ -73,16 +74,6 @@ fn command(line: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A server that is ended with its handle.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 fn into_qemu_nbd(dir: &Path, disk: &Path) -> anyhow::Result<f64> {
     let folder = tempfile::tempdir_in(dir)?;
     let image = folder.path().join("image.vmdk");
@@ -90,15 +81,14 @@ fn into_qemu_nbd(dir: &Path, disk: &Path) -> anyhow::Result<f64> {
     let options = ["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat"];
     command(Command::new("qemu-img").args(options).arg(&image).arg(size))?;
     let socket = folder.path().join("nbd.sock");
-    let server = Command::new("qemu-nbd")
-        // Its fastest setting here; with the page cache (its default) it takes nearly twice as long.
-        .args(["--cache=none", "--aio=native", "-f", "vmdk", "-t", "-e", "8", "-k"])
-        .args([&socket, &image])
-        .spawn()?;
-    let _server = Server(server);
-    while !socket.exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let _server = Peer::serving(
+        Command::new("qemu-nbd")
+            // Its fastest setting here; with the page cache (its default) it takes nearly twice as
+            // long.
+            .args(["--cache=none", "--aio=native", "-f", "vmdk", "-t", "-e", "8", "-k"])
+            .args([&socket, &image]),
+        &socket,
+    )?;
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let began = Instant::now();
     command(Command::new("nbdcopy").arg(disk).arg(uri))?;

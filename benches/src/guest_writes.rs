@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use backhaul_api::Consistency;
 use backhaul_lab::rig::{Rig, RigSpec};
 
+use crate::peer::Peer;
 use crate::sample::Sample;
 
 const DISK_BYTES: u64 = 1 << 30;
@@ -63,17 +64,13 @@ fn qemu_nbd(dir: &Path, depth: u32) -> anyhow::Result<(f64, f64)> {
     let folder = tempfile::tempdir_in(dir)?;
     let (disk, socket) = (folder.path().join("disk.raw"), folder.path().join("q.sock"));
     make_disk(&disk)?;
-    let mut server = Command::new("qemu-nbd")
-        .args(["-f", "raw", "-t", "-x", "disk", "-k"])
-        .args([&socket, &disk])
-        .spawn()?;
-    while !socket.exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let result = fio(&format!("nbd+unix:///disk?socket={}", socket.display()), depth);
-    let _ = server.kill();
-    let _ = server.wait();
-    result
+    let _server = Peer::serving(
+        Command::new("qemu-nbd")
+            .args(["-f", "raw", "-t", "-x", "disk", "-k"])
+            .args([&socket, &disk]),
+        &socket,
+    )?;
+    fio(&format!("nbd+unix:///disk?socket={}", socket.display()), depth)
 }
 
 /// IOPS, and the latency in microseconds that 99 of 100 writes stay under.

@@ -7,4 +7,5 @@ pub mod first_sync;
 pub mod guest_writes;
 pub mod images;
 pub mod links;
+pub mod peer;
 pub mod sample;

@@ -9,21 +9,19 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use backhaul_lab::link::{DirectionStats, Link, LinkSpec};
 use backhaul_lab::rig::{Rig, RigSpec};
 
+use crate::peer::{Peer, START_TIME_MAX};
 use crate::sample::Sample;
 
 /// What is left out at the beginning.
 const SETTLE: Duration = Duration::from_secs(5);
 /// How long is measured after that.
 const MEASURE: Duration = Duration::from_secs(15);
-/// Longest wait for something to begin.
-const START_TIME_MAX: Duration = Duration::from_secs(30);
 /// Headers of a TCP segment with timestamps, and of IPv4.
 const TCP_HEADER_BYTES: u64 = 52;
 
@@ -172,39 +170,17 @@ pub async fn probe(dir: &Path, runs: usize, only: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A process that ends with its handle.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(command: &mut Command) -> anyhow::Result<Running> {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    Ok(Running(command.spawn().with_context(|| format!("{command:?} cannot be started"))?))
-}
-
-/// Waits until something listens on a TCP port of site B.
-fn wait_for_port(link: &Link, port: u16) -> anyhow::Result<()> {
+/// Waits until a peer listens on a TCP port of site B.
+fn wait_for_port(peer: &mut Peer, link: &Link, port: u16) -> anyhow::Result<()> {
     let address = link.site_b().address();
-    let began = Instant::now();
-    loop {
-        let connect = || std::net::TcpStream::connect((address, port)).is_ok();
-        if link.site_b().run_inside(connect)? {
-            return Ok(());
-        }
-        ensure!(began.elapsed() < START_TIME_MAX, "nothing listens on port {port}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let connect = || std::net::TcpStream::connect((address, port)).is_ok();
+    peer.wait_until(|| link.site_b().run_inside(connect).unwrap_or(false))
 }
 
 fn iperf3(spec: &LinkSpec, congestion: &str) -> anyhow::Result<u64> {
     let link = Link::start(spec.clone())?;
-    let _server = start(link.site_b().command_in("iperf3").arg("-s"))?;
-    wait_for_port(&link, 5201)?;
+    let mut server = Peer::start(link.site_b().command_in("iperf3").arg("-s"))?;
+    wait_for_port(&mut server, &link, 5201)?;
     let (omit, seconds) = (SETTLE.as_secs().to_string(), MEASURE.as_secs().to_string());
     let output = link
         .site_a()
@@ -220,12 +196,13 @@ fn iperf3(spec: &LinkSpec, congestion: &str) -> anyhow::Result<u64> {
 }
 
 /// What the link delivers of payload while `sender` runs.
-fn delivered(link: &Link, sender: &mut Running) -> anyhow::Result<u64> {
+fn delivered(link: &Link, sender: &mut Peer) -> anyhow::Result<u64> {
+    // The measurement itself: what the link delivers in this time.
     std::thread::sleep(SETTLE);
     let before = link.stats().up;
     std::thread::sleep(MEASURE);
     let after = link.stats().up;
-    ensure!(sender.0.try_wait()?.is_none(), "the sender ended before it was measured");
+    ensure!(sender.is_running()?, "the sender ended before it was measured");
     let packets = after.delivered_packets - before.delivered_packets;
     Ok((after.delivered_bytes - before.delivered_bytes).saturating_sub(packets * TCP_HEADER_BYTES))
 }
@@ -238,15 +215,15 @@ fn rsync(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<u64> {
         &configuration,
         format!("use chroot = no\n[disks]\npath = {into}\nread only = no\nuid = 0\ngid = 0\n"),
     )?;
-    let _server = start(
+    let mut server = Peer::start(
         link.site_b()
             .command_in("rsync")
             .args(["--daemon", "--no-detach", "--config"])
             .arg(&configuration),
     )?;
-    wait_for_port(&link, 873)?;
+    wait_for_port(&mut server, &link, 873)?;
     let to = format!("rsync://{}/disks/copy.raw", link.site_b().address());
-    let mut sender = start(
+    let mut sender = Peer::start(
         link.site_a().command_in("rsync").args(["--whole-file", "--inplace"]).arg(disk).arg(to),
     )?;
     delivered(&link, &mut sender)
@@ -258,14 +235,14 @@ fn nbdcopy(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<u64> {
     std::fs::write(&keys, format!("lab:{}\n", "5a".repeat(32)))?;
     let copy = dir.join("copy.raw");
     File::create(&copy)?.set_len(std::fs::metadata(disk)?.len())?;
-    let _server = start(
+    let mut server = Peer::start(
         link.site_b()
             .command_in("nbdkit")
             .args(["-f", "--tls=require", &format!("--tls-psk={}", keys.display()), "file"])
             .arg(&copy),
     )?;
-    wait_for_port(&link, 10809)?;
+    wait_for_port(&mut server, &link, 10809)?;
     let uri = format!("nbds://lab@{}/?tls-psk-file={}", link.site_b().address(), keys.display());
-    let mut sender = start(link.site_a().command_in("nbdcopy").arg(disk).arg(uri))?;
+    let mut sender = Peer::start(link.site_a().command_in("nbdcopy").arg(disk).arg(uri))?;
     delivered(&link, &mut sender)
 }

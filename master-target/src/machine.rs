@@ -20,7 +20,7 @@ use thiserror::Error;
 
 use crate::batch_buffer::IncomingBatch;
 use crate::config::MachineConfig;
-use crate::failover::{Facts, Failover, Stage};
+use crate::failover::{Action, Facts, Failover, Stage};
 use crate::hashing::ReadableDisk;
 use crate::journal::{Mark, MarkKind};
 use crate::machine_state::{Consistency, DiskState, MachineState, StateError};
@@ -43,6 +43,10 @@ pub struct Machine {
     pub state: MachineState,
     /// Between replication and commit.
     pub failover: Failover,
+    /// What it decided and could not be carried out, because its state could not be made durable.
+    pub unfinished: Vec<Action>,
+    /// The last attempt to make its state durable failed, and `trouble` says so.
+    pub persist_failed: bool,
     /// Its disks and journal, once they are open.
     pub open: Option<Open>,
     /// The connection that replicates it, and its index there.
@@ -138,6 +142,8 @@ impl Machine {
             dir,
             state,
             failover,
+            unfinished: Vec::new(),
+            persist_failed: false,
             open: None,
             link: None,
             watermark: Watermark::new(),

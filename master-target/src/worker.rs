@@ -1,5 +1,6 @@
 //! The thread that owns a machine's [`MachineStore`]: everything that waits for a disk waits here.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -87,6 +88,7 @@ impl Worker {
             store,
             generation,
             inbox,
+            later: VecDeque::new(),
             hold,
             journal_bytes_max,
             report: Box::new(report),
@@ -116,6 +118,8 @@ struct Running {
     store: MachineStore,
     generation: Generation,
     inbox: Receiver<Command>,
+    /// Commands that were taken out of the queue before their turn. Bounded as the queue is.
+    later: VecDeque<Command>,
     hold: Option<BatchSeq>,
     journal_bytes_max: u64,
     report: Box<dyn Fn(Report) + Send>,
@@ -127,10 +131,8 @@ struct Running {
 
 impl Running {
     fn run(mut self) {
-        // A command that was taken out of the queue while a group was gathered.
-        let mut next = None;
         loop {
-            let command = match next.take() {
+            let command = match self.later.pop_front() {
                 Some(command) => Ok(command),
                 None if self.has_work() => {
                     self.inbox.try_recv().map_err(|_| RecvTimeoutError::Timeout)
@@ -139,8 +141,7 @@ impl Running {
             };
             let result = match command {
                 Ok(Command::Append(batch)) => {
-                    let (group, after) = self.gather(batch);
-                    next = after;
+                    let group = self.gather(batch);
                     self.append(group)
                 }
                 Ok(Command::Hold(hold)) => {
@@ -174,20 +175,24 @@ impl Running {
         self.store.applied().through < self.limit()
     }
 
-    fn gather(&self, first: IncomingBatch) -> (Vec<IncomingBatch>, Option<Command>) {
+    fn gather(&mut self, first: IncomingBatch) -> Vec<IncomingBatch> {
         let mut bytes = first.memory_bytes();
         let mut group = vec![first];
         while bytes < GROUP_BYTES_MAX {
-            match self.inbox.try_recv() {
-                Ok(Command::Append(batch)) => {
+            let next = self.later.pop_front().or_else(|| self.inbox.try_recv().ok());
+            match next {
+                Some(Command::Append(batch)) => {
                     bytes += batch.memory_bytes();
                     group.push(batch);
                 }
-                Ok(other) => return (group, Some(other)),
-                Err(_) => break,
+                Some(other) => {
+                    self.later.push_front(other);
+                    break;
+                }
+                None => break,
             }
         }
-        (group, None)
+        group
     }
 
     /// Runs `step` until it succeeds or fails for good; a full disk is waited for.
@@ -203,7 +208,14 @@ impl Running {
                         (self.report)(Report::Trouble(error.to_string()));
                         troubled = true;
                     }
-                    thread::sleep(RETRY_FULL);
+                    match self.inbox.recv_timeout(RETRY_FULL) {
+                        // What is not durable was not acknowledged, so it may be left behind.
+                        Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) => {
+                            return Err(error);
+                        }
+                        Ok(later) => self.later.push_back(later),
+                        Err(RecvTimeoutError::Timeout) => {}
+                    }
                 }
                 result => {
                     if troubled {

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
-use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
+use backhaul_proto::batch::{Compression, PlainBatch};
+use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role, create_ca, issue};
 use backhaul_proto::quic::{Congestion, Listener, TransportOptions, connect};
 use bytes::Bytes;
@@ -97,17 +97,7 @@ async fn receive(address: &str, keys: &Path) -> Result<(), Failure> {
 }
 
 fn batch(seq: u64, data: &Bytes) -> Vec<Bytes> {
-    let kind = RecordKind::Data { offset_bytes: 0, len_bytes: data.len() as u32 };
-    let plain = PlainBatch {
-        kind: BatchKind::Ordered,
-        generation: Generation(1),
-        batch: BatchSeq(seq),
-        first_write: WriteSeq(seq),
-        captured_at_us: 0,
-        records: vec![Record { disk: DiskIndex(0), kind }],
-        data_bytes: data.len(),
-        data: vec![data.clone()],
-    };
+    let plain = PlainBatch::of_one_write(Generation(1), BatchSeq(seq), 0, data.clone());
     let mut compressor = zstd::bulk::Compressor::default();
     plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
 }

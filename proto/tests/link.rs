@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
-use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
+use backhaul_proto::batch::{Compression, PlainBatch};
+use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, create_ca, issue};
 use backhaul_proto::link::{
     ConnectOptions, Connection, Listener, Transport, TransportChoice, connect,
@@ -60,17 +60,7 @@ async fn pair(dir: &Path, choice: TransportChoice) -> (Listener, Connection, Con
 
 fn batch(seq: u64) -> Vec<Bytes> {
     let data = Bytes::from(vec![seq as u8; 1 + (seq as usize * 977) % 40_000]);
-    let kind = RecordKind::Data { offset_bytes: 0, len_bytes: data.len() as u32 };
-    let plain = PlainBatch {
-        kind: BatchKind::Ordered,
-        generation: Generation(1),
-        batch: BatchSeq(seq),
-        first_write: WriteSeq(seq),
-        captured_at_us: 0,
-        records: vec![Record { disk: DiskIndex(0), kind }],
-        data_bytes: data.len(),
-        data: vec![data],
-    };
+    let plain = PlainBatch::of_one_write(Generation(1), BatchSeq(seq), 0, data);
     let mut compressor = zstd::bulk::Compressor::default();
     plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
 }

@@ -238,3 +238,62 @@ async fn a_datastore_that_is_mounted_late_needs_no_restart() {
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }
+
+/// Each of two agents would see a part of the disk's writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_has_one_agent() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let path = scenario.folder.path().join("agent.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let second = scenario.folder.path().join("second.toml");
+    let text = text.replace("/agent\"", "/second\"").replace("nbd.sock", "second.sock");
+    std::fs::write(&second, text).unwrap();
+    let output = Command::new(backhaul_tests::programs().join("backhaul-agent"))
+        .args(["run", "--config"])
+        .arg(&second)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(said.contains("protected.raw is used by another agent"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_shrinks_under_its_agent_is_named() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let disk = std::fs::File::options().write(true).open(&scenario.protected).unwrap();
+    disk.set_len(DISK_BYTES / 2).unwrap();
+    let named = |machine: &Machine| {
+        machine.trouble.contains("changed its size from 67108864 to 33554432 bytes")
+    };
+    scenario.rig.wait("the complaint", STEP_TIME_MAX, named).await.unwrap();
+}
+
+/// A service manager stops a target whose disk is full: it ends, and what was acknowledged is there
+/// when it has room again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_whose_disk_is_full_can_be_stopped() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    let place = scenario.folder.path().join("images");
+    let small = SmallDisk::mount(&place, 16);
+    let disk = std::fs::File::options().write(true).open(&scenario.protected).unwrap();
+    disk.write_all_at(&noise(40 << 20, 6), 0).unwrap();
+    scenario.start().unwrap();
+    let complains = |machine: &Machine| machine.trouble.contains("has no space for");
+    scenario.rig.wait("a full disk", STEP_TIME_MAX, complains).await.unwrap();
+    scenario.rig.stop();
+    small.grow(400);
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+    drop(scenario);
+    drop(small);
+}

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use backhaul_api::Machine;
-use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
-use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
+use backhaul_proto::batch::{Compression, PlainBatch};
+use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role};
 use backhaul_proto::link::{
     ConnectOptions, Connection, FrameReceiver, FrameSender, Listener, TransportChoice, connect,
@@ -80,17 +80,7 @@ impl FakeAgent {
 /// One batch of one write, as it travels.
 fn batch(seq: u64, fill: u8) -> Vec<u8> {
     let data = Bytes::from(vec![fill; 4096]);
-    let kind = RecordKind::Data { offset_bytes: 4096 * seq, len_bytes: 4096 };
-    let plain = PlainBatch {
-        kind: BatchKind::Ordered,
-        generation: Generation(7),
-        batch: BatchSeq(seq),
-        first_write: WriteSeq(seq),
-        captured_at_us: 0,
-        records: vec![Record { disk: DiskIndex(0), kind }],
-        data_bytes: data.len(),
-        data: vec![data],
-    };
+    let plain = PlainBatch::of_one_write(Generation(7), BatchSeq(seq), 4096 * seq, data);
     let mut compressor = zstd::bulk::Compressor::default();
     plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0)).concat()
 }

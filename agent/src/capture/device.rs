@@ -1,6 +1,6 @@
 //! The protected disk itself: a raw file or a block device.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
@@ -41,6 +41,14 @@ pub enum DeviceError {
         /// The path.
         path: PathBuf,
     },
+    /// Another agent protects it.
+    #[error(
+        "protected disk {path} is used by another agent; a disk has one agent, stop the other", path = path.display()
+    )]
+    Taken {
+        /// The file or device.
+        path: PathBuf,
+    },
     /// Its size is nothing a disk can have.
     #[error(
         "protected disk {path} has {size_bytes} bytes; a disk has a multiple of 512 bytes, more than 0, and at most 62 TiB", path = path.display()
@@ -68,6 +76,18 @@ impl Device {
             return Err(DeviceError::Size { path: path.to_owned(), size_bytes });
         }
         Ok(Self { path: path.to_owned(), file, size_bytes, broken: AtomicBool::new(false) })
+    }
+
+    /// Keeps other agents off this disk for as long as it is open: two would each see a part of its
+    /// writes. The lock is advice (`flock`), which the guest's other users need not ask for.
+    pub fn lock(&self) -> Result<(), DeviceError> {
+        match self.file.try_lock() {
+            Ok(()) => Ok(()),
+            Err(TryLockError::WouldBlock) => Err(DeviceError::Taken { path: self.path.clone() }),
+            Err(TryLockError::Error(source)) => {
+                Err(DeviceError::Open { path: self.path.clone(), source })
+            }
+        }
     }
 
     /// Where it is.

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use backhaul_proto::id::{DiskIndex, DiskName, MachineName};
 use tokio::sync::Notify;
 
-use crate::capture::{Device, Order, RangeLock};
+use crate::capture::{Device, Mode, Order, RangeLock};
 
 /// A protected machine: its disks and its write order.
 #[derive(Debug)]
@@ -17,6 +17,8 @@ pub struct MachineCapture {
     order: Mutex<Order>,
     fenced: AtomicBool,
     changed: Notify,
+    /// Told when a sync ends.
+    ordered: Notify,
 }
 
 /// One of its disks.
@@ -55,6 +57,7 @@ impl MachineCapture {
             order: Mutex::new(order),
             fenced: AtomicBool::new(fence == Fence::Up),
             changed: Notify::new(),
+            ordered: Notify::new(),
         })
     }
 
@@ -77,7 +80,11 @@ impl MachineCapture {
     pub fn with_order<R>(&self, change: impl FnOnce(&mut Order) -> R) -> R {
         let mut order = self.order();
         let idle = !order.has_open_batch() && !order.has_sealed();
+        let was_syncing = order.mode() != Mode::Ordered;
         let result = change(&mut order);
+        if was_syncing && order.mode() == Mode::Ordered {
+            self.ordered.notify_waiters();
+        }
         let wake = order.has_sealed() || idle && order.has_open_batch();
         drop(order);
         if wake {
@@ -89,6 +96,18 @@ impl MachineCapture {
     /// Waits until [`MachineCapture::with_order`] left something to do.
     pub async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    /// Waits until every write is in the stream: at once, or when the sync under way ends.
+    pub async fn ordered(&self) {
+        loop {
+            // Registered before the mode is looked at, so that no end is missed.
+            let ended = self.ordered.notified();
+            if self.order().mode() == Mode::Ordered {
+                return;
+            }
+            ended.await;
+        }
     }
 
     /// Whether writes are refused.

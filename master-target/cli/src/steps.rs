@@ -42,6 +42,7 @@ pub(crate) async fn watch(
             view.show(&step);
             shown = step;
         }
+        // The API is asked, it does not call: this is how often a person sees a step.
         tokio::time::sleep(POLL).await;
     }
 }

@@ -2,17 +2,18 @@
 
 #[path = "support/esxi.rs"]
 mod esxi;
+#[path = "../fuzz/attack.rs"]
+#[allow(missing_docs, unreachable_pub, dead_code)]
+mod harm;
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    path::Path,
     sync::atomic::{AtomicUsize, Ordering},
 };
 
 use backhaul_disk_image::{
-    CreateOptions, Deep, Kind, OpenOptions, Silent, create, open, open_storage,
+    CreateOptions, Kind, OpenOptions, Silent, create, open,
     ops::{ConvertOptions, apply_repair, convert, plan_repair},
-    storage::MemoryStorage,
 };
 use esxi::{Grain, cowd, sesparse};
 
@@ -45,27 +46,9 @@ static ALLOCATOR: Counting = Counting;
 /// bounds, and the fixtures are small.
 const MEMORY_MAX: usize = 400 << 20;
 
-/// Opens and uses an image in every way; errors are fine.
+/// Opens and uses an image in every way, as the fuzz targets do; errors are fine.
 fn use_it(bytes: Vec<u8>) {
-    let path = Path::new("hostile.vmdk");
-    for options in [OpenOptions::read_only(), OpenOptions::writable()] {
-        let storage = Box::new(MemoryStorage::new(bytes.clone()));
-        let Ok(image) = open_storage(path, storage, &options) else { continue };
-        let _ = image.info();
-        let _ = image.check(Deep::Yes, &mut Silent);
-        let size = image.size_bytes();
-        let mut buf = vec![0; 200_000_usize.min(size as usize)];
-        for run in image.extents(0, size).take(64).flatten() {
-            let length = (buf.len() as u64).min(run.length) as usize;
-            let _ = image.read_at(&mut buf[..length], run.offset);
-        }
-        let last = size - buf.len() as u64;
-        let _ = image.read_at(&mut buf, last);
-        let _ = image.write_at(&buf, last);
-        let _ = image.write_zeroes_at(0, buf.len() as u64);
-        let _ = image.trim(last, buf.len() as u64);
-        let _ = image.flush();
-    }
+    harm::image(bytes);
     assert!(MOST.load(Ordering::SeqCst) < MEMORY_MAX, "{} bytes", MOST.load(Ordering::SeqCst));
 }
 

@@ -160,9 +160,16 @@ impl Target {
     pub(super) fn persist(&mut self, name: &MachineName) -> bool {
         let Some(machine) = self.machines.get_mut(name) else { return false };
         match machine.persist() {
-            Ok(()) => true,
+            Ok(()) => {
+                if std::mem::take(&mut machine.persist_failed) {
+                    machine.trouble.clear();
+                }
+                true
+            }
             Err(error) => {
-                tracing::error!(machine = %name, %error, "its state cannot be made durable");
+                if !std::mem::replace(&mut machine.persist_failed, true) {
+                    tracing::error!(machine = %name, %error, "its state cannot be made durable");
+                }
                 machine.trouble = error.to_string();
                 false
             }

@@ -17,13 +17,16 @@ use crate::worker::Command;
 
 impl Target {
     pub(super) fn carry_out(&mut self, name: &MachineName, actions: Vec<Action>) {
-        for action in actions {
+        let mut actions = actions.into_iter();
+        while let Some(action) = actions.next() {
             let Some(machine) = self.machines.get_mut(name) else { return };
             match action {
-                // What is not durable must not be acted on; it is tried again on request.
+                // What is not durable must not be acted on; it is tried again on the next tick.
                 Action::Persist => {
                     if !self.persist(name) {
-                        return;
+                        let Some(machine) = self.machines.get_mut(name) else { return };
+                        machine.unfinished = vec![Action::Persist];
+                        return machine.unfinished.extend(actions);
                     }
                 }
                 Action::SendJob(job, kind) => {

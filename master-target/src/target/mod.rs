@@ -245,7 +245,8 @@ impl Target {
         for name in names {
             let Some(machine) = self.machines.get_mut(&name) else { continue };
             let facts = machine.facts(now);
-            let actions = machine.failover.handle_timeout(now, &facts);
+            let mut actions = std::mem::take(&mut machine.unfinished);
+            actions.extend(machine.failover.handle_timeout(now, &facts));
             self.carry_out(&name, actions);
         }
         if now.duration_since(self.last_opening) >= OPEN_PERIOD {

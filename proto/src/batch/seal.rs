@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 
-use crate::batch::{BatchHeader, BatchKind, Codec, HEADER_BYTES, RECORD_BYTES, Record};
-use crate::id::{BatchSeq, Generation, MachineIndex, WriteSeq};
+use crate::batch::{BatchHeader, BatchKind, Codec, HEADER_BYTES, RECORD_BYTES, Record, RecordKind};
+use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
 
 /// A batch whose place in the order is settled and whose body is not hashed or compressed yet.
 /// Cheap to make while the order is locked; [`PlainBatch::encode`] is the expensive half.
@@ -45,6 +45,27 @@ pub struct EncodedBatch {
 }
 
 impl PlainBatch {
+    /// The batch that holds one write and nothing else: `data` at `offset_bytes` of the first disk,
+    /// as the write of the batch's own number. For probes and tests.
+    pub fn of_one_write(
+        generation: Generation,
+        batch: BatchSeq,
+        offset_bytes: u64,
+        data: Bytes,
+    ) -> Self {
+        let kind = RecordKind::Data { offset_bytes, len_bytes: data.len() as u32 };
+        Self {
+            kind: BatchKind::Ordered,
+            generation,
+            batch,
+            first_write: WriteSeq(batch.0),
+            captured_at_us: 0,
+            records: vec![Record { disk: DiskIndex(0), kind }],
+            data_bytes: data.len(),
+            data: vec![data],
+        }
+    }
+
     /// Hashes the body and compresses it when that makes it at least an eighth smaller.
     ///
     /// `compressor` is reused between calls, because making one costs as much as a small batch.

@@ -88,6 +88,7 @@ pub async fn connect(
         let (address, identity) = (address.to_owned(), Arc::clone(identity));
         let expected = options.expected.clone();
         attempts.spawn(async move {
+            // QUIC's turn: whoever answers over UDP within this needs no TCP.
             tokio::time::sleep(after).await;
             tcp::connect(&address, &identity, expected).await.map(Connection::Tcp)
         });

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::batch::{BatchKind, Compression, PlainBatch, Record, RecordKind};
-use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
+use crate::batch::{Compression, PlainBatch};
+use crate::id::{BatchSeq, Generation, MachineIndex};
 use crate::link::{Connection, StreamError};
 
 /// Data of one batch of noise, in bytes.
@@ -26,17 +26,7 @@ fn noise() -> Vec<Bytes> {
     let mut data = vec![0; NOISE_BYTES];
     // Keyed hashing as a generator: nothing on the way can compress it.
     blake3::Hasher::new().update(b"backhaul probe").finalize_xof().fill(&mut data);
-    let kind = RecordKind::Data { offset_bytes: 0, len_bytes: NOISE_BYTES as u32 };
-    let batch = PlainBatch {
-        kind: BatchKind::Ordered,
-        generation: Generation(1),
-        batch: BatchSeq(1),
-        first_write: WriteSeq(1),
-        captured_at_us: 0,
-        records: vec![Record { disk: DiskIndex(0), kind }],
-        data_bytes: data.len(),
-        data: vec![data.into()],
-    };
+    let batch = PlainBatch::of_one_write(Generation(1), BatchSeq(1), 0, data.into());
     let mut compressor = zstd::bulk::Compressor::default();
     batch.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
 }

@@ -294,6 +294,29 @@ impl SparseExtent {
         Ok(())
     }
 
+    /// Drops the whole grains from `offset` on, as far as the format can say so; returns how many
+    /// bytes those are. The lock is taken anew for each step, so that a long range does not keep
+    /// others waiting.
+    fn drop_whole(
+        &self,
+        offset: u64,
+        length: u64,
+        cover: Cover,
+        backing: Backing<'_>,
+    ) -> Result<u64> {
+        let mut done = 0;
+        while cover == Cover::Whole && done < length {
+            let _guard = self.own();
+            let mut state = self.state();
+            let left = (length - done).next_multiple_of(self.header.grain_bytes());
+            match self.drop_grains(&mut state, offset + done, left, backing)? {
+                0 => break,
+                step => done += step,
+            }
+        }
+        Ok(done)
+    }
+
     /// Makes whole grains from `offset` on read as zeros without storing them, where the format
     /// can say so; returns the bytes done, 0 where it cannot.
     fn drop_grains(
@@ -450,17 +473,7 @@ impl Extent for SparseExtent {
 
     fn zero(&self, offset: u64, length: u64, backing: Backing<'_>) -> Result<()> {
         self.by_grains(offset, length, |offset, length, cover| {
-            let mut done = 0;
-            while cover == Cover::Whole && done < length {
-                let _guard = self.own();
-                let mut state = self.state();
-                let left = (length - done).next_multiple_of(self.header.grain_bytes());
-                let step = self.drop_grains(&mut state, offset + done, left, backing)?;
-                if step == 0 {
-                    break;
-                }
-                done += step;
-            }
+            let done = self.drop_whole(offset, length, cover, backing)?;
             match length.saturating_sub(done) {
                 0 => Ok(()),
                 left => self.zero_part(offset + done, left, backing),
@@ -470,17 +483,7 @@ impl Extent for SparseExtent {
 
     fn trim(&self, offset: u64, length: u64, backing: Backing<'_>) -> Result<()> {
         self.by_grains(offset, length, |offset, length, cover| {
-            let mut done = 0;
-            while cover == Cover::Whole && done < length {
-                let _guard = self.own();
-                let mut state = self.state();
-                let left = (length - done).next_multiple_of(self.header.grain_bytes());
-                match self.drop_grains(&mut state, offset + done, left, backing)? {
-                    0 => break,
-                    step => done += step,
-                }
-            }
-            Ok(())
+            self.drop_whole(offset, length, cover, backing).map(drop)
         })
     }
 

@@ -1,0 +1,154 @@
+//! Batches on their way to the target, and what the sync asks and answers.
+
+use std::time::Instant;
+
+use backhaul_proto::batch::EncodedBatch;
+use backhaul_proto::id::{BatchSeq, MachineIndex};
+use backhaul_proto::link::Connection;
+use backhaul_proto::message::{Ack, HashReply, HashRequest};
+
+use super::Agent;
+use crate::batch::Encoded;
+use crate::capture::Mode;
+use crate::sync::{SyncInput, SyncOutput};
+
+impl Agent {
+    pub(super) fn handle_encoded(&mut self, index: usize, encoded: Encoded) {
+        let machine = &mut self.machines[index];
+        if encoded.batch.header.generation != machine.sender.generation() {
+            return;
+        }
+        machine.encoded.insert(encoded.batch.header.batch, encoded);
+        while let Some(entry) = machine.encoded.first_entry() {
+            if *entry.key() != machine.sender.newest().next() {
+                break;
+            }
+            let Encoded { batch, plain_held_bytes } = entry.remove();
+            let wire_bytes = batch.wire_bytes() as u64;
+            machine.capture.order().handle_resized(plain_held_bytes, wire_bytes);
+            machine.sender.push(batch);
+        }
+        self.transmit(index);
+    }
+
+    pub(super) fn transmit(&mut self, index: usize) {
+        let (Some(link), machine) = (&self.link, &mut self.machines[index]) else { return };
+        let Some(on_wire) = machine.replicating else { return };
+        let now = Instant::now();
+        while self.link_limit.poll_ready(now).is_ok()
+            && machine.limit.poll_ready(now).is_ok()
+            && let Some(batch) = machine.sender.poll_transmit()
+        {
+            machine.limit.handle_sent(now, batch.wire_bytes() as u64);
+            self.link_limit.handle_sent(now, batch.wire_bytes() as u64);
+            self.metrics.sent(machine.config.name.as_str(), &batch);
+            tokio::spawn(send(link.connection.clone(), batch, on_wire));
+        }
+    }
+
+    /// Each machine in turn is the first under the common ceiling.
+    pub(super) fn transmit_all(&mut self) {
+        let count = self.machines.len();
+        self.first_to_send = (self.first_to_send + 1) % count.max(1);
+        for step in 0..count {
+            self.transmit((self.first_to_send + step) % count);
+        }
+    }
+
+    /// When a machine that a ceiling holds back may send again.
+    pub(super) fn next_transmit(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let link = self.link_limit.poll_ready(now).err();
+        let replicating = self.machines.iter().filter(|machine| machine.replicating.is_some());
+        replicating
+            .filter(|machine| machine.sender.held_bytes() > 0)
+            .filter_map(|machine| machine.limit.poll_ready(now).err().max(link))
+            .min()
+    }
+
+    pub(super) fn handle_ack(&mut self, ack: &Ack) {
+        let Some(machine) = self.machines.get_mut(ack.machine as usize) else { return };
+        if machine.replicating.is_none() {
+            return;
+        }
+        match machine.sender.handle_ack(BatchSeq(ack.durable_batch), ack.window_bytes) {
+            Ok(released) => {
+                self.acked_wire_bytes += released.bytes;
+                let mut order = machine.capture.order();
+                order.handle_resized(released.bytes, 0);
+                let wake = order.mode() != Mode::Ordered && order.has_room_for_sync();
+                drop(order);
+                if wake {
+                    machine.sync.send(SyncInput::Wake);
+                }
+                self.transmit(ack.machine as usize);
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                self.drop_link(&reason);
+            }
+        }
+    }
+
+    pub(super) fn handle_sync(&mut self, output: SyncOutput) {
+        let of = |name| self.machines.iter().position(|machine| machine.config.name == name);
+        match output {
+            SyncOutput::Ask { machine, question, after } => {
+                let Some(index) = of(machine) else { return };
+                let on_wire = self.machines[index].replicating;
+                if let (Some(link), Some(on_wire)) = (&self.link, on_wire) {
+                    link.ask(HashRequest {
+                        request: tag_request(index, question.request),
+                        machine: on_wire.0.into(),
+                        disk: question.first.disk.0.into(),
+                        first_region: question.first.region,
+                        regions: question.regions,
+                        leaves: question.leaves,
+                        after_batch: after.0,
+                    });
+                }
+            }
+            SyncOutput::Sent { machine, bytes } => {
+                let Some(index) = of(machine) else { return };
+                self.machines[index].sync_sent_bytes += bytes;
+            }
+            SyncOutput::Trouble { machine, sentence } => {
+                let Some(index) = of(machine) else { return };
+                self.machines[index].trouble = sentence;
+            }
+            SyncOutput::Finished { machine } => {
+                let Some(index) = of(machine) else { return };
+                let machine = &mut self.machines[index];
+                let sent_bytes = std::mem::take(&mut machine.sync_sent_bytes);
+                machine.next_point = Instant::now() + machine.point_period.unwrap_or_default();
+                tracing::info!(machine = %machine.config.name, sent_bytes, "the sync is over: every block is in the stream");
+                self.report_progress();
+            }
+        }
+    }
+
+    pub(super) fn handle_answer(&mut self, reply: HashReply) {
+        let (index, request) = untag_request(reply.request);
+        let Some(machine) = self.machines.get_mut(index) else { return };
+        if let Some(failure) = &reply.failure {
+            machine.trouble.clone_from(&failure.sentence);
+            tracing::error!(machine = %machine.config.name, "{}", failure.sentence);
+        }
+        // An answer without hashes makes the sync send the region unseen, which is always right.
+        machine.sync.send(SyncInput::Answer(HashReply { request, ..reply }));
+    }
+}
+
+/// Requests of different machines share one stream; the machine travels in the upper bits.
+fn tag_request(index: usize, request: u64) -> u64 {
+    (index as u64) << 48 | request
+}
+
+fn untag_request(tagged: u64) -> (usize, u64) {
+    ((tagged >> 48) as usize, tagged & ((1 << 48) - 1))
+}
+
+async fn send(connection: Connection, batch: EncodedBatch, machine: MachineIndex) {
+    // When this fails the connection has failed, and the batch is sent again on the next one.
+    let _ = connection.send_batch(batch.chunks(machine)).await;
+}

@@ -1,0 +1,162 @@
+//! What is done on every tick: ceilings, points, reports, metrics.
+
+use std::time::{Duration, Instant};
+
+use backhaul_daemon::bandwidth::Rate;
+use backhaul_proto::message::{Heartbeat, LinkReport, Progress, agent_message};
+
+use super::Agent;
+use crate::capture::{Mode, now_us};
+use crate::progress::SyncStanding;
+use crate::sync::SyncInput;
+
+/// Below this rate, in bytes a second, the link is what limits and compressing pays; a core
+/// compresses about four times as fast.
+const SLOW_LINK_BYTES_PER_SECOND: f64 = 150e6;
+
+/// Less than this under way says nothing about the link.
+const LINK_BACKLOG_BYTES: u64 = 2 << 20;
+
+impl Agent {
+    /// What is done on every tick.
+    pub(super) fn upkeep(&mut self) {
+        let now = Instant::now();
+        let ceiling = self.config.limit.now().map(Rate::bytes_per_second);
+        self.ceiling.set(ceiling);
+        // QUIC keeps the ceiling packet by packet. Over TCP, and on paths so short that a window
+        // of a few packets already exceeds it, it is counted out in batches.
+        self.link_limit.set(ceiling);
+        for machine in &mut self.machines {
+            let ceiling = machine.config.limit.now();
+            machine.limit.set(ceiling.map(Rate::bytes_per_second));
+            let Some(period) = machine.point_period else { continue };
+            if machine.replicating.is_some() && now >= machine.next_point {
+                machine.next_point = now + period;
+                if !machine.capture.is_fenced() {
+                    machine.capture.with_order(|order| order.set_point(now_us()));
+                }
+            }
+            let mode = machine.capture.order().mode();
+            if mode != Mode::Ordered {
+                machine.sync.send(SyncInput::Wake);
+            }
+        }
+        // A ceiling that was lifted leaves no timer behind that would go on sending.
+        self.transmit_all();
+        let (since, bytes) = self.rate_since;
+        let seconds = now.duration_since(since).as_secs_f64();
+        if seconds >= 0.2 {
+            let rate = (self.acked_wire_bytes - bytes) as f64 / seconds;
+            self.rate_since = (now, self.acked_wire_bytes);
+            // Over about a second, so that a person can read it.
+            self.acked_bytes_per_second += (rate - self.acked_bytes_per_second) * seconds.min(1.0);
+            // What waits for the link, and what waits for the encoders: the larger is the bottleneck.
+            let for_link: u64 = self.machines.iter().map(|m| m.sender.held_bytes()).sum();
+            let queued: u64 = self.machines.iter().map(|m| m.capture.order().queued_bytes()).sum();
+            let link_limits =
+                for_link > LINK_BACKLOG_BYTES && for_link > queued - for_link.min(queued);
+            self.pool.set_link_limited(link_limits && rate < SLOW_LINK_BYTES_PER_SECOND);
+        }
+        if now.duration_since(self.last_progress) >= Duration::from_secs(1) {
+            self.check_sizes();
+            self.report_progress();
+            self.say(agent_message::Kind::Heartbeat(Heartbeat { nonce: now_us() }));
+            self.report_link();
+        }
+        self.metrics.link(self.link.as_ref().map(|link| link.connection.stats()));
+        for machine in &self.machines {
+            let order = machine.capture.order();
+            let total_bytes = match order.mode() {
+                Mode::Ordered => 0,
+                Mode::Syncing { total_bytes, .. } => total_bytes,
+            };
+            let (queued, dirty) = (order.queued_bytes(), order.dirty_bytes());
+            drop(order);
+            let name = machine.config.name.as_str();
+            self.metrics.machine(name, machine.replicating.is_some(), queued, dirty, total_bytes);
+            let standing = SyncStanding {
+                total_bytes,
+                dirty_bytes: dirty,
+                sent_bytes: machine.sync_sent_bytes,
+                replicating: machine.replicating.is_some(),
+            };
+            self.progress.update(name, standing);
+        }
+    }
+
+    /// A disk that is resized under the agent reads and writes as if nothing were wrong, in parts.
+    fn check_sizes(&mut self) {
+        for machine in &mut self.machines {
+            for disk in machine.capture.disks() {
+                let was_bytes = disk.device.size_bytes();
+                let is_bytes = disk.device.current_size_bytes().unwrap_or(was_bytes);
+                if is_bytes != was_bytes {
+                    let sentence = format!(
+                        "protected disk {} changed its size from {was_bytes} to {is_bytes} bytes while it is protected; restore the size and restart the agent",
+                        disk.device.path().display()
+                    );
+                    if machine.trouble != sentence {
+                        tracing::error!(machine = %machine.config.name, "{sentence}");
+                        machine.trouble = sentence;
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn report_link(&self) {
+        let Some(link) = &self.link else { return };
+        let stats = link.connection.stats();
+        let path = link.connection.congestion();
+        let min_rtt = path.and_then(|path| path.min_rtt).unwrap_or_default();
+        self.say(agent_message::Kind::Link(LinkReport {
+            congestion: self.config.congestion.to_string(),
+            rtt_us: if stats.rtt.is_zero() {
+                self.heartbeat_us
+            } else {
+                stats.rtt.as_micros() as u64
+            },
+            window_bytes: stats.congestion_window_bytes,
+            acked_bytes_per_second: self.acked_bytes_per_second as u64,
+            ceiling_bytes_per_second: self.config.limit.now().map_or(0, Rate::bytes_per_second),
+            mtu_bytes: stats.mtu_bytes.into(),
+            sent_bytes: stats.sent_bytes,
+            sent_packets: stats.sent_packets,
+            lost_packets: stats.lost_packets,
+            lost_bytes: stats.lost_bytes,
+            mtu_black_holes: stats.mtu_black_holes,
+            receive_buffer_bytes: stats.socket.receive_bytes as u64,
+            send_buffer_bytes: stats.socket.send_bytes as u64,
+            dropped_datagrams: stats.socket.dropped_datagrams(),
+            state: path.map(|path| path.state.to_owned()).unwrap_or_default(),
+            path_bytes_per_second: path.map_or(0, |path| path.bandwidth_bytes_per_second),
+            min_rtt_us: min_rtt.as_micros() as u64,
+        }));
+    }
+
+    pub(super) fn report_progress(&mut self) {
+        self.last_progress = Instant::now();
+        for (index, machine) in self.machines.iter().enumerate() {
+            if machine.replicating.is_none() {
+                continue;
+            }
+            let order = machine.capture.order();
+            let total = match order.mode() {
+                Mode::Ordered => 0,
+                Mode::Syncing { total_bytes, .. } => total_bytes,
+            };
+            let progress = Progress {
+                machine: index as u32,
+                newest_batch: order.newest_with_open().0,
+                queued_bytes: order.queued_bytes(),
+                dirty_bytes: order.dirty_bytes(),
+                sync_total_bytes: total,
+                sync_done_bytes: total.saturating_sub(order.dirty_bytes()),
+                sync_sent_bytes: machine.sync_sent_bytes,
+                trouble: machine.trouble.clone(),
+            };
+            drop(order);
+            self.say(agent_message::Kind::Progress(progress));
+        }
+    }
+}
