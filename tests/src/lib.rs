@@ -65,6 +65,13 @@ impl Scenario {
         Ok(self.rig.start_guest(client, workload, None)?)
     }
 
+    /// Starts the agent again after its end, and waits until it is connected: until then the target
+    /// may take the old connection for a live one, and the machine for consistent.
+    pub async fn restart_agent(&mut self) -> anyhow::Result<()> {
+        self.rig.start_agent()?;
+        self.rig.wait_log("agent", " connected target=").await
+    }
+
     /// Waits until the machine is consistent, has a point, and is replicated again: after a restart
     /// of the agent the disks stay consistent for a moment, until its comparison begins, and only
     /// the RPO, unknown until then, tells.

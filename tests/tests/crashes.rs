@@ -44,7 +44,7 @@ async fn an_agent_killed_during_sync_and_during_replication_is_compared_anew() {
         }
         scenario.rig.kill_agent();
         let _ = guest.await.unwrap();
-        scenario.rig.start_agent().unwrap();
+        scenario.restart_agent().await.unwrap();
     }
     let guest = scenario.start_guest(99, RATE_BYTES).await.unwrap();
     scenario.wait_consistent().await.unwrap();
@@ -67,9 +67,8 @@ async fn a_source_that_is_gone_costs_seconds_and_a_cancel_brings_it_back() {
     let outcome = done.failover.unwrap();
     assert!(!outcome.source_drained && outcome.data_loss_seconds > 0.0, "{outcome:?}");
 
-    scenario.rig.start_agent().unwrap();
+    scenario.restart_agent().await.unwrap();
     scenario.rig.client().cancel(MACHINE).await.unwrap();
-    let guest = scenario.start_guest(6, RATE_BYTES).await.unwrap();
     scenario
         .rig
         .wait("replication", STEP_TIME_MAX, |machine| {
@@ -77,6 +76,7 @@ async fn a_source_that_is_gone_costs_seconds_and_a_cancel_brings_it_back() {
         })
         .await
         .unwrap();
+    let guest = scenario.start_guest(6, RATE_BYTES).await.unwrap();
     scenario.wait_consistent().await.unwrap();
     let done = scenario.fail_over().await.unwrap();
     assert!(done.failover.unwrap().source_drained);

@@ -97,10 +97,7 @@ async fn an_old_image_is_the_seed_and_little_is_sent() {
     let disk = std::fs::File::options().write(true).open(&scenario.protected).unwrap();
     disk.write_all_at(&vec![7; 1 << 20], 20 << 20).unwrap();
     let before = scenario.rig.client().machine(MACHINE).await.unwrap().received_plain_bytes;
-    scenario.rig.start_agent().unwrap();
-    let generation_ended = |machine: &backhaul_api::Machine| !machine.connected;
-    let _ = scenario.rig.wait("the old link's end", Duration::from_secs(1), generation_ended).await;
-    scenario.rig.wait_log("master-target", "synced: the machine is consistent").await.unwrap();
+    scenario.restart_agent().await.unwrap();
     scenario.wait_received(before + (1 << 20)).await.unwrap();
     let after = scenario.wait_consistent().await.unwrap();
     let sent = after.received_plain_bytes - before;

@@ -82,9 +82,17 @@ fn programs_beside(program: &Path) -> anyhow::Result<PathBuf> {
 pub struct Rig {
     spec: RigSpec,
     link: Option<Link>,
-    target: Option<Child>,
-    agent: Option<Child>,
+    target: Option<Daemon>,
+    agent: Option<Daemon>,
     client: Client,
+}
+
+/// A daemon that was started.
+#[derive(Debug)]
+struct Daemon {
+    child: Child,
+    /// Where its log began: those that ran before wrote to the same file.
+    log_from: usize,
 }
 
 impl Rig {
@@ -226,7 +234,7 @@ impl Rig {
         self.link.as_ref()
     }
 
-    fn spawn(&self, program: &str, configuration: &str, log: &str) -> anyhow::Result<Child> {
+    fn spawn(&self, program: &str, configuration: &str, log: &str) -> anyhow::Result<Daemon> {
         let path = self.spec.programs.join(program);
         let mut command = match &self.link {
             Some(link) if program == "backhaul-agent" => link.site_a().command_in(&path),
@@ -243,14 +251,16 @@ impl Rig {
             });
         }
         let log = File::options().create(true).append(true).open(self.path(log))?;
-        command
+        let log_from = log.metadata()?.len() as usize;
+        let child = command
             .args(["run", "--config"])
             .arg(self.path(configuration))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
-            .with_context(|| format!("{} cannot be started", path.display()))
+            .with_context(|| format!("{} cannot be started", path.display()))?;
+        Ok(Daemon { child, log_from })
     }
 
     /// Starts the target.
@@ -291,15 +301,15 @@ impl Rig {
 
     /// Asks the agent to read its configuration again.
     pub fn reload_agent(&self) {
-        if let Some(child) = &self.agent {
+        if let Some(Daemon { child, .. }) = &self.agent {
             signal(child, rustix::process::Signal::HUP);
         }
     }
 
     /// Asks both to stop, agent first, and waits for their ends.
     pub fn stop(&mut self) {
-        for child in [&mut self.agent, &mut self.target] {
-            if let Some(mut child) = child.take() {
+        for daemon in [&mut self.agent, &mut self.target] {
+            if let Some(Daemon { mut child, .. }) = daemon.take() {
                 signal(&child, rustix::process::Signal::TERM);
                 let _ = child.wait();
             }
@@ -313,8 +323,8 @@ impl Rig {
 
     /// Fails when a daemon that was started has ended by itself, with the end of its log.
     fn check_alive(&mut self) -> anyhow::Result<()> {
-        let ended = |child: &mut Option<Child>| {
-            child.as_mut().and_then(|child| child.try_wait().ok().flatten())
+        let ended = |daemon: &mut Option<Daemon>| {
+            daemon.as_mut().and_then(|daemon| daemon.child.try_wait().ok().flatten())
         };
         for (name, status) in
             [("agent", ended(&mut self.agent)), ("master-target", ended(&mut self.target))]
@@ -353,12 +363,14 @@ impl Rig {
         }
     }
 
-    /// Waits until a daemon's log (`agent` or `master-target`) holds `text`.
+    /// Waits until a daemon (`agent` or `master-target`) has logged `text` since it was last started.
     pub async fn wait_log(&mut self, daemon: &str, text: &str) -> anyhow::Result<()> {
         let start = Instant::now();
+        let running = if daemon == "agent" { &self.agent } else { &self.target };
+        let log_from = running.as_ref().map_or(0, |running| running.log_from);
         loop {
             let log = fs::read_to_string(self.path(&format!("{daemon}.log"))).unwrap_or_default();
-            if log.contains(text) {
+            if log.get(log_from..).is_some_and(|log| log.contains(text)) {
                 return Ok(());
             }
             self.check_alive()?;
@@ -401,19 +413,19 @@ fn signal(child: &Child, signal: rustix::process::Signal) {
     }
 }
 
-fn kill(child: &mut Option<Child>) {
-    if let Some(mut child) = child.take() {
+fn kill(daemon: &mut Option<Daemon>) {
+    if let Some(Daemon { mut child, .. }) = daemon.take() {
         let _ = child.kill();
         let _ = child.wait();
     }
 }
 
-fn memory_of(child: Option<&Child>) -> u64 {
+fn memory_of(daemon: Option<&Daemon>) -> u64 {
     let read = |child: &Child| -> io::Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
         let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
         Ok(kib.unwrap_or(0) << 10)
     };
-    child.and_then(|child| read(child).ok()).unwrap_or(0)
+    daemon.and_then(|daemon| read(&daemon.child).ok()).unwrap_or(0)
 }
