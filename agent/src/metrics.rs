@@ -15,6 +15,8 @@ pub struct Metrics {
     mtu_bytes: IntGauge,
     receive_buffer_bytes: IntGauge,
     dropped_datagrams: IntGauge,
+    compression_level: IntGauge,
+    compression_ratio: Gauge,
     replicating: IntGaugeVec,
     queue_bytes: IntGaugeVec,
     dirty_bytes: IntGaugeVec,
@@ -44,11 +46,14 @@ impl Metrics {
             registry.register(Box::new(counters.clone()))?;
             prometheus::Result::Ok(counters)
         };
-        let rtt_seconds =
-            Gauge::with_opts(Opts::new("backhaul_agent_link_rtt_seconds", "Round-trip time"))?;
-        registry.register(Box::new(rtt_seconds.clone()))?;
+        let number = |name: &str, help: &str| {
+            let gauge = Gauge::with_opts(Opts::new(format!("backhaul_agent_{name}"), help))?;
+            registry.register(Box::new(gauge.clone()))?;
+            prometheus::Result::Ok(gauge)
+        };
         Ok(Self {
-            rtt_seconds,
+            rtt_seconds: number("link_rtt_seconds", "Round-trip time")?,
+            compression_ratio: number("compression_ratio", "Plain bytes a byte on the wire")?,
             session_up: gauge("session_up", "Whether the target is connected")?,
             window_bytes: gauge("link_window_bytes", "Congestion window")?,
             lost_packets: gauge("link_lost_packets", "Packets lost on this connection")?,
@@ -56,6 +61,10 @@ impl Metrics {
             mtu_bytes: gauge("link_mtu_bytes", "The path's MTU, as a UDP payload")?,
             receive_buffer_bytes: gauge("socket_receive_buffer_bytes", "Granted by the system")?,
             dropped_datagrams: gauge("socket_dropped_datagrams", "Arrived, and found no room")?,
+            compression_level: gauge(
+                "compression_level",
+                "Level of zstd; 0 while it does not pay",
+            )?,
             replicating: gauges("replicating", "Whether the machine is being replicated")?,
             queue_bytes: gauges("queue_bytes", "Writes not acknowledged by the target")?,
             dirty_bytes: gauges("dirty_bytes", "Content that is in no batch yet")?,
@@ -70,6 +79,11 @@ impl Metrics {
         self.sent_wire_bytes.with_label_values(&[machine]).inc_by(batch.wire_bytes() as u64);
         let plain = u64::from(batch.header.plain_bytes);
         self.sent_plain_bytes.with_label_values(&[machine]).inc_by(plain);
+    }
+
+    pub(crate) fn compression(&self, level: i32, ratio: f64) {
+        self.compression_level.set(level.into());
+        self.compression_ratio.set(ratio);
     }
 
     pub(crate) fn link(&self, stats: Option<LinkStats>) {

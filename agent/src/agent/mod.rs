@@ -104,7 +104,7 @@ impl Agent {
         progress: ProgressView,
     ) -> anyhow::Result<Self> {
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let pool = EncodePool::new(threads, config.compression)?;
+        let pool = EncodePool::new(threads, config.compression, config.queue_bytes)?;
         let (events, inbox) = mpsc::unbounded_channel();
         let mut agent = Self {
             config_path: config_path.to_owned(),

@@ -10,13 +10,6 @@ use crate::capture::{Mode, now_us};
 use crate::progress::SyncStanding;
 use crate::sync::SyncInput;
 
-/// Below this rate, in bytes a second, the link is what limits and compressing pays; a core
-/// compresses about four times as fast.
-const SLOW_LINK_BYTES_PER_SECOND: f64 = 150e6;
-
-/// Less than this under way says nothing about the link.
-const LINK_BACKLOG_BYTES: u64 = 2 << 20;
-
 impl Agent {
     /// What is done on every tick.
     pub(super) fn upkeep(&mut self) {
@@ -50,13 +43,8 @@ impl Agent {
             self.rate_since = (now, self.acked_wire_bytes);
             // Over about a second, so that a person can read it.
             self.acked_bytes_per_second += (rate - self.acked_bytes_per_second) * seconds.min(1.0);
-            // What waits for the link, and what waits for the encoders: the larger is the bottleneck.
-            let for_link: u64 = self.machines.iter().map(|m| m.sender.held_bytes()).sum();
-            let queued: u64 = self.machines.iter().map(|m| m.capture.order().queued_bytes()).sum();
-            let link_limits =
-                for_link > LINK_BACKLOG_BYTES && for_link > queued - for_link.min(queued);
-            self.pool.set_link_limited(link_limits && rate < SLOW_LINK_BYTES_PER_SECOND);
         }
+        self.judge_link(now);
         if now.duration_since(self.last_progress) >= Duration::from_secs(1) {
             self.check_sizes();
             self.report_progress();
@@ -82,6 +70,14 @@ impl Agent {
             };
             self.progress.update(name, standing);
         }
+    }
+
+    /// Tells the encoders what waits for the link.
+    fn judge_link(&self, now: Instant) {
+        let held_bytes = self.machines.iter().map(|machine| machine.sender.held_bytes()).sum();
+        let replicating = self.machines.iter().any(|machine| machine.replicating.is_some());
+        self.pool.handle_link(now, replicating.then_some((held_bytes, self.acked_wire_bytes)));
+        self.metrics.compression(self.pool.level(), self.pool.ratio());
     }
 
     /// A disk that is resized under the agent reads and writes as if nothing were wrong, in parts.

@@ -1,17 +1,19 @@
 //! Hashing and compression, on every core, off the owner loop.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
+use std::time::Instant;
 
 use backhaul_proto::batch::{BatchKind, Compression, EncodedBatch, PlainBatch};
+use zstd::bulk::Compressor;
 
-use crate::batch::{elide_zeroes, held_bytes};
+use crate::batch::{Backlog, LevelControl, Sample, elide_zeroes, held_bytes};
 
 /// What the configuration says of compression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompressionChoice {
-    /// Compress while sealed batches wait for the link, not while the processor is the bottleneck.
+    /// As hard as the processors can while the link is the bottleneck, and not at all while they are.
     Auto,
     /// Never.
     Off,
@@ -30,7 +32,6 @@ pub struct Encoded {
 
 struct Work {
     batch: PlainBatch,
-    compression: Compression,
     done: Box<dyn FnOnce(Encoded) + Send>,
 }
 
@@ -39,53 +40,108 @@ struct Work {
 #[derive(Clone)]
 pub struct EncodePool {
     work: mpsc::Sender<Work>,
-    link_limited: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+}
+
+/// What every encoder looks at.
+struct Shared {
     choice: CompressionChoice,
+    control: Mutex<LevelControl>,
+    waiting_bytes: AtomicU64,
 }
 
 impl EncodePool {
-    /// Starts `threads` encoders.
-    pub fn new(threads: usize, choice: CompressionChoice) -> std::io::Result<Self> {
+    /// Starts `threads` encoders, for machines whose queues hold `queue_bytes` together.
+    pub fn new(
+        threads: usize,
+        choice: CompressionChoice,
+        queue_bytes: u64,
+    ) -> std::io::Result<Self> {
         let (work, queue) = mpsc::channel::<Work>();
         let queue = Arc::new(Mutex::new(queue));
+        let control = Mutex::new(LevelControl::new(threads, queue_bytes));
+        let shared = Arc::new(Shared { choice, control, waiting_bytes: AtomicU64::new(0) });
         for index in 0..threads.max(1) {
-            let queue = Arc::clone(&queue);
-            thread::Builder::new().name(format!("encode-{index}")).spawn(move || run(&queue))?;
+            let (queue, shared) = (Arc::clone(&queue), Arc::clone(&shared));
+            let name = format!("encode-{index}");
+            thread::Builder::new().name(name).spawn(move || run(&queue, &shared))?;
         }
-        Ok(Self { work, link_limited: Arc::default(), choice })
+        Ok(Self { work, shared })
     }
 
-    /// Says whether batches wait for the link at present, which is when compressing pays.
-    pub fn set_link_limited(&self, limited: bool) {
-        self.link_limited.store(limited, Ordering::Relaxed);
+    /// Says how many bytes are encoded and not acknowledged, and how many were acknowledged since
+    /// the start, as they travel; `None` while there is no link.
+    pub fn handle_link(&self, now: Instant, link: Option<(u64, u64)>) {
+        let encoder_bytes = self.shared.waiting_bytes.load(Ordering::Relaxed);
+        let mut control = self.shared.control();
+        match link {
+            Some((link_bytes, acked_wire_bytes)) => {
+                let backlog = Backlog { encoder_bytes, link_bytes, acked_wire_bytes };
+                control.handle_backlog(now, backlog);
+            }
+            None => control.handle_disconnected(),
+        }
+    }
+
+    /// The level of zstd that batches are compressed at now, 0 for not at all.
+    pub fn level(&self) -> i32 {
+        match self.shared.choice {
+            CompressionChoice::Off => 0,
+            CompressionChoice::Level(level) => level,
+            CompressionChoice::Auto => self.shared.control().step().level().unwrap_or(0),
+        }
+    }
+
+    /// How many plain bytes a byte on the wire stands for, of late.
+    pub fn ratio(&self) -> f64 {
+        self.shared.control().ratio()
     }
 
     /// Encodes `batch` on some thread, then calls `done` there.
     pub fn submit(&self, batch: PlainBatch, done: impl FnOnce(Encoded) + Send + 'static) {
-        let compression = match self.choice {
-            CompressionChoice::Off => Compression::Off,
-            CompressionChoice::Level(level) => Compression::Zstd(level),
-            CompressionChoice::Auto if self.link_limited.load(Ordering::Relaxed) => {
-                Compression::Zstd(1)
-            }
-            CompressionChoice::Auto => Compression::Off,
-        };
+        self.shared.waiting_bytes.fetch_add(held_bytes(&batch), Ordering::Relaxed);
         // The threads end only with the last handle of the pool, so this send cannot fail.
-        let _ = self.work.send(Work { batch, compression, done: Box::new(done) });
+        let _ = self.work.send(Work { batch, done: Box::new(done) });
     }
 }
 
-fn run(queue: &Mutex<mpsc::Receiver<Work>>) {
-    let mut compressor = zstd::bulk::Compressor::default();
-    loop {
-        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Work { mut batch, compression, done }) = next else { return };
+impl Shared {
+    fn control(&self) -> MutexGuard<'_, LevelControl> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn encode(&self, mut batch: PlainBatch, compressor: &mut Compressor<'_>) -> Encoded {
         let plain_held_bytes = held_bytes(&batch);
+        let waiting_bytes = self.waiting_bytes.load(Ordering::Relaxed);
+        let step = self.control().poll_step(waiting_bytes.saturating_sub(plain_held_bytes));
+        let compression = match self.choice {
+            CompressionChoice::Off => Compression::Off,
+            CompressionChoice::Level(level) => Compression::Zstd(level),
+            CompressionChoice::Auto => step.level().map_or(Compression::Off, Compression::Zstd),
+        };
+        let began = Instant::now();
         // A sync has looked for zeroes already, where it could leave them out altogether.
         if batch.kind == BatchKind::Ordered {
             elide_zeroes(&mut batch);
         }
-        let batch = batch.encode(compression, &mut compressor);
-        done(Encoded { batch, plain_held_bytes });
+        let batch = batch.encode(compression, compressor);
+        self.control().handle_encoded(Sample {
+            step,
+            plain_bytes: batch.header.plain_bytes.into(),
+            wire_bytes: batch.header.wire_bytes.into(),
+            took: began.elapsed(),
+        });
+        Encoded { batch, plain_held_bytes }
+    }
+}
+
+fn run(queue: &Mutex<mpsc::Receiver<Work>>, shared: &Shared) {
+    let mut compressor = Compressor::default();
+    loop {
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(Work { batch, done }) = next else { return };
+        let encoded = shared.encode(batch, &mut compressor);
+        shared.waiting_bytes.fetch_sub(encoded.plain_held_bytes, Ordering::Relaxed);
+        done(encoded);
     }
 }

@@ -3,8 +3,10 @@
 mod builder;
 mod elide;
 mod encoder;
+mod level;
 
 pub use builder::{Builder, held_bytes};
 pub use elide::elide_zeroes;
 pub(crate) use elide::is_zero;
 pub use encoder::{CompressionChoice, EncodePool, Encoded};
+pub use level::{Backlog, LevelControl, Sample, Step};

@@ -1,0 +1,419 @@
+//! How hard to compress: as hard as the processors can while the link is the bottleneck, and not at
+//! all while they are. Pure.
+//!
+//! What waits tells which of the two it is. Batches that wait for the link: the next level is
+//! taken, provided that the encoders, from what they do at this level and what levels usually cost,
+//! will still be faster than the link. Batches that wait for the encoders: the level before is
+//! taken, and the one that was too much is left alone for a while, longer each time. Neither: the
+//! level stays, for there is nothing to gain.
+
+use std::time::{Duration, Instant};
+
+/// The levels of zstd, in the order in which they are tried. Those between gain next to nothing
+/// over the one before; those above 9 gain 1 % for twice the time, on pieces of 1 MiB.
+const LADDER: [Option<i32>; STEPS] = [None, Some(1), Some(3), Some(6), Some(9)];
+const STEPS: usize = 5;
+
+/// Time that a byte takes on each step, with level 1 as the measure: hashing alone, then zstd on
+/// files of all sorts. Only the proportions count, and only until the step is measured itself.
+const COST: [f64; STEPS] = [0.2, 1.0, 1.7, 4.0, 7.0];
+
+/// How much faster than the link the encoders must be before a level is taken: the link's own
+/// encryption needs the processors as well.
+const HEADROOM: f64 = 1.4;
+
+/// Above this rate, in bytes a second, compressing would take more from the target than it gives.
+const FAST_LINK_BYTES_PER_SECOND: f64 = 150e6;
+
+/// Less than this under way says nothing about the link.
+const LINK_BACKLOG_BYTES: u64 = 2 << 20;
+
+/// Less than this waiting for the encoders is their ordinary work: a region of a sync.
+const ENCODER_BACKLOG_BYTES: u64 = 6 << 20;
+
+/// Each of these that waits for the encoders lowers the level of the next batch by one step: a
+/// burst of the guest does not wait for the next look at the backlog.
+const RELIEF_BYTES: u64 = 12 << 20;
+
+/// How often the level may change: long enough for what was encoded before to be out of the way.
+const PERIOD: Duration = Duration::from_millis(200);
+
+/// A level that was too much is tried again after this, then after twice as long, and so on.
+const RETRY_FIRST: Duration = Duration::from_secs(4);
+/// The longest of these times: data and links change.
+const RETRY_LONGEST: Duration = Duration::from_secs(128);
+
+/// What is remembered of what was encoded at a step shrinks by this every period.
+const MEMORY: f64 = 0.8;
+
+/// What waits, and what got through.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Backlog {
+    /// Bytes that wait for the encoders.
+    pub encoder_bytes: u64,
+    /// Bytes that are encoded and not acknowledged.
+    pub link_bytes: u64,
+    /// Bytes of batches, as they travel, that were acknowledged since the start.
+    pub acked_wire_bytes: u64,
+}
+
+/// A batch that was encoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    /// The step it was encoded at.
+    pub step: Step,
+    /// Its size before.
+    pub plain_bytes: u64,
+    /// Its size after.
+    pub wire_bytes: u64,
+    /// How long one thread took.
+    pub took: Duration,
+}
+
+/// A place on the ladder of levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Step(usize);
+
+impl Step {
+    /// The level of zstd; `None` for not compressing.
+    pub fn level(self) -> Option<i32> {
+        LADDER[self.0]
+    }
+}
+
+/// What was encoded at the present step of late.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    plain_bytes: f64,
+    wire_bytes: f64,
+    seconds: f64,
+}
+
+/// Decides the level, batch by batch.
+#[derive(Debug, Clone)]
+pub struct LevelControl {
+    threads: f64,
+    link_backlog_bytes: u64,
+    step: usize,
+    seen: Seen,
+    /// When the backlog was last looked at, and what was acknowledged by then.
+    last: Option<(Instant, u64)>,
+    /// What the link takes while it is the bottleneck.
+    link_bytes_per_second: Option<f64>,
+    /// The lowest step that was too much: until when it is left alone, and for how long next time.
+    refused: [Option<(Instant, Duration)>; STEPS],
+    link_limits: bool,
+}
+
+impl LevelControl {
+    /// For so many encoder threads, and queues that hold so many bytes.
+    pub fn new(threads: usize, queue_bytes: u64) -> Self {
+        Self {
+            threads: threads.max(1) as f64,
+            link_backlog_bytes: LINK_BACKLOG_BYTES.min(queue_bytes / 8),
+            // What is queued before anything is known would otherwise go out plain, on a slow link
+            // for many seconds; on a fast one this lasts a moment.
+            step: 1,
+            seen: Seen::default(),
+            last: None,
+            link_bytes_per_second: None,
+            refused: [None; STEPS],
+            link_limits: false,
+        }
+    }
+
+    /// The step for the next batch, when so many bytes wait for the encoders before it.
+    pub fn poll_step(&self, waiting_bytes: u64) -> Step {
+        Step(self.step.saturating_sub((waiting_bytes / RELIEF_BYTES) as usize))
+    }
+
+    /// Whether the link is the bottleneck: what costs time and saves bytes pays.
+    pub fn link_limits(&self) -> bool {
+        self.link_limits
+    }
+
+    /// The step at present, without regard to bursts.
+    pub fn step(&self) -> Step {
+        Step(self.step)
+    }
+
+    /// How many plain bytes a byte on the wire stands for at this step, of late.
+    pub fn ratio(&self) -> f64 {
+        let Seen { plain_bytes, wire_bytes, .. } = self.seen;
+        if wire_bytes > 0.0 { plain_bytes / wire_bytes } else { 1.0 }
+    }
+
+    /// A batch was encoded.
+    pub fn handle_encoded(&mut self, sample: Sample) {
+        if sample.step.0 == self.step {
+            self.seen.plain_bytes += sample.plain_bytes as f64;
+            self.seen.wire_bytes += sample.wire_bytes as f64;
+            self.seen.seconds += sample.took.as_secs_f64();
+        }
+    }
+
+    /// There is no link: nothing can be learnt, and what comes in is compressed as it was.
+    pub fn handle_disconnected(&mut self) {
+        self.last = None;
+    }
+
+    /// Looks at what waits. To be called several times a second; more often changes nothing.
+    pub fn handle_backlog(&mut self, now: Instant, backlog: Backlog) {
+        let Some((since, acked)) = self.last else {
+            self.last = Some((now, backlog.acked_wire_bytes));
+            return;
+        };
+        let elapsed = now.saturating_duration_since(since);
+        if elapsed < PERIOD {
+            return;
+        }
+        self.last = Some((now, backlog.acked_wire_bytes));
+        let bytes = backlog.acked_wire_bytes.saturating_sub(acked);
+        let rate = bytes as f64 / elapsed.as_secs_f64();
+        let waits_for_link = backlog.link_bytes > self.link_backlog_bytes
+            && backlog.link_bytes > backlog.encoder_bytes;
+        // Batches that are relieved hide how slow the level is that they were relieved of.
+        let waits_for_encoders = backlog.encoder_bytes > RELIEF_BYTES
+            || backlog.encoder_bytes > ENCODER_BACKLOG_BYTES && !waits_for_link;
+        if waits_for_encoders {
+            self.link_limits &= waits_for_link;
+            self.refuse(now);
+        } else if waits_for_link {
+            let known = self.link_bytes_per_second.unwrap_or(rate);
+            self.link_bytes_per_second = Some((known + rate) / 2.0);
+            self.handle_link_limited(now);
+        }
+        self.seen.plain_bytes *= MEMORY;
+        self.seen.wire_bytes *= MEMORY;
+        self.seen.seconds *= MEMORY;
+    }
+
+    fn handle_link_limited(&mut self, now: Instant) {
+        let rate = self.link_bytes_per_second.unwrap_or_default();
+        self.link_limits = rate < FAST_LINK_BYTES_PER_SECOND;
+        if !self.link_limits {
+            return self.set_step(0);
+        }
+        let next = self.step + 1;
+        if next >= STEPS || self.seen.seconds <= 0.0 || self.seen.plain_bytes <= 0.0 {
+            return;
+        }
+        if self.refused[next].is_some_and(|(until, _)| now < until) {
+            return;
+        }
+        let speed = self.seen.plain_bytes / self.seen.seconds * COST[self.step] / COST[next];
+        let needed = rate * self.seen.plain_bytes / self.seen.wire_bytes.max(1.0);
+        if self.threads * speed >= needed * HEADROOM {
+            self.set_step(next);
+        }
+    }
+
+    /// The present step is too much.
+    fn refuse(&mut self, now: Instant) {
+        if self.step == 0 {
+            return;
+        }
+        let before = self.refused[self.step].map_or(RETRY_FIRST / 2, |(_, wait)| wait);
+        let wait = (before * 2).min(RETRY_LONGEST);
+        self.refused[self.step] = Some((now + wait, wait));
+        self.set_step(self.step - 1);
+    }
+
+    fn set_step(&mut self, step: usize) {
+        if step != self.step {
+            self.step = step;
+            self.seen = Seen::default();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::{Backlog, LevelControl, Sample, Step};
+
+    const TICK: Duration = Duration::from_millis(10);
+    const QUEUE_BYTES: f64 = 32e6;
+    const BATCH_BYTES: f64 = 1e6;
+
+    /// A sync that reads as fast as the queue has room, two encoders, and a link.
+    struct World {
+        now: Instant,
+        control: LevelControl,
+        link_bytes_per_second: f64,
+        /// Plain bytes a second of one thread at level 1.
+        speed: f64,
+        /// Wire share of each step.
+        shares: [f64; 5],
+        waiting_bytes: f64,
+        held_bytes: f64,
+        under_way: Vec<(Instant, f64)>,
+        /// The batch in the encoders: its step and the thread-seconds it still needs.
+        encoding: Option<(Step, f64)>,
+        acked_wire_bytes: f64,
+        done_plain_bytes: f64,
+        fixed: Option<usize>,
+    }
+
+    impl World {
+        fn new(link_bytes_per_second: f64, speed: f64) -> Self {
+            Self {
+                now: Instant::now(),
+                control: LevelControl::new(2, 64 << 20),
+                link_bytes_per_second,
+                speed,
+                shares: [1.0, 0.40, 0.37, 0.35, 0.345],
+                waiting_bytes: 0.0,
+                held_bytes: 0.0,
+                under_way: Vec::new(),
+                encoding: None,
+                acked_wire_bytes: 0.0,
+                done_plain_bytes: 0.0,
+                fixed: None,
+            }
+        }
+
+        fn seconds_of(&self, step: Step) -> f64 {
+            // Not what the control takes levels to cost.
+            [0.1, 1.0, 2.1, 3.4, 8.0][step.0] * BATCH_BYTES / self.speed
+        }
+
+        fn tick(&mut self) {
+            self.now += TICK;
+            while self.waiting_bytes + self.held_bytes < QUEUE_BYTES {
+                self.waiting_bytes += 4.0 * BATCH_BYTES;
+            }
+            let mut budget = 2.0 * TICK.as_secs_f64();
+            while budget > 0.0 && self.waiting_bytes >= BATCH_BYTES {
+                let next = || {
+                    let chosen = self.control.poll_step(self.waiting_bytes as u64);
+                    self.fixed.map_or(chosen, Step)
+                };
+                let (step, left) = self.encoding.unwrap_or_else(|| {
+                    let step = next();
+                    (step, self.seconds_of(step))
+                });
+                if left > budget {
+                    self.encoding = Some((step, left - budget));
+                    break;
+                }
+                budget -= left;
+                self.encoding = None;
+                self.waiting_bytes -= BATCH_BYTES;
+                let wire_bytes = BATCH_BYTES * self.shares[step.0];
+                self.held_bytes += wire_bytes;
+                self.done_plain_bytes += BATCH_BYTES;
+                self.control.handle_encoded(Sample {
+                    step,
+                    plain_bytes: BATCH_BYTES as u64,
+                    wire_bytes: wire_bytes as u64,
+                    took: Duration::from_secs_f64(self.seconds_of(step)),
+                });
+            }
+            let unsent: f64 =
+                self.held_bytes - self.under_way.iter().map(|(_, bytes)| bytes).sum::<f64>();
+            let sent = unsent.min(self.link_bytes_per_second * TICK.as_secs_f64());
+            // A fast link is a short one: otherwise the queue would be what limits.
+            let round_trip = Duration::from_secs_f64((6e6 / self.link_bytes_per_second).min(0.08));
+            self.under_way.push((self.now + round_trip, sent));
+            let now = self.now;
+            let acked: f64 =
+                self.under_way.iter().filter(|(at, _)| *at <= now).map(|(_, bytes)| bytes).sum();
+            self.under_way.retain(|(at, _)| *at > now);
+            self.held_bytes -= acked;
+            self.acked_wire_bytes += acked;
+            self.control.handle_backlog(
+                self.now,
+                Backlog {
+                    encoder_bytes: self.waiting_bytes as u64,
+                    link_bytes: self.held_bytes as u64,
+                    acked_wire_bytes: self.acked_wire_bytes as u64,
+                },
+            );
+        }
+
+        /// Plain bytes a second over so long, and how often the level changed.
+        fn run(&mut self, seconds: u32) -> (f64, u32) {
+            let (before, mut step, mut changes) = (self.done_plain_bytes, self.control.step(), 0);
+            for _ in 0..seconds * 100 {
+                self.tick();
+                if self.control.step() != step {
+                    step = self.control.step();
+                    changes += 1;
+                }
+            }
+            ((self.done_plain_bytes - before) / f64::from(seconds), changes)
+        }
+
+        /// Runs until everything that was queued is gone.
+        fn settle(&mut self) {
+            self.run(5 + (1.5 * QUEUE_BYTES / self.link_bytes_per_second) as u32);
+        }
+
+        /// What the best level, chosen by hand, brings.
+        fn best(&self) -> f64 {
+            let through = (0..5).map(|step| {
+                let mut world = World::new(self.link_bytes_per_second, self.speed);
+                (world.shares, world.fixed) = (self.shares, Some(step));
+                world.settle();
+                world.run(20).0
+            });
+            through.fold(0.0, f64::max)
+        }
+    }
+
+    #[test]
+    fn it_settles_near_the_best_level_on_every_link() {
+        for link in [1e6, 6e6, 25e6, 60e6, 125e6, 1.2e9] {
+            for speed in [60e6, 380e6] {
+                let mut world = World::new(link, speed);
+                world.settle();
+                let (rate, changes) = world.run(60);
+                let best = world.best();
+                assert!(rate > 0.93 * best, "link {link}, speed {speed}: {rate} of {best}");
+                assert!(changes <= 12, "link {link}, speed {speed}: {changes} changes");
+            }
+        }
+    }
+
+    #[test]
+    fn it_follows_the_link_and_the_data() {
+        let mut world = World::new(6e6, 380e6);
+        world.run(10);
+        assert_eq!(world.control.step().level(), Some(9));
+        world.link_bytes_per_second = 100e6;
+        world.run(3);
+        let (rate, _) = world.run(10);
+        assert!(rate > 0.9 * world.best(), "{rate} of {}", world.best());
+        assert!(world.control.step().level() < Some(9));
+        world.link_bytes_per_second = 1.2e9;
+        world.run(3);
+        assert_eq!(world.control.step().level(), None, "no link is faster than plain");
+        assert!(world.run(5).0 > 1.1e9);
+        world.link_bytes_per_second = 25e6;
+        world.run(5);
+        assert!(world.control.link_limits());
+        let (rate, _) = world.run(20);
+        assert!(rate > 0.9 * world.best(), "{rate} of {}", world.best());
+    }
+
+    #[test]
+    fn a_burst_is_let_through_before_the_next_look_at_the_backlog() {
+        let mut world = World::new(6e6, 380e6);
+        world.run(10);
+        let level = |waiting_bytes| world.control.poll_step(waiting_bytes).level();
+        assert_eq!([level(1 << 20), level(14 << 20), level(100 << 20)], [Some(9), Some(6), None]);
+    }
+
+    #[test]
+    fn without_a_link_nothing_is_concluded() {
+        let mut world = World::new(25e6, 380e6);
+        world.run(10);
+        let step = world.control.step();
+        world.control.handle_disconnected();
+        let full = Backlog { encoder_bytes: 0, link_bytes: 32 << 20, ..Backlog::default() };
+        world.control.handle_backlog(world.now + Duration::from_secs(60), full);
+        assert_eq!(world.control.step(), step);
+    }
+}
