@@ -14,6 +14,10 @@ pub const BATCH_PLAIN_BYTES_MAX: u32 = RECORD_TABLE_BYTES_MAX + 2 * (1 << 20);
 /// Most records in a batch.
 pub const BATCH_RECORDS_MAX: u32 = 4096;
 
+/// Most references of a batch. A reference of fewer bytes than a body has on average for each costs
+/// the target more in reading than it saves on the wire.
+pub const REFERENCES_MAX: u32 = 512;
+
 /// Most bytes a record table takes.
 pub const RECORD_TABLE_BYTES_MAX: u32 = BATCH_RECORDS_MAX * crate::batch::RECORD_BYTES as u32;
 

@@ -48,7 +48,7 @@ pub mod agent_message {
 #[derive(Clone, PartialEq, Message)]
 pub struct TargetMessage {
     /// The one thing it says.
-    #[prost(oneof = "target_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "target_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub kind: Option<target_message::Kind>,
 }
 
@@ -78,6 +78,9 @@ pub mod target_message {
         /// Answers a probe.
         #[prost(message, tag = "7")]
         Probe(super::ProbeReply),
+        /// Asks for a batch again, without references. From version 2 on.
+        #[prost(message, tag = "8")]
+        Resend(super::Resend),
     }
 }
 
@@ -250,6 +253,20 @@ pub struct Ack {
     pub window_bytes: u64,
 }
 
+/// Asks for a batch whose references could not be resolved again, without them.
+#[derive(Clone, PartialEq, Message)]
+pub struct Resend {
+    /// The machine's index on this connection.
+    #[prost(uint32, tag = "1")]
+    pub machine: u32,
+    /// The batch's generation.
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// The batch.
+    #[prost(uint64, tag = "3")]
+    pub batch: u64,
+}
+
 /// How far a machine's capture is.
 #[derive(Clone, PartialEq, Message)]
 pub struct Progress {
@@ -342,6 +359,12 @@ pub struct LinkReport {
     /// The smallest round-trip time of late, in microseconds; 0 when none was measured.
     #[prost(uint64, tag = "18")]
     pub min_rtt_us: u64,
+    /// Level of zstd at present; 0 while compressing does not pay.
+    #[prost(uint32, tag = "19")]
+    pub compression_level: u32,
+    /// Bytes of data that travelled as references on this connection, of all machines.
+    #[prost(uint64, tag = "20")]
+    pub referenced_bytes: u64,
 }
 
 /// One step of a probe. Batches that come in meanwhile are counted and thrown away.

@@ -9,11 +9,15 @@ pub struct Version(pub u32);
 /// First version: ordered and sync batches, hash comparison, failover, cancel and commit.
 pub const VERSION_1: Version = Version(1);
 
+/// References: data that the target holds elsewhere travels as its place, and the target may ask for
+/// a batch again without them.
+pub const VERSION_2: Version = Version(2);
+
 /// Oldest version this build still speaks.
 pub const VERSION_MIN: Version = VERSION_1;
 
 /// Newest version this build speaks.
-pub const VERSION_MAX: Version = VERSION_1;
+pub const VERSION_MAX: Version = VERSION_2;
 
 /// The TLS application protocol name. It names the framing of the first message only; everything
 /// after that is settled by [`negotiate`], so it never changes.

@@ -2,9 +2,9 @@
 
 use thiserror::Error;
 
-use crate::batch::RECORD_BYTES;
+use crate::batch::{RECORD_BYTES, REFERENCE_BYTES};
 use crate::id::{BatchSeq, Generation, MachineIndex, WriteSeq};
-use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX};
+use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, REFERENCES_MAX};
 
 /// Bytes of a batch header on the wire and in the journal.
 pub const HEADER_BYTES: usize = 128;
@@ -26,8 +26,17 @@ pub enum BatchKind {
 pub enum Codec {
     /// As it is.
     Plain,
-    /// One zstd frame whose content size is [`BatchHeader::plain_bytes`].
+    /// One zstd frame whose content size is [`BatchHeader::packed_bytes`].
     Zstd,
+}
+
+/// Says that a part of the data travels as references.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Folded {
+    /// How many, 1 to [`REFERENCES_MAX`].
+    pub references: u32,
+    /// Bytes of the folded body: record table, references, and the rest of the data.
+    pub bytes: u32,
 }
 
 /// The header of a batch. `SPEC.md` has the byte table.
@@ -39,6 +48,8 @@ pub struct BatchHeader {
     pub kind: BatchKind,
     /// How the body travels.
     pub codec: Codec,
+    /// Whether the body is folded; never in the journal.
+    pub folded: Option<Folded>,
     /// The generation that the sequence numbers belong to.
     pub generation: Generation,
     /// The batch's place in its generation.
@@ -87,6 +98,16 @@ impl BatchHeader {
         (self.plain_bytes as usize).saturating_sub(self.table_bytes())
     }
 
+    /// Bytes of the body before zstd, folded or plain.
+    pub fn packed_bytes(&self) -> u32 {
+        self.folded.map_or(self.plain_bytes, |folded| folded.bytes)
+    }
+
+    /// Bytes that references keep off the wire, before zstd.
+    pub fn referenced_bytes(&self) -> u32 {
+        self.plain_bytes.saturating_sub(self.packed_bytes())
+    }
+
     /// The place of the last record in the write order.
     pub fn last_write(&self) -> WriteSeq {
         WriteSeq(self.first_write.0 + u64::from(self.records) - 1)
@@ -106,9 +127,11 @@ impl BatchHeader {
             BatchKind::Ordered => 1,
             BatchKind::Sync => 2,
         }]);
-        put(&[match self.codec {
-            Codec::Plain => 0,
-            Codec::Zstd => 1,
+        put(&[match (self.codec, self.folded) {
+            (Codec::Plain, None) => 0,
+            (Codec::Zstd, None) => 1,
+            (Codec::Plain, Some(_)) => 2,
+            (Codec::Zstd, Some(_)) => 3,
         }]);
         put(&self.machine.0.to_le_bytes());
         put(&[0; 2]);
@@ -120,6 +143,10 @@ impl BatchHeader {
         put(&self.plain_bytes.to_le_bytes());
         put(&self.wire_bytes.to_le_bytes());
         put(&self.body_hash);
+        if let Some(Folded { references, bytes }) = self.folded {
+            put(&references.to_le_bytes());
+            put(&bytes.to_le_bytes());
+        }
         let hash = blake3::hash(&out[..HASHED_BYTES]);
         out[HASHED_BYTES..].copy_from_slice(&hash.as_bytes()[..HEADER_BYTES - HASHED_BYTES]);
         out
@@ -147,9 +174,12 @@ impl BatchHeader {
             2 => BatchKind::Sync,
             other => return bad("kind", other.into()),
         };
-        let codec = match bytes[7] {
-            0 => Codec::Plain,
-            1 => Codec::Zstd,
+        let folded = || Some(Folded { references: u32_at(88), bytes: u32_at(92) });
+        let (codec, folded) = match bytes[7] {
+            0 => (Codec::Plain, None),
+            1 => (Codec::Zstd, None),
+            2 => (Codec::Plain, folded()),
+            3 => (Codec::Zstd, folded()),
             other => return bad("codec", other.into()),
         };
         let mut body_hash = [0; 32];
@@ -158,6 +188,7 @@ impl BatchHeader {
             machine: MachineIndex(u16_at(8)),
             kind,
             codec,
+            folded,
             records: u32_at(12),
             generation: Generation(u64_at(16)),
             batch: BatchSeq(u64_at(24)),
@@ -180,9 +211,19 @@ impl BatchHeader {
         if plain < header.table_bytes() || header.plain_bytes > BATCH_PLAIN_BYTES_MAX {
             return bad("plain_bytes", header.plain_bytes.into());
         }
+        if let Some(Folded { references, bytes }) = header.folded {
+            if references == 0 || references > REFERENCES_MAX {
+                return bad("references", references.into());
+            }
+            let least = header.table_bytes() + references as usize * REFERENCE_BYTES;
+            if (bytes as usize) < least || bytes >= header.plain_bytes {
+                return bad("folded_bytes", bytes.into());
+            }
+        }
+        let packed_bytes = header.packed_bytes();
         let wire_allowed = match header.codec {
-            Codec::Plain => header.wire_bytes == header.plain_bytes,
-            Codec::Zstd => header.wire_bytes > 0 && header.wire_bytes <= header.plain_bytes,
+            Codec::Plain => header.wire_bytes == packed_bytes,
+            Codec::Zstd => header.wire_bytes > 0 && header.wire_bytes <= packed_bytes,
         };
         if !wire_allowed {
             return bad("wire_bytes", header.wire_bytes.into());
@@ -193,7 +234,7 @@ impl BatchHeader {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::{BatchHeader, BatchKind, Codec, HEADER_BYTES, HeaderError};
+    use super::{BatchHeader, BatchKind, Codec, Folded, HEADER_BYTES, HeaderError};
     use crate::id::{BatchSeq, Generation, MachineIndex, WriteSeq};
 
     pub(crate) fn sample() -> BatchHeader {
@@ -201,6 +242,7 @@ pub(crate) mod tests {
             machine: MachineIndex(3),
             kind: BatchKind::Ordered,
             codec: Codec::Zstd,
+            folded: None,
             generation: Generation(0x0102_0304_0506_0708),
             batch: BatchSeq(9),
             first_write: WriteSeq(1000),
@@ -216,6 +258,20 @@ pub(crate) mod tests {
     fn survives_a_round_trip() {
         let header = sample();
         assert_eq!(BatchHeader::decode(&header.encode()), Ok(header));
+        for codec in [Codec::Plain, Codec::Zstd] {
+            let folded = Some(Folded { references: 2, bytes: 100 });
+            let header = BatchHeader { codec, folded, ..sample() };
+            assert_eq!(BatchHeader::decode(&header.encode()), Ok(header));
+        }
+    }
+
+    /// Version 1 knows codecs 0 and 1 only: it refuses what it could not read.
+    #[test]
+    fn a_folded_body_has_codecs_of_its_own() {
+        let folded = Some(Folded { references: 2, bytes: 100 });
+        let header = BatchHeader { folded, ..sample() };
+        assert_eq!(header.encode()[7], 3);
+        assert_eq!(header.encode()[88..96], [2, 0, 0, 0, 100, 0, 0, 0]);
     }
 
     /// The bytes are frozen: a journal written today must be read by every later version.
@@ -256,5 +312,10 @@ pub(crate) mod tests {
         refused(|h| h.wire_bytes = 0, "wire_bytes");
         refused(|h| h.wire_bytes = h.plain_bytes + 1, "wire_bytes");
         refused(|h| h.codec = Codec::Plain, "wire_bytes");
+        refused(|h| h.folded = Some(Folded { references: 0, bytes: 100 }), "references");
+        refused(|h| h.folded = Some(Folded { references: 513, bytes: 100 }), "references");
+        refused(|h| h.folded = Some(Folded { references: 1, bytes: 55 }), "folded_bytes");
+        refused(|h| h.folded = Some(Folded { references: 1, bytes: 4128 }), "folded_bytes");
+        refused(|h| h.folded = Some(Folded { references: 1, bytes: 99 }), "wire_bytes");
     }
 }

@@ -122,6 +122,12 @@ pub enum BodyError {
         /// Its place in the batch.
         index: usize,
     },
+    /// A reference is not of the known form, out of order, or out of bounds.
+    #[error("reference {index} of the batch is malformed or out of bounds")]
+    Reference {
+        /// Its place in the batch.
+        index: usize,
+    },
     /// The records' data does not add up to the data area.
     #[error("the batch's records do not add up to its {data_bytes} bytes of data")]
     Data {

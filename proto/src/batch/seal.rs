@@ -2,7 +2,10 @@
 
 use bytes::Bytes;
 
-use crate::batch::{BatchHeader, BatchKind, Codec, HEADER_BYTES, RECORD_BYTES, Record, RecordKind};
+use crate::batch::{
+    BatchHeader, BatchKind, BodyError, Codec, Folded, FoldedBody, HEADER_BYTES, RECORD_BYTES,
+    REFERENCE_BYTES, Record, RecordKind, Reference,
+};
 use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
 
 /// A batch whose place in the order is settled and whose body is not hashed or compressed yet.
@@ -42,6 +45,15 @@ pub struct EncodedBatch {
     /// The header; [`BatchHeader::machine`] is filled in per connection by [`EncodedBatch::chunks`].
     pub header: BatchHeader,
     body: Vec<Bytes>,
+    fold: Option<Fold>,
+}
+
+/// What a folded batch needs to be sent without references.
+#[derive(Debug, Clone)]
+struct Fold {
+    references: Vec<Reference>,
+    /// What they stand for, one after the other.
+    data: Bytes,
 }
 
 impl PlainBatch {
@@ -76,35 +88,49 @@ impl PlainBatch {
         compression: Compression,
         compressor: &mut zstd::bulk::Compressor<'_>,
     ) -> EncodedBatch {
-        let mut table = Vec::with_capacity(self.records.len() * RECORD_BYTES);
+        self.encode_folded(Vec::new(), compression, compressor)
+    }
+
+    /// Encodes with references in place of the data that they stand for, which is kept aside; as
+    /// [`PlainBatch::encode`] does when there are none. References are in the order of their places
+    /// in the data, lie inside it, and do not overlap.
+    pub fn encode_folded(
+        self,
+        references: Vec<Reference>,
+        compression: Compression,
+        compressor: &mut zstd::bulk::Compressor<'_>,
+    ) -> EncodedBatch {
+        let mut head = Vec::with_capacity(
+            self.records.len() * RECORD_BYTES + references.len() * REFERENCE_BYTES,
+        );
         for record in &self.records {
-            table.extend_from_slice(&record.encode());
+            head.extend_from_slice(&record.encode());
         }
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&table);
+        hasher.update(&head);
         for chunk in &self.data {
             hasher.update(chunk);
         }
-        let plain_bytes = table.len() + self.data_bytes;
-        let compressed = match compression {
-            Compression::Off => None,
-            Compression::Zstd(level) => {
-                compress(&table, &self.data, plain_bytes, level, compressor)
+        let plain_bytes = head.len() + self.data_bytes;
+        let (data, fold) = if references.is_empty() {
+            (self.data, None)
+        } else {
+            for reference in &references {
+                head.extend_from_slice(&reference.encode());
             }
+            let (rest, referenced) = split(&self.data, &references);
+            (rest, Some(Fold { references, data: referenced.into() }))
         };
-        let (codec, body) = match compressed {
-            Some(body) => (Codec::Zstd, vec![Bytes::from(body)]),
-            None => {
-                let mut body = Vec::with_capacity(1 + self.data.len());
-                body.push(Bytes::from(table));
-                body.extend(self.data);
-                (Codec::Plain, body)
-            }
-        };
+        let packed_bytes = head.len() + data.iter().map(Bytes::len).sum::<usize>();
+        let (codec, body) = pack(head, data, packed_bytes, compression, compressor);
         let header = BatchHeader {
             machine: MachineIndex(0),
             kind: self.kind,
             codec,
+            folded: fold.as_ref().map(|fold| Folded {
+                references: fold.references.len() as u32,
+                bytes: packed_bytes as u32,
+            }),
             generation: self.generation,
             batch: self.batch,
             first_write: self.first_write,
@@ -114,33 +140,80 @@ impl PlainBatch {
             wire_bytes: body.iter().map(Bytes::len).sum::<usize>() as u32,
             body_hash: *hasher.finalize().as_bytes(),
         };
-        EncodedBatch { header, body }
+        EncodedBatch { header, body, fold }
     }
+}
+
+/// The data outside the references, shared, and the data inside, copied: a slice would keep the
+/// whole of the buffer it is a part of.
+fn split(data: &[Bytes], references: &[Reference]) -> (Vec<Bytes>, Vec<u8>) {
+    let mut rest = Vec::with_capacity(data.len() + references.len());
+    let mut inside =
+        Vec::with_capacity(references.iter().map(|one| one.len_bytes as usize).sum::<usize>());
+    let mut ranges = references.iter().map(Reference::range).peekable();
+    let mut start = 0;
+    for chunk in data {
+        let end = start + chunk.len();
+        let mut at = start;
+        while at < end {
+            while ranges.next_if(|range| range.end <= at).is_some() {}
+            let range = ranges.peek().cloned().unwrap_or(end..end);
+            let stop = if range.start <= at { range.end } else { range.start }.min(end);
+            let piece = at - start..stop - start;
+            if range.start <= at && !range.is_empty() {
+                inside.extend_from_slice(&chunk[piece]);
+            } else {
+                rest.push(chunk.slice(piece));
+            }
+            at = stop;
+        }
+        start = end;
+    }
+    (rest, inside)
+}
+
+/// The body as it travels.
+fn pack(
+    head: Vec<u8>,
+    data: Vec<Bytes>,
+    packed_bytes: usize,
+    compression: Compression,
+    compressor: &mut zstd::bulk::Compressor<'_>,
+) -> (Codec, Vec<Bytes>) {
+    if let Compression::Zstd(level) = compression
+        && let Some(body) = compress(&head, &data, packed_bytes, level, compressor)
+    {
+        return (Codec::Zstd, vec![Bytes::from(body)]);
+    }
+    let mut body = Vec::with_capacity(1 + data.len());
+    body.push(Bytes::from(head));
+    body.extend(data);
+    (Codec::Plain, body)
 }
 
 /// The compressed body, or `None` when it saves less than an eighth: then the target would spend
 /// time on decompression for next to no bytes.
 fn compress(
-    table: &[u8],
+    head: &[u8],
     data: &[Bytes],
-    plain_bytes: usize,
+    packed_bytes: usize,
     level: i32,
     compressor: &mut zstd::bulk::Compressor<'_>,
 ) -> Option<Vec<u8>> {
     if level >= SAMPLED_LEVEL_MIN
-        && plain_bytes >= SAMPLED_BYTES_MIN
+        && packed_bytes >= SAMPLED_BYTES_MIN
         && !is_compressible(data, compressor)
     {
         return None;
     }
-    let mut plain = Vec::with_capacity(plain_bytes);
-    plain.extend_from_slice(table);
+    let mut packed = Vec::with_capacity(packed_bytes);
+    packed.extend_from_slice(head);
     for chunk in data {
-        plain.extend_from_slice(chunk);
+        packed.extend_from_slice(chunk);
     }
     compressor.set_compression_level(level).ok()?;
-    let body = compressor.compress(&plain).ok()?;
-    (body.len() <= plain_bytes - plain_bytes / 8).then_some(body)
+    let body = compressor.compress(&packed).ok()?;
+    (body.len() <= packed_bytes - packed_bytes / 8).then_some(body)
 }
 
 /// Whether a few pieces from all over the data become smaller at all.
@@ -180,9 +253,56 @@ impl EncodedBatch {
         HEADER_BYTES as u64 + u64::from(self.header.plain_bytes)
     }
 
-    /// Bytes of memory the batch holds, which is also what it costs on the wire.
+    /// What the batch costs on the wire.
     pub fn wire_bytes(&self) -> usize {
         HEADER_BYTES + self.header.wire_bytes as usize
+    }
+
+    /// Bytes of memory the batch holds: what travels, and what its references stand for.
+    pub fn held_bytes(&self) -> usize {
+        let fold = self.fold.as_ref();
+        self.wire_bytes()
+            + fold.map_or(0, |fold| fold.data.len() + fold.references.len() * REFERENCE_BYTES)
+    }
+
+    /// Its references, when it is folded.
+    pub fn references(&self) -> &[Reference] {
+        self.fold.as_ref().map_or(&[], |fold| &fold.references)
+    }
+
+    /// The same batch without references, for a target that cannot resolve them.
+    ///
+    /// # Errors
+    ///
+    /// When the batch was damaged in memory.
+    pub fn unfold(&self) -> Result<Self, BodyError> {
+        let Some(fold) = &self.fold else { return Ok(self.clone()) };
+        let mut packed = self.body.concat();
+        if self.header.codec == Codec::Zstd {
+            let packed_bytes = self.header.packed_bytes() as usize;
+            packed = zstd::bulk::decompress(&packed, packed_bytes)
+                .map_err(|_| BodyError::Compression)?;
+        }
+        let folded = FoldedBody::decode(&self.header, &packed)?;
+        let mut data = vec![0; self.header.data_bytes()];
+        let mut aside = &fold.data[..];
+        folded.unfold(&mut data, |_, into| {
+            let bytes = aside.split_off(..into.len()).ok_or(BodyError::Compression)?;
+            into.copy_from_slice(bytes);
+            Ok(())
+        })?;
+        // Fast, and small enough: this is rare.
+        let compression = match self.header.codec {
+            Codec::Plain => Compression::Off,
+            Codec::Zstd => Compression::Zstd(1),
+        };
+        let (head, data) = (folded.table.to_vec(), vec![Bytes::from(data)]);
+        let plain_bytes = self.header.plain_bytes as usize;
+        let mut compressor = zstd::bulk::Compressor::default();
+        let (codec, body) = pack(head, data, plain_bytes, compression, &mut compressor);
+        let wire_bytes = body.iter().map(Bytes::len).sum::<usize>() as u32;
+        let header = BatchHeader { codec, wire_bytes, folded: None, ..self.header.clone() };
+        Ok(Self { header, body, fold: None })
     }
 }
 
@@ -198,9 +318,12 @@ const SAMPLE_BYTES: usize = 4096;
 mod tests {
     use bytes::Bytes;
 
+    use proptest::prelude::*;
+
     use super::{Compression, EncodedBatch, PlainBatch};
     use crate::batch::{
-        BatchHeader, BatchKind, BodyError, Codec, HEADER_BYTES, Record, RecordKind, check_body,
+        BatchHeader, BatchKind, BodyError, Codec, FoldedBody, HEADER_BYTES, Record, RecordKind,
+        Reference, check_body,
     };
     use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId, WriteSeq};
 
@@ -233,9 +356,98 @@ mod tests {
         let body = &wire[HEADER_BYTES..];
         let plain = match header.codec {
             Codec::Plain => body.to_vec(),
-            Codec::Zstd => zstd::bulk::decompress(body, header.plain_bytes as usize).unwrap(),
+            Codec::Zstd => zstd::bulk::decompress(body, header.packed_bytes() as usize).unwrap(),
         };
         (header, plain)
+    }
+
+    fn reference(at_bytes: u32, len_bytes: u32) -> Reference {
+        Reference { at_bytes, len_bytes, disk: DiskIndex(3), offset_bytes: u64::from(at_bytes) }
+    }
+
+    proptest! {
+        /// However the data is cut into records, wherever references lie in it, and whatever zstd
+        /// makes of it: what is unfolded, at either end, is what was there.
+        #[test]
+        fn a_folded_batch_comes_back(
+            cuts in prop::collection::vec(1usize..5000, 1..12),
+            folds in prop::collection::vec((0u32..3000, 1u32..3000), 1..8),
+            level in prop::sample::select(vec![0, 1, 9]),
+            noise in any::<bool>(),
+        ) {
+            let total: usize = cuts.iter().sum();
+            let mut content = vec![7; total];
+            if noise {
+                blake3::Hasher::new().finalize_xof().fill(&mut content);
+            }
+            let mut data = Vec::new();
+            let mut at = 0;
+            for cut in cuts {
+                data.push(Bytes::copy_from_slice(&content[at..at + cut]));
+                at += cut;
+            }
+            let mut references = Vec::new();
+            let mut at = 0;
+            for (skip, len) in folds {
+                let start = at + skip;
+                if (start + len) as usize > total {
+                    break;
+                }
+                references.push(reference(start, len));
+                at = start + len;
+            }
+            let plain = sample(data);
+            let table: Vec<u8> = plain.records.iter().flat_map(Record::encode).collect();
+            let mut compressor = zstd::bulk::Compressor::default();
+            let compression = if level == 0 { Compression::Off } else { Compression::Zstd(level) };
+            let saved: u32 = references.iter().map(|one| one.len_bytes).sum();
+            // A fold that saves nothing is not allowed, and is not made.
+            prop_assume!(references.is_empty() || saved as usize > references.len() * 24);
+            let encoded = plain.encode_folded(references.clone(), compression, &mut compressor);
+            prop_assert_eq!(encoded.references(), &references[..]);
+            let (header, packed) = split(&encoded);
+            let mut unfolded = vec![1; header.data_bytes()];
+            let body = FoldedBody::decode(&header, &packed).unwrap();
+            body.unfold(&mut unfolded, |one, into| {
+                into.copy_from_slice(&content[one.range()]);
+                Ok::<_, ()>(())
+            }).unwrap();
+            prop_assert!(check_body(&header, body.table, &unfolded).is_ok());
+            prop_assert!(unfolded == content);
+            let again = encoded.unfold().unwrap();
+            prop_assert_eq!(again.header.folded, None);
+            let (header, body) = split(&again);
+            prop_assert!(check_body(&header, &body[..table.len()], &body[table.len()..]).is_ok());
+        }
+    }
+
+    /// What a hostile agent can put into references.
+    #[test]
+    fn malformed_references_are_refused() {
+        let mut compressor = zstd::bulk::Compressor::default();
+        let references = vec![reference(100, 1000), reference(2000, 500)];
+        let encoded = sample(vec![Bytes::from(vec![1; 5000])]).encode_folded(
+            references,
+            Compression::Off,
+            &mut compressor,
+        );
+        let (header, good) = split(&encoded);
+        assert!(FoldedBody::decode(&header, &good).is_ok());
+        let table = header.table_bytes();
+        let refused = |what: &str, change: &dyn Fn(&mut [u8])| {
+            let mut bad = good.clone();
+            change(&mut bad[table..]);
+            assert!(FoldedBody::decode(&header, &bad).is_err(), "{what}");
+        };
+        refused("empty", &|body| body[4..8].fill(0));
+        refused("backwards", &|body| body[24..28].fill(0));
+        refused("overlapping", &|body| body[24..28].copy_from_slice(&1099u32.to_le_bytes()));
+        refused("outside the data", &|body| body[24..28].fill(0xff));
+        refused("longer than the data", &|body| body[28..32].fill(0xff));
+        refused("a length that does not add up", &|body| body[28] ^= 1);
+        refused("reserved bytes", &|body| body[12] = 1);
+        refused("past every disk", &|body| body[16..24].fill(0xff));
+        assert!(FoldedBody::decode(&header, &good[..good.len() - 1]).is_err(), "cut");
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod watermark;
 pub use backoff::Backoff;
 pub use batch_limit::BatchLimit;
 pub use receiver::{Delivery, Receiver, ReceiverConfig, Rejected};
-pub use sender::{AckError, Released, Sender};
+pub use sender::{AckError, Released, Sender, Unfolded};
 pub use watermark::Watermark;
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The target's half: puts batches back into order, and says which are durable.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -62,6 +62,9 @@ pub enum Rejected {
         /// What is missing.
         expected: BatchSeq,
     },
+    /// It was asked for without references, and came with some again.
+    #[error("batch {0} has references that cannot be resolved, though it was asked for without")]
+    Unresolved(BatchSeq),
     /// Its records do not follow those of the batch before it.
     #[error("batch {batch} starts at write {found}, but write {expected} comes next")]
     WriteGap {
@@ -86,6 +89,9 @@ pub struct Receiver<T> {
     durable: BatchSeq,
     /// Batches that came before the one that is missing.
     waiting: BTreeMap<BatchSeq, (Delivery, T)>,
+    /// Batches after `delivered` that were asked for without references on this connection; as
+    /// many as `waiting` may hold.
+    asked: BTreeSet<BatchSeq>,
     ack: AckState,
 }
 
@@ -112,6 +118,7 @@ impl<T> Receiver<T> {
             delivered_write: durable_write,
             durable,
             waiting: BTreeMap::new(),
+            asked: BTreeSet::new(),
             ack: AckState::Idle,
         }
     }
@@ -135,6 +142,7 @@ impl<T> Receiver<T> {
     /// and holding them would leave two copies in flight.
     pub fn handle_disconnected(&mut self) {
         self.waiting.clear();
+        self.asked.clear();
         self.ack = AckState::Idle;
     }
 
@@ -146,7 +154,24 @@ impl<T> Receiver<T> {
 
     /// A verified batch came in, in any order.
     pub fn handle_batch(&mut self, delivery: Delivery, content: T) -> Result<(), Rejected> {
-        let Delivery { batch, generation, .. } = delivery;
+        self.check(&delivery)?;
+        self.waiting.insert(delivery.batch, (delivery, content));
+        Ok(())
+    }
+
+    /// A batch came in whose references cannot be resolved. When this succeeds the agent is to be
+    /// asked for it without.
+    pub fn handle_unresolved(&mut self, delivery: &Delivery) -> Result<(), Rejected> {
+        self.check(delivery)?;
+        if self.asked.insert(delivery.batch) {
+            Ok(())
+        } else {
+            Err(Rejected::Unresolved(delivery.batch))
+        }
+    }
+
+    fn check(&self, delivery: &Delivery) -> Result<(), Rejected> {
+        let Delivery { batch, generation, .. } = *delivery;
         if generation != self.generation {
             return Err(Rejected::Generation { found: generation, expected: self.generation });
         }
@@ -156,7 +181,6 @@ impl<T> Receiver<T> {
         if batch.0 - self.delivered.0 > REORDER_BATCHES_MAX as u64 {
             return Err(Rejected::TooFarAhead { batch, expected: self.delivered.next() });
         }
-        self.waiting.insert(batch, (delivery, content));
         Ok(())
     }
 
@@ -184,6 +208,7 @@ impl<T> Receiver<T> {
         }
         self.delivered = delivery.batch;
         self.delivered_write = delivery.last_write;
+        self.asked.remove(&delivery.batch);
         Ok(Some(entry.remove()))
     }
 

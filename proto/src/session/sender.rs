@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use thiserror::Error;
 
-use crate::batch::EncodedBatch;
+use crate::batch::{BodyError, EncodedBatch, Reference};
 use crate::id::{BatchSeq, Generation};
 use crate::limits::REORDER_BATCHES_MAX;
 
@@ -46,6 +46,21 @@ pub struct Released {
     pub batches: usize,
     /// Bytes of memory.
     pub bytes: u64,
+    /// What they cost on the wire.
+    pub wire_bytes: u64,
+}
+
+/// A batch that lost its references.
+#[derive(Debug, Clone)]
+pub struct Unfolded {
+    /// The batch, to be sent now: it counts as under way already.
+    pub batch: EncodedBatch,
+    /// Bytes of memory it held before.
+    pub before_bytes: u64,
+    /// Bytes of memory it holds now.
+    pub after_bytes: u64,
+    /// What it referred to, which the target does not hold.
+    pub references: Vec<Reference>,
 }
 
 /// Why an acknowledgement, or a resumption, makes no sense.
@@ -115,7 +130,7 @@ impl Sender {
     pub fn push(&mut self, batch: EncodedBatch) {
         assert_eq!(batch.header.generation, self.generation, "a batch of another generation");
         assert_eq!(batch.header.batch, self.newest().next(), "a batch out of order");
-        self.held_bytes += batch.wire_bytes() as u64;
+        self.held_bytes += batch.held_bytes() as u64;
         self.held.push_back(batch);
     }
 
@@ -161,11 +176,12 @@ impl Sender {
             let Some(batch) = self.held.pop_front() else {
                 break;
             };
-            let bytes = batch.wire_bytes() as u64;
+            let bytes = batch.held_bytes() as u64;
             self.acked = batch.header.batch;
             self.held_bytes -= bytes;
             released.batches += 1;
             released.bytes += bytes;
+            released.wire_bytes += batch.wire_bytes() as u64;
             if let Link::Up { sent, sent_bytes, .. } = &mut self.link
                 && *sent > 0
             {
@@ -177,6 +193,51 @@ impl Sender {
             *window_bytes = new_window_bytes;
         }
         Ok(released)
+    }
+
+    /// The target could not resolve the references of a batch, and asks for it without. `None` when
+    /// it was acknowledged meanwhile, was not sent on this connection, or has no references.
+    ///
+    /// # Errors
+    ///
+    /// When the batch was damaged in memory.
+    pub fn handle_resend(&mut self, batch: BatchSeq) -> Result<Option<Unfolded>, BodyError> {
+        let Link::Up { sent, .. } = self.link else { return Ok(None) };
+        if batch <= self.acked || batch.0 - self.acked.0 > sent as u64 {
+            return Ok(None);
+        }
+        self.unfold((batch.0 - self.acked.0 - 1) as usize)
+    }
+
+    /// The target speaks a version without references: everything held loses them. Returns the
+    /// bytes of memory before and after.
+    ///
+    /// # Errors
+    ///
+    /// When a batch was damaged in memory.
+    pub fn unfold_all(&mut self) -> Result<(u64, u64), BodyError> {
+        let before = self.held_bytes;
+        for index in 0..self.held.len() {
+            self.unfold(index)?;
+        }
+        Ok((before, self.held_bytes))
+    }
+
+    fn unfold(&mut self, index: usize) -> Result<Option<Unfolded>, BodyError> {
+        let Some(held) = self.held.get_mut(index).filter(|held| !held.references().is_empty())
+        else {
+            return Ok(None);
+        };
+        let unfolded = Unfolded {
+            batch: held.unfold()?,
+            before_bytes: held.held_bytes() as u64,
+            after_bytes: 0,
+            references: held.references().to_vec(),
+        };
+        let after_bytes = unfolded.batch.held_bytes() as u64;
+        *held = unfolded.batch.clone();
+        self.held_bytes = self.held_bytes - unfolded.before_bytes + after_bytes;
+        Ok(Some(Unfolded { after_bytes, ..unfolded }))
     }
 
     /// The next batch to send, if the window has room for it. One batch may always be under way,
