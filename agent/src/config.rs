@@ -32,6 +32,9 @@ pub struct Config {
     pub queue_bytes: u64,
     /// When to compress.
     pub compression: CompressionChoice,
+    /// Memory of the index of content that the target holds, all machines together (default 32 MiB,
+    /// which knows about 32 GiB of content); with 0 nothing goes as a reference.
+    pub reference_index_bytes: u64,
     /// Which transports may be used.
     pub transport: TransportChoice,
     /// How the sending rate is found.
@@ -90,6 +93,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
     let metrics = top.parsed_or("metrics", None);
     let queue = top.within("queue", Size(64 << 20), Size(4 << 20)..=Size(4 << 30));
     let compression = read_compression(top);
+    let reference_index = top.within("reference_index", Size(32 << 20), Size(0)..=Size(4 << 30));
     let transport = match top.or("transport", "auto".to_owned()).map(|text| text.parse()) {
         Some(Ok(choice)) => Some(choice),
         Some(Err(sentence)) => {
@@ -132,6 +136,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
         metrics: metrics?,
         queue_bytes: queue?.0,
         compression: compression?,
+        reference_index_bytes: reference_index?.0,
         transport: transport?,
         congestion: congestion?,
         limit: limit?,
@@ -246,6 +251,7 @@ mod tests {
         let config = parse(Path::new("a.toml"), text, read).unwrap();
         assert_eq!(config.machines[0].disks[0].export, "web01-disk0");
         assert_eq!(config.queue_bytes, 64 << 20);
+        assert_eq!(config.reference_index_bytes, 32 << 20);
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod agent;
 pub mod batch;
 pub mod capture;
 pub mod config;
+pub mod dedupe;
 pub mod hook;
 pub mod job;
 pub mod link;

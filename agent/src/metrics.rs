@@ -2,6 +2,7 @@
 
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::link::LinkStats;
+use backhaul_proto::session::Unfolded;
 use prometheus::{Gauge, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 /// Every metric of the agent. Names end in their unit, as Prometheus asks.
@@ -24,6 +25,8 @@ pub struct Metrics {
     sync_done_bytes: IntGaugeVec,
     sent_wire_bytes: IntCounterVec,
     sent_plain_bytes: IntCounterVec,
+    referenced_bytes: IntCounterVec,
+    resent_batches: IntCounterVec,
 }
 
 impl Metrics {
@@ -72,6 +75,8 @@ impl Metrics {
             sync_done_bytes: gauges("sync_done_bytes", "What of that is dealt with")?,
             sent_wire_bytes: counters("sent_wire_bytes_total", "Batches sent, as they travel")?,
             sent_plain_bytes: counters("sent_plain_bytes_total", "Batches sent, uncompressed")?,
+            referenced_bytes: counters("referenced_bytes_total", "Data sent as references")?,
+            resent_batches: counters("resent_batches_total", "Batches sent again without them")?,
         })
     }
 
@@ -79,6 +84,14 @@ impl Metrics {
         self.sent_wire_bytes.with_label_values(&[machine]).inc_by(batch.wire_bytes() as u64);
         let plain = u64::from(batch.header.plain_bytes);
         self.sent_plain_bytes.with_label_values(&[machine]).inc_by(plain);
+        let referenced = u64::from(batch.header.referenced_bytes());
+        self.referenced_bytes.with_label_values(&[machine]).inc_by(referenced);
+    }
+
+    pub(crate) fn resent(&self, machine: &str, unfolded: &Unfolded) {
+        let wire_bytes = unfolded.batch.wire_bytes() as u64;
+        self.sent_wire_bytes.with_label_values(&[machine]).inc_by(wire_bytes);
+        self.resent_batches.with_label_values(&[machine]).inc();
     }
 
     pub(crate) fn compression(&self, level: i32, ratio: f64) {

@@ -74,6 +74,7 @@ impl BatchBuffer {
         let header = BatchHeader {
             machine: MachineIndex(0),
             codec: Codec::Plain,
+            folded: None,
             wire_bytes: header.plain_bytes,
             ..header.clone()
         };

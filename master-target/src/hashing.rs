@@ -25,6 +25,11 @@ pub struct ReadableDisk {
 }
 
 impl ReadableDisk {
+    /// Reads from the disk as it is at this moment.
+    pub fn read(&self, offset_bytes: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, self.base_offset_bytes + offset_bytes)
+    }
+
     fn is_hole(&self, start: u64, end: u64) -> bool {
         use rustix::fs::{SeekFrom, seek};
         match seek(&self.file, SeekFrom::Data(self.base_offset_bytes + start)) {
@@ -83,7 +88,7 @@ fn read(
         reply.hashes.push(Bytes::new());
         return Ok(());
     }
-    disk.file.read_exact_at(content, disk.base_offset_bytes + start)?;
+    disk.read(start, content)?;
     let zero = content[0] == 0 && content[1..] == content[..content.len() - 1];
     if !leaves && zero {
         reply.hashes.push(Bytes::new());

@@ -9,12 +9,12 @@ use backhaul_proto::message::{
     AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
     target_message,
 };
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::batch_buffer::IncomingBatch;
 use crate::machine::LinkId;
 use crate::probe;
-use crate::receive::read_batch;
+use crate::receive::{FoldedBatch, Received, Unresolved, read_batch};
 
 /// How long an agent may take to say hello.
 const HELLO_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(10);
@@ -36,6 +36,11 @@ pub enum LinkEvent {
     Question(HashRequest),
     /// A batch came in whole and sound.
     Batch(BatchHeader, IncomingBatch),
+    /// A batch came in whose references are to be resolved. It keeps its place among those that are
+    /// read until then.
+    Folded(BatchHeader, FoldedBatch, OwnedSemaphorePermit),
+    /// They cannot be.
+    Unresolved(BatchHeader, Unresolved),
     /// The connection is gone.
     Down(String),
 }
@@ -168,9 +173,13 @@ async fn batches(
         let mut stream = connection.accept_batch().await?;
         let (events, connection) = (events.clone(), connection.clone());
         tokio::spawn(async move {
-            let _place = place;
             match read_batch(&mut stream).await {
-                Ok((header, batch)) => drop(events.send((id, LinkEvent::Batch(header, batch)))),
+                Ok((header, Received::Whole(batch))) => {
+                    let _ = events.send((id, LinkEvent::Batch(header, batch)));
+                }
+                Ok((header, Received::Folded(batch))) => {
+                    let _ = events.send((id, LinkEvent::Folded(header, batch, place)));
+                }
                 Err(error) => {
                     tracing::warn!(agent = %connection.peer(), %error, "a batch was not taken");
                     connection.close(&error.to_string());

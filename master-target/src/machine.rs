@@ -63,6 +63,8 @@ pub struct Machine {
     pub trouble: String,
     /// Bytes received as they travelled, and plain.
     pub received: (u64, u64),
+    /// Bytes of batches that came as references.
+    pub referenced_bytes: u64,
     /// When the sync under way began, and how long the last one took.
     pub sync_times: (Option<Instant>, Option<Duration>),
 }
@@ -152,6 +154,7 @@ impl Machine {
             questions: Vec::new(),
             trouble: String::new(),
             received: (0, 0),
+            referenced_bytes: 0,
             sync_times: (None, None),
             config,
         })
@@ -397,6 +400,7 @@ impl Machine {
                 .map_or(0, |usage| usage.journal_bytes),
             received_wire_bytes: self.received.0,
             received_plain_bytes: self.received.1,
+            referenced_bytes: self.referenced_bytes,
             last_sync_seconds: self.sync_times.1.map(|time| time.as_secs_f64()),
             points: self.state.point.iter().map(|point| point_view(point.id())).collect(),
             failover,

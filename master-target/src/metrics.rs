@@ -24,7 +24,7 @@ impl Metrics {
         let help = "Writes that would be lost now; -1 before the first sync";
         let rpo_seconds = GaugeVec::new(prefixed("rpo_seconds", help), &["machine"])?;
         registry.register(Box::new(rpo_seconds.clone()))?;
-        let table: [(&str, &str, Read); 9] = [
+        let table: [(&str, &str, Read); 10] = [
             ("session_up", "Whether the machine's agent is connected", |m| m.connected.into()),
             ("consistent", "Whether its disks are a prefix of its writes", |m| {
                 (m.consistency == Consistency::Consistent).into()
@@ -42,6 +42,7 @@ impl Metrics {
                 m.received_wire_bytes
             }),
             ("received_plain_bytes", "Batches received, uncompressed", |m| m.received_plain_bytes),
+            ("referenced_bytes", "Data of those that came as references", |m| m.referenced_bytes),
         ];
         let mut gauges = Vec::new();
         for (name, help, read) in table {

@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use backhaul_proto::batch::EncodedBatch;
-use backhaul_proto::id::{BatchSeq, MachineIndex};
+use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::link::Connection;
-use backhaul_proto::message::{Ack, HashReply, HashRequest};
+use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend};
 
 use super::Agent;
 use crate::batch::Encoded;
@@ -23,9 +23,16 @@ impl Agent {
             if *entry.key() != machine.sender.newest().next() {
                 break;
             }
-            let Encoded { batch, plain_held_bytes } = entry.remove();
-            let wire_bytes = batch.wire_bytes() as u64;
-            machine.capture.order().handle_resized(plain_held_bytes, wire_bytes);
+            let Encoded { mut batch, plain_held_bytes } = entry.remove();
+            // It was encoded for the target of before.
+            if !self.references && !batch.references().is_empty() {
+                match batch.unfold() {
+                    Ok(unfolded) => batch = unfolded,
+                    Err(error) => return self.give_up_stream(index, &error),
+                }
+            }
+            let held_bytes = batch.held_bytes() as u64;
+            machine.capture.order().handle_resized(plain_held_bytes, held_bytes);
             machine.sender.push(batch);
         }
         self.transmit(index);
@@ -42,6 +49,7 @@ impl Agent {
             machine.limit.handle_sent(now, batch.wire_bytes() as u64);
             self.link_limit.handle_sent(now, batch.wire_bytes() as u64);
             self.metrics.sent(machine.config.name.as_str(), &batch);
+            self.referenced_bytes += u64::from(batch.header.referenced_bytes());
             tokio::spawn(send(link.connection.clone(), batch, on_wire));
         }
     }
@@ -73,7 +81,8 @@ impl Agent {
         }
         match machine.sender.handle_ack(BatchSeq(ack.durable_batch), ack.window_bytes) {
             Ok(released) => {
-                self.acked_wire_bytes += released.bytes;
+                self.acked_wire_bytes += released.wire_bytes;
+                machine.dedupe.handle_acked(machine.sender.acked());
                 let mut order = machine.capture.order();
                 order.handle_resized(released.bytes, 0);
                 let wake = order.mode() != Mode::Ordered && order.has_room_for_sync();
@@ -88,6 +97,33 @@ impl Agent {
                 self.drop_link(&reason);
             }
         }
+    }
+
+    /// The target does not hold what a batch refers to: it gets the data. Under way as it was, the
+    /// batch waits for no window and no ceiling again.
+    pub(super) fn handle_resend(&mut self, resend: &Resend) {
+        let index = resend.machine as usize;
+        let Some(machine) = self.machines.get_mut(index) else { return };
+        let (Some(link), Some(on_wire)) = (&self.link, machine.replicating) else { return };
+        if Generation(resend.generation) != machine.sender.generation() {
+            return;
+        }
+        let unfolded = match machine.sender.handle_resend(BatchSeq(resend.batch)) {
+            Ok(Some(unfolded)) => unfolded,
+            Ok(None) => return,
+            Err(error) => return self.give_up_stream(index, &error),
+        };
+        let name = machine.config.name.as_str();
+        tracing::info!(machine = name, batch = resend.batch, "sent again, without references");
+        machine.capture.order().handle_resized(unfolded.before_bytes, unfolded.after_bytes);
+        machine.dedupe.handle_unresolved(&unfolded.references);
+        let now = Instant::now();
+        machine.limit.handle_sent(now, unfolded.batch.wire_bytes() as u64);
+        self.link_limit.handle_sent(now, unfolded.batch.wire_bytes() as u64);
+        self.metrics.resent(name, &unfolded);
+        let referenced: u64 = unfolded.references.iter().map(|one| u64::from(one.len_bytes)).sum();
+        self.referenced_bytes = self.referenced_bytes.saturating_sub(referenced);
+        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire));
     }
 
     pub(super) fn handle_sync(&mut self, output: SyncOutput) {

@@ -14,16 +14,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backhaul_daemon::lifecycle;
+use backhaul_proto::batch::PlainBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, MachineName, PointId};
 use backhaul_proto::message::JobReply;
 use backhaul_proto::quic::RateLimit;
 use backhaul_proto::session::{BatchLimit, Sender};
+use backhaul_proto::version::Version;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use crate::batch::{EncodePool, Encoded};
 use crate::capture::{CapturedDisk, Device, Fence, MachineCapture, Order, OrderOptions, now_us};
 use crate::config::{Config, MachineConfig};
+use crate::dedupe::Dedupe;
 use crate::link::{LinkEvent, LinkUp};
 use crate::metrics::Metrics;
 use crate::progress::ProgressView;
@@ -49,6 +52,8 @@ struct Machine {
     config: MachineConfig,
     capture: Arc<MachineCapture>,
     sender: Sender,
+    /// What the target holds of its content.
+    dedupe: Arc<Dedupe>,
     /// Its ceiling at present.
     limit: BatchLimit,
     /// Encoded batches that wait for one before them.
@@ -75,6 +80,10 @@ pub struct Agent {
     ended: Vec<MachineName>,
     pool: EncodePool,
     link: Option<LinkUp>,
+    /// The target that was connected last knows what references are.
+    references: bool,
+    /// Bytes that travelled as references on this connection.
+    referenced_bytes: u64,
     /// Why there is no link, to log a reason only when it changes.
     down_reason: String,
     events: mpsc::UnboundedSender<Event>,
@@ -112,6 +121,8 @@ impl Agent {
             ended: Vec::new(),
             pool,
             link: None,
+            references: false,
+            referenced_bytes: 0,
             down_reason: String::new(),
             events,
             inbox,
@@ -163,6 +174,9 @@ impl Agent {
             Protection::Fenced => Fence::Up,
             _ => Fence::Down,
         };
+        let share = self.config.machines.len().max(1) as u64;
+        let index_bytes = self.config.reference_index_bytes / share;
+        let dedupe = Arc::new(Dedupe::new(index_bytes, generation, disks.clone()));
         let capture = MachineCapture::new(config.name.clone(), disks, order, fence);
         let (sync_events, mut sync_inbox) = mpsc::unbounded_channel();
         let runtime = tokio::runtime::Handle::current();
@@ -174,14 +188,18 @@ impl Agent {
             }
         });
         let index = self.machines.len();
-        let sealing =
-            seal_batches(Arc::clone(&capture), self.pool.clone(), self.config.batch_delay, {
-                let events = self.events.clone();
-                move |encoded| drop(events.send(Event::Encoded(index, encoded)))
+        let (pool, events) = (self.pool.clone(), self.events.clone());
+        let to_encode = Arc::clone(&dedupe);
+        let submit = move |batch| {
+            let events = events.clone();
+            pool.submit(batch, Arc::clone(&to_encode), move |encoded| {
+                let _ = events.send(Event::Encoded(index, encoded));
             });
-        tokio::spawn(sealing);
+        };
+        tokio::spawn(seal_batches(Arc::clone(&capture), self.config.batch_delay, submit));
         self.machines.push(Machine {
             sender: Sender::new(generation),
+            dedupe,
             limit: BatchLimit::unlimited(),
             encoded: BTreeMap::new(),
             sync,
@@ -305,6 +323,7 @@ impl Agent {
                 );
                 self.down_reason.clear();
                 self.link = Some(link);
+                self.handle_version(Version(welcome.version));
                 for machine in &welcome.machines {
                     self.handle_standing(machine);
                 }
@@ -328,15 +347,12 @@ fn new_generation(last: Generation) -> Generation {
 /// Seals a machine's batches as they fill, or after the delay, and has them encoded.
 async fn seal_batches(
     capture: Arc<MachineCapture>,
-    pool: EncodePool,
     delay: Duration,
-    done: impl Fn(Encoded) + Clone + Send + Sync + 'static,
+    encode: impl Fn(PlainBatch) + Send + Sync + 'static,
 ) {
     let submit = |seal_open: bool| {
         let batches = capture.order().take_sealed(seal_open);
-        for batch in batches {
-            pool.submit(batch, done.clone());
-        }
+        batches.into_iter().for_each(&encode);
     };
     loop {
         submit(false);

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use backhaul_proto::batch::BodyError;
 use backhaul_proto::id::{BatchSeq, MachineIndex, PointId};
 use backhaul_proto::message::{
     DiskHello, Heartbeat, Hello, MachineHello, MachineWelcome, Standing, agent_message,
     target_message,
 };
 use backhaul_proto::session::Sender;
-use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
+use backhaul_proto::version::{VERSION_2, VERSION_MAX, VERSION_MIN, Version};
 
 use super::{Agent, disk_sizes, new_generation};
 use crate::capture::{Order, now_us};
@@ -44,6 +45,30 @@ impl Agent {
         }
     }
 
+    /// What the target can be sent. One that was replaced by an older one knows no references.
+    pub(super) fn handle_version(&mut self, version: Version) {
+        self.references = version >= VERSION_2;
+        self.referenced_bytes = 0;
+        self.pool.allow_references(self.references);
+        if self.references {
+            return;
+        }
+        for index in 0..self.machines.len() {
+            let machine = &mut self.machines[index];
+            match machine.sender.unfold_all() {
+                Ok((before, after)) => machine.capture.order().handle_resized(before, after),
+                Err(error) => self.give_up_stream(index, &error),
+            }
+        }
+    }
+
+    /// A batch that was held cannot be sent any more.
+    pub(super) fn give_up_stream(&mut self, index: usize, error: &BodyError) {
+        let machine = &self.machines[index].config.name;
+        tracing::error!(%machine, %error, "a batch was damaged in this host's memory; everything is compared anew");
+        self.restart(index);
+    }
+
     pub(super) fn handle_standing(&mut self, welcome: &MachineWelcome) {
         let Some(machine) = self.machines.get_mut(welcome.machine as usize) else { return };
         let name = machine.config.name.clone();
@@ -62,6 +87,7 @@ impl Agent {
                 match resumed {
                     Ok(released) => {
                         machine.capture.order().handle_resized(released.bytes, 0);
+                        machine.dedupe.handle_acked(machine.sender.acked());
                         machine.replicating = Some(MachineIndex(welcome.machine as u16));
                         machine.sync.send(SyncInput::Connected);
                         self.transmit(welcome.machine as usize);
@@ -112,6 +138,7 @@ impl Agent {
             *order = Order::new(options, generation, &sizes, last_point, now_us());
         });
         machine.sender = Sender::new(generation);
+        machine.dedupe.handle_generation(generation);
         machine.encoded.clear();
         machine.replicating = None;
         machine.sync_sent_bytes = 0;
@@ -137,6 +164,7 @@ impl Agent {
     pub(super) fn handle_message(&mut self, message: target_message::Kind) {
         match message {
             target_message::Kind::Ack(ack) => self.handle_ack(&ack),
+            target_message::Kind::Resend(resend) => self.handle_resend(&resend),
             target_message::Kind::Job(job) => self.handle_job(job),
             target_message::Kind::Machine(welcome) => self.handle_standing(&welcome),
             target_message::Kind::Heartbeat(Heartbeat { nonce }) => {

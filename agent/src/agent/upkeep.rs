@@ -127,6 +127,8 @@ impl Agent {
             state: path.map(|path| path.state.to_owned()).unwrap_or_default(),
             path_bytes_per_second: path.map_or(0, |path| path.bandwidth_bytes_per_second),
             min_rtt_us: min_rtt.as_micros() as u64,
+            compression_level: self.pool.level().unsigned_abs(),
+            referenced_bytes: self.referenced_bytes,
         }));
     }
 

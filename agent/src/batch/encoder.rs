@@ -1,6 +1,6 @@
 //! Hashing and compression, on every core, off the owner loop.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Instant;
@@ -9,6 +9,7 @@ use backhaul_proto::batch::{BatchKind, Compression, EncodedBatch, PlainBatch};
 use zstd::bulk::Compressor;
 
 use crate::batch::{Backlog, LevelControl, Sample, elide_zeroes, held_bytes};
+use crate::dedupe::Dedupe;
 
 /// What the configuration says of compression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,7 @@ pub struct Encoded {
 
 struct Work {
     batch: PlainBatch,
+    dedupe: Arc<Dedupe>,
     done: Box<dyn FnOnce(Encoded) + Send>,
 }
 
@@ -48,6 +50,8 @@ struct Shared {
     choice: CompressionChoice,
     control: Mutex<LevelControl>,
     waiting_bytes: AtomicU64,
+    /// The target knows what references are.
+    references: AtomicBool,
 }
 
 impl EncodePool {
@@ -60,7 +64,12 @@ impl EncodePool {
         let (work, queue) = mpsc::channel::<Work>();
         let queue = Arc::new(Mutex::new(queue));
         let control = Mutex::new(LevelControl::new(threads, queue_bytes));
-        let shared = Arc::new(Shared { choice, control, waiting_bytes: AtomicU64::new(0) });
+        let shared = Arc::new(Shared {
+            choice,
+            control,
+            waiting_bytes: AtomicU64::new(0),
+            references: AtomicBool::new(false),
+        });
         for index in 0..threads.max(1) {
             let (queue, shared) = (Arc::clone(&queue), Arc::clone(&shared));
             let name = format!("encode-{index}");
@@ -97,11 +106,21 @@ impl EncodePool {
         self.shared.control().ratio()
     }
 
-    /// Encodes `batch` on some thread, then calls `done` there.
-    pub fn submit(&self, batch: PlainBatch, done: impl FnOnce(Encoded) + Send + 'static) {
+    /// Says whether the target knows what references are.
+    pub fn allow_references(&self, allowed: bool) {
+        self.shared.references.store(allowed, Ordering::Relaxed);
+    }
+
+    /// Encodes `batch` of the machine that `dedupe` is of on some thread, then calls `done` there.
+    pub fn submit(
+        &self,
+        batch: PlainBatch,
+        dedupe: Arc<Dedupe>,
+        done: impl FnOnce(Encoded) + Send + 'static,
+    ) {
         self.shared.waiting_bytes.fetch_add(held_bytes(&batch), Ordering::Relaxed);
         // The threads end only with the last handle of the pool, so this send cannot fail.
-        let _ = self.work.send(Work { batch, done: Box::new(done) });
+        let _ = self.work.send(Work { batch, dedupe, done: Box::new(done) });
     }
 }
 
@@ -110,10 +129,19 @@ impl Shared {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn encode(&self, mut batch: PlainBatch, compressor: &mut Compressor<'_>) -> Encoded {
+    fn encode(
+        &self,
+        mut batch: PlainBatch,
+        dedupe: &Dedupe,
+        compressor: &mut Compressor<'_>,
+    ) -> Encoded {
         let plain_held_bytes = held_bytes(&batch);
         let waiting_bytes = self.waiting_bytes.load(Ordering::Relaxed);
-        let step = self.control().poll_step(waiting_bytes.saturating_sub(plain_held_bytes));
+        let (step, link_limits) = {
+            let control = self.control();
+            let waiting_bytes = waiting_bytes.saturating_sub(plain_held_bytes);
+            (control.poll_step(waiting_bytes), control.link_limits())
+        };
         let compression = match self.choice {
             CompressionChoice::Off => Compression::Off,
             CompressionChoice::Level(level) => Compression::Zstd(level),
@@ -124,7 +152,14 @@ impl Shared {
         if batch.kind == BatchKind::Ordered {
             elide_zeroes(&mut batch);
         }
-        let batch = batch.encode(compression, compressor);
+        // What is encoded while the encoders are behind is sent as it is, references included.
+        let worth_it = link_limits && step.level().is_some();
+        let references = if worth_it && self.references.load(Ordering::Relaxed) {
+            dedupe.references(&batch)
+        } else {
+            Vec::new()
+        };
+        let batch = batch.encode_folded(references, compression, compressor);
         self.control().handle_encoded(Sample {
             step,
             plain_bytes: batch.header.plain_bytes.into(),
@@ -139,8 +174,8 @@ fn run(queue: &Mutex<mpsc::Receiver<Work>>, shared: &Shared) {
     let mut compressor = Compressor::default();
     loop {
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Work { batch, done }) = next else { return };
-        let encoded = shared.encode(batch, &mut compressor);
+        let Ok(Work { batch, dedupe, done }) = next else { return };
+        let encoded = shared.encode(batch, &dedupe, &mut compressor);
         shared.waiting_bytes.fetch_sub(encoded.plain_held_bytes, Ordering::Relaxed);
         done(encoded);
     }

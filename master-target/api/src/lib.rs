@@ -66,6 +66,12 @@ pub struct Link {
     pub acked_bytes_per_second: u64,
     /// The ceiling at present.
     pub ceiling_bytes_per_second: Option<u64>,
+    /// Level of zstd at present; 0 while compressing does not pay.
+    #[serde(default)]
+    pub compression_level: u32,
+    /// Bytes of data that travelled as references.
+    #[serde(default)]
+    pub referenced_bytes: u64,
     /// Bytes that may be in flight.
     pub window_bytes: u64,
     /// The path's MTU, as a UDP payload.
@@ -125,6 +131,9 @@ pub struct Machine {
     pub received_wire_bytes: u64,
     /// Bytes received since the target started, uncompressed.
     pub received_plain_bytes: u64,
+    /// Bytes of them that travelled as references to what the images held already.
+    #[serde(default)]
+    pub referenced_bytes: u64,
     /// Seconds the last finished sync took, from its first batch to consistency.
     pub last_sync_seconds: Option<f64>,
     /// Its recovery points, newest last.

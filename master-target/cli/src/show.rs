@@ -118,6 +118,8 @@ impl Output {
             "RTT (least)",
             "lost",
             "window",
+            "zstd",
+            "referenced",
             "MTU",
             "dropped here",
         ];
@@ -143,6 +145,11 @@ impl Output {
                 )),
                 self.cell(format!("{lost:.2} %"), colour),
                 Cell::new(ByteSize(link.window_bytes).display().iec()),
+                Cell::new(match link.compression_level {
+                    0 => "off".to_owned(),
+                    level => level.to_string(),
+                }),
+                Cell::new(ByteSize(link.referenced_bytes).display().iec()),
                 Cell::new(link.mtu_bytes),
                 drops,
             ]);

@@ -81,6 +81,7 @@ mod tests {
         let header = BatchHeader {
             machine: MachineIndex(0),
             kind: BatchKind::Ordered,
+            folded: None,
             codec: Codec::Plain,
             generation: Generation(1),
             batch: BatchSeq(5),

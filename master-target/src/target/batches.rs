@@ -5,14 +5,17 @@ use std::time::Instant;
 
 use backhaul_proto::batch::{BatchHeader, RecordKind};
 use backhaul_proto::id::{BatchSeq, Generation, MachineName};
-use backhaul_proto::message::{Ack, HashRequest, target_message};
+use backhaul_proto::message::{Ack, HashRequest, Resend, target_message};
 use backhaul_proto::session::{Delivery, Rejected};
+use tokio::sync::OwnedSemaphorePermit;
 
-use super::Target;
+use super::{Event, Target};
 use crate::batch_buffer::IncomingBatch;
 use crate::hashing;
+use crate::link::LinkEvent;
 use crate::machine::{LinkId, Machine};
 use crate::machine_state::Consistency;
+use crate::receive::{FoldedBatch, Unresolved};
 use crate::worker::{Command, Report};
 
 /// Questions of an agent that may wait for batches to be applied; an agent keeps fewer open.
@@ -31,16 +34,10 @@ impl Target {
         };
         machine.received.0 += u64::from(header.wire_bytes);
         machine.received.1 += u64::from(header.plain_bytes);
+        machine.referenced_bytes += u64::from(header.referenced_bytes());
         let name = machine.config.name.clone();
         let Some(open) = &mut machine.open else { return Ok(()) };
-        let delivery = Delivery {
-            generation: header.generation,
-            batch: header.batch,
-            first_write: header.first_write,
-            last_write: header.last_write(),
-            wire_bytes: header.wire_bytes.into(),
-        };
-        match open.receiver.handle_batch(delivery, batch) {
+        match open.receiver.handle_batch(delivery(header), batch) {
             Ok(()) => {}
             Err(Rejected::Duplicate(batch)) => {
                 tracing::debug!(machine = %name, %batch, "a batch came twice");
@@ -64,6 +61,61 @@ impl Target {
             }
             deliver(machine, delivery.batch, batch)?;
         }
+    }
+
+    /// Has the references of a batch resolved, beside the owner loop.
+    pub(super) fn handle_folded(
+        &mut self,
+        id: LinkId,
+        header: BatchHeader,
+        batch: FoldedBatch,
+        place: OwnedSemaphorePermit,
+    ) {
+        let Some(machine) = self.machine_on(id, header.machine.0.into()) else { return };
+        let Some(open) = &machine.open else { return };
+        let disks = open.disks.clone();
+        let (resolvers, events) = (Arc::clone(&self.resolvers), self.events.clone());
+        tokio::spawn(async move {
+            let _place = place;
+            let Ok(_turn) = resolvers.acquire_owned().await else { return };
+            let resolved = tokio::task::spawn_blocking(move || batch.resolve(&disks)).await;
+            let event = match resolved {
+                Ok(Ok(batch)) => LinkEvent::Batch(header, batch),
+                Ok(Err(reason)) => LinkEvent::Unresolved(header, reason),
+                Err(_) => return,
+            };
+            let _ = events.send(Event::Link(id, event));
+        });
+    }
+
+    /// Asks for a batch without references.
+    pub(super) fn handle_unresolved(
+        &mut self,
+        id: LinkId,
+        header: &BatchHeader,
+        reason: &Unresolved,
+    ) -> Result<(), String> {
+        let Some(machine) = self.machine_on(id, header.machine.0.into()) else {
+            return Ok(());
+        };
+        machine.received.0 += u64::from(header.wire_bytes);
+        let name = machine.config.name.clone();
+        let Some(open) = &mut machine.open else { return Ok(()) };
+        match open.receiver.handle_unresolved(&delivery(header)) {
+            Ok(()) => {}
+            Err(Rejected::Duplicate(_) | Rejected::Generation { .. }) => return Ok(()),
+            Err(error) => return Err(error.to_string()),
+        }
+        let batch = header.batch;
+        tracing::info!(machine = %name, %batch, %reason, "a batch is asked for again without references");
+        if let Some(link) = self.links.get(&id) {
+            link.up.control(target_message::Kind::Resend(Resend {
+                machine: header.machine.0.into(),
+                generation: header.generation.0,
+                batch: batch.0,
+            }));
+        }
+        Ok(())
     }
 
     pub(super) fn handle_report(&mut self, name: &MachineName, report: Report) {
@@ -218,6 +270,17 @@ impl Target {
                 link.answer(reply);
             }
         });
+    }
+}
+
+/// Where a batch stands in the order.
+fn delivery(header: &BatchHeader) -> Delivery {
+    Delivery {
+        generation: header.generation,
+        batch: header.batch,
+        first_write: header.first_write,
+        last_write: header.last_write(),
+        wire_bytes: header.wire_bytes.into(),
     }
 }
 

@@ -33,6 +33,9 @@ use crate::worker::Report;
 /// How often disks that could not be opened are tried again.
 const OPEN_PERIOD: Duration = Duration::from_secs(5);
 
+/// Batches whose references are resolved at a time: as deep as a disk likes its queue.
+const RESOLVING_MAX: usize = 16;
+
 /// How often deadlines are looked at and metrics are refreshed.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -104,6 +107,8 @@ pub struct Target {
     last_job: u64,
     last_opening: Instant,
     hashers: Arc<Semaphore>,
+    /// Batches whose references are being resolved.
+    resolvers: Arc<Semaphore>,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
     metrics: Metrics,
@@ -122,6 +127,7 @@ impl Target {
             last_job: now_us(),
             last_opening: Instant::now(),
             hashers: Arc::new(Semaphore::new(hashers)),
+            resolvers: Arc::new(Semaphore::new(RESOLVING_MAX)),
             events,
             inbox,
             metrics,
@@ -229,6 +235,14 @@ impl Target {
             Event::Link(id, LinkEvent::Question(request)) => self.handle_question(id, request),
             Event::Link(id, LinkEvent::Batch(header, batch)) => {
                 if let Err(reason) = self.handle_batch(id, &header, batch) {
+                    self.drop_link(id, &reason);
+                }
+            }
+            Event::Link(id, LinkEvent::Folded(header, batch, place)) => {
+                self.handle_folded(id, header, batch, place);
+            }
+            Event::Link(id, LinkEvent::Unresolved(header, reason)) => {
+                if let Err(reason) = self.handle_unresolved(id, &header, &reason) {
                     self.drop_link(id, &reason);
                 }
             }

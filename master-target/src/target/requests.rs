@@ -171,6 +171,8 @@ impl Link {
             acked_bytes_per_second: report.acked_bytes_per_second,
             ceiling_bytes_per_second: Some(report.ceiling_bytes_per_second)
                 .filter(|rate| *rate > 0),
+            compression_level: report.compression_level,
+            referenced_bytes: report.referenced_bytes,
             window_bytes: report.window_bytes,
             mtu_bytes: report.mtu_bytes,
             sent_bytes: report.sent_bytes,
