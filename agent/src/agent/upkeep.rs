@@ -74,7 +74,8 @@ impl Agent {
 
     /// Tells the encoders what waits for the link.
     fn judge_link(&self, now: Instant) {
-        let held_bytes = self.machines.iter().map(|machine| machine.sender.held_bytes()).sum();
+        let held = self.machines.iter().map(|machine| machine.sender.held_wire_bytes());
+        let held_bytes = held.sum();
         let replicating = self.machines.iter().any(|machine| machine.replicating.is_some());
         self.pool.handle_link(now, replicating.then_some((held_bytes, self.acked_wire_bytes)));
         self.metrics.compression(self.pool.level(), self.pool.ratio());

@@ -152,9 +152,7 @@ impl Shared {
         if batch.kind == BatchKind::Ordered {
             elide_zeroes(&mut batch);
         }
-        // What is encoded while the encoders are behind is sent as it is, references included.
-        let worth_it = link_limits && step.level().is_some();
-        let references = if worth_it && self.references.load(Ordering::Relaxed) {
+        let references = if link_limits && self.references.load(Ordering::Relaxed) {
             dedupe.references(&batch)
         } else {
             Vec::new()

@@ -43,6 +43,12 @@ const RETRY_FIRST: Duration = Duration::from_secs(4);
 /// The longest of these times: data and links change.
 const RETRY_LONGEST: Duration = Duration::from_secs(128);
 
+/// When the link has been no bottleneck for so long, bytes are not worth saving any more. They may
+/// be what keeps it from being one: when it becomes one again, the time is doubled.
+const PATIENCE_FIRST: Duration = Duration::from_secs(2);
+/// The longest of these times.
+const PATIENCE_LONGEST: Duration = Duration::from_secs(64);
+
 /// What is remembered of what was encoded at a step shrinks by this every period.
 const MEMORY: f64 = 0.8;
 
@@ -100,9 +106,12 @@ pub struct LevelControl {
     last: Option<(Instant, u64)>,
     /// What the link takes while it is the bottleneck.
     link_bytes_per_second: Option<f64>,
-    /// The lowest step that was too much: until when it is left alone, and for how long next time.
+    /// The steps that were too much: until when each is left alone, and for how long it is.
     refused: [Option<(Instant, Duration)>; STEPS],
     link_limits: bool,
+    /// Since when the link has been no bottleneck.
+    idle_since: Option<Instant>,
+    patience: Duration,
 }
 
 impl LevelControl {
@@ -118,7 +127,10 @@ impl LevelControl {
             last: None,
             link_bytes_per_second: None,
             refused: [None; STEPS],
-            link_limits: false,
+            // For the same reason.
+            link_limits: true,
+            idle_since: None,
+            patience: PATIENCE_FIRST,
         }
     }
 
@@ -127,7 +139,8 @@ impl LevelControl {
         Step(self.step.saturating_sub((waiting_bytes / RELIEF_BYTES) as usize))
     }
 
-    /// Whether the link is the bottleneck: what costs time and saves bytes pays.
+    /// Whether the link is the bottleneck, or was a moment ago, or nothing is known yet: what costs
+    /// time and saves bytes pays.
     pub fn link_limits(&self) -> bool {
         self.link_limits
     }
@@ -177,11 +190,16 @@ impl LevelControl {
             || backlog.encoder_bytes > ENCODER_BACKLOG_BYTES && !waits_for_link;
         if waits_for_encoders {
             self.link_limits &= waits_for_link;
+            self.idle_since = None;
             self.refuse(now);
         } else if waits_for_link {
             let known = self.link_bytes_per_second.unwrap_or(rate);
             self.link_bytes_per_second = Some((known + rate) / 2.0);
+            self.idle_since = None;
             self.handle_link_limited(now);
+        } else if self.link_limits {
+            let since = *self.idle_since.get_or_insert(now);
+            self.link_limits = now.duration_since(since) < self.patience;
         }
         self.seen.plain_bytes *= MEMORY;
         self.seen.wire_bytes *= MEMORY;
@@ -190,9 +208,13 @@ impl LevelControl {
 
     fn handle_link_limited(&mut self, now: Instant) {
         let rate = self.link_bytes_per_second.unwrap_or_default();
+        let was_limiting = self.link_limits;
         self.link_limits = rate < FAST_LINK_BYTES_PER_SECOND;
         if !self.link_limits {
             return self.set_step(0);
+        }
+        if !was_limiting {
+            self.patience = (self.patience * 2).min(PATIENCE_LONGEST);
         }
         let next = self.step + 1;
         if next >= STEPS || self.seen.seconds <= 0.0 || self.seen.plain_bytes <= 0.0 {
@@ -404,6 +426,32 @@ mod tests {
         world.run(10);
         let level = |waiting_bytes| world.control.poll_step(waiting_bytes).level();
         assert_eq!([level(1 << 20), level(14 << 20), level(100 << 20)], [Some(9), Some(6), None]);
+    }
+
+    /// Saving bytes may be why the link is no bottleneck any more: giving up is tried more and more
+    /// rarely.
+    #[test]
+    fn a_link_that_was_no_bottleneck_for_long_is_none() {
+        let start = Instant::now();
+        let mut control = LevelControl::new(2, 64 << 20);
+        let mut now = start;
+        let mut run = |control: &mut LevelControl, link_bytes: u64| {
+            let limited = control.link_limits();
+            let since = now;
+            while control.link_limits() == limited {
+                now += Duration::from_millis(250);
+                let acked_wire_bytes = (now - start).as_millis() as u64 * 1000;
+                let backlog = Backlog { link_bytes, acked_wire_bytes, ..Backlog::default() };
+                control.handle_backlog(now, backlog);
+            }
+            (now - since).as_secs()
+        };
+        assert!(control.link_limits(), "unknown as yet");
+        assert_eq!(run(&mut control, 0), 2);
+        assert_eq!(run(&mut control, 30 << 20), 0);
+        assert_eq!(run(&mut control, 0), 4);
+        assert_eq!(run(&mut control, 30 << 20), 0);
+        assert_eq!(run(&mut control, 0), 8);
     }
 
     #[test]

@@ -18,3 +18,5 @@ pub use watermark::Watermark;
 
 #[cfg(test)]
 mod virtual_link;
+#[cfg(test)]
+mod virtual_references;

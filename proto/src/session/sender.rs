@@ -20,6 +20,8 @@ pub struct Sender {
     /// Batches after `acked`, without a gap.
     held: VecDeque<EncodedBatch>,
     held_bytes: u64,
+    /// What of those will have travelled.
+    held_wire_bytes: u64,
     link: Link,
 }
 
@@ -92,6 +94,7 @@ impl Sender {
             acked: BatchSeq(0),
             held: VecDeque::new(),
             held_bytes: 0,
+            held_wire_bytes: 0,
             link: Link::Down,
         }
     }
@@ -111,9 +114,14 @@ impl Sender {
         BatchSeq(self.acked.0 + self.held.len() as u64)
     }
 
-    /// Bytes of all batches that are not acknowledged.
+    /// Bytes of memory of all batches that are not acknowledged.
     pub fn held_bytes(&self) -> u64 {
         self.held_bytes
+    }
+
+    /// What the batches that are not acknowledged cost on the wire.
+    pub fn held_wire_bytes(&self) -> u64 {
+        self.held_wire_bytes
     }
 
     /// The capture time (microseconds since 1970 UTC) of the oldest batch not acknowledged.
@@ -131,6 +139,7 @@ impl Sender {
         assert_eq!(batch.header.generation, self.generation, "a batch of another generation");
         assert_eq!(batch.header.batch, self.newest().next(), "a batch out of order");
         self.held_bytes += batch.held_bytes() as u64;
+        self.held_wire_bytes += batch.wire_bytes() as u64;
         self.held.push_back(batch);
     }
 
@@ -179,6 +188,7 @@ impl Sender {
             let bytes = batch.held_bytes() as u64;
             self.acked = batch.header.batch;
             self.held_bytes -= bytes;
+            self.held_wire_bytes -= batch.wire_bytes() as u64;
             released.batches += 1;
             released.bytes += bytes;
             released.wire_bytes += batch.wire_bytes() as u64;
@@ -235,6 +245,8 @@ impl Sender {
             references: held.references().to_vec(),
         };
         let after_bytes = unfolded.batch.held_bytes() as u64;
+        self.held_wire_bytes -= held.wire_bytes() as u64;
+        self.held_wire_bytes += unfolded.batch.wire_bytes() as u64;
         *held = unfolded.batch.clone();
         self.held_bytes = self.held_bytes - unfolded.before_bytes + after_bytes;
         Ok(Some(Unfolded { after_bytes, ..unfolded }))
