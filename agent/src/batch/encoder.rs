@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 
-use backhaul_proto::batch::{BatchKind, Compression, EncodedBatch, PlainBatch};
+use backhaul_proto::batch::{BatchKind, Compression, Compressor, EncodedBatch, PlainBatch};
 
 use crate::batch::{elide_zeroes, held_bytes};
 
@@ -76,7 +76,7 @@ impl EncodePool {
 }
 
 fn run(queue: &Mutex<mpsc::Receiver<Work>>) {
-    let mut compressor = zstd::bulk::Compressor::default();
+    let mut compressor = Compressor::default();
     loop {
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Work { mut batch, compression, done }) = next else { return };

@@ -14,4 +14,4 @@ mod seal;
 
 pub use header::{BatchHeader, BatchKind, Codec, HEADER_BYTES, HeaderError};
 pub use record::{BodyError, RECORD_BYTES, Record, RecordKind, check_body, decode_table};
-pub use seal::{Compression, EncodedBatch, PlainBatch};
+pub use seal::{Compression, Compressor, EncodedBatch, PlainBatch};

@@ -36,6 +36,21 @@ pub enum Compression {
     Zstd(i32),
 }
 
+/// Compresses bodies, one after the other. Its buffers are as large as the largest body it has seen:
+/// what it returns holds no more memory than the bytes it says.
+#[derive(Default)]
+pub struct Compressor {
+    zstd: zstd::bulk::Compressor<'static>,
+    plain: Vec<u8>,
+    compressed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Compressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Compressor").field("plain_bytes", &self.plain.len()).finish_non_exhaustive()
+    }
+}
+
 /// A batch ready to travel. Clones share the bytes.
 #[derive(Debug, Clone)]
 pub struct EncodedBatch {
@@ -69,12 +84,9 @@ impl PlainBatch {
     /// Hashes the body and compresses it when that makes it at least an eighth smaller.
     ///
     /// `compressor` is reused between calls, because making one costs as much as a small batch.
-    /// Copies nothing when it does not compress; compressing gathers the body once.
-    pub fn encode(
-        self,
-        compression: Compression,
-        compressor: &mut zstd::bulk::Compressor<'_>,
-    ) -> EncodedBatch {
+    /// Copies nothing when it does not compress; compressing gathers the body once, and copies what
+    /// has become of it.
+    pub fn encode(self, compression: Compression, compressor: &mut Compressor) -> EncodedBatch {
         let mut table = Vec::with_capacity(self.records.len() * RECORD_BYTES);
         for record in &self.records {
             table.extend_from_slice(&record.encode());
@@ -87,12 +99,10 @@ impl PlainBatch {
         let plain_bytes = table.len() + self.data_bytes;
         let compressed = match compression {
             Compression::Off => None,
-            Compression::Zstd(level) => {
-                compress(&table, &self.data, plain_bytes, level, compressor)
-            }
+            Compression::Zstd(level) => compressor.compress(&table, &self.data, level),
         };
         let (codec, body) = match compressed {
-            Some(body) => (Codec::Zstd, vec![Bytes::from(body)]),
+            Some(body) => (Codec::Zstd, vec![body]),
             None => {
                 let mut body = Vec::with_capacity(1 + self.data.len());
                 body.push(Bytes::from(table));
@@ -117,23 +127,23 @@ impl PlainBatch {
     }
 }
 
-/// The compressed body, or `None` when it saves less than an eighth: then the target would spend
-/// time on decompression for next to no bytes.
-fn compress(
-    table: &[u8],
-    data: &[Bytes],
-    plain_bytes: usize,
-    level: i32,
-    compressor: &mut zstd::bulk::Compressor<'_>,
-) -> Option<Vec<u8>> {
-    let mut plain = Vec::with_capacity(plain_bytes);
-    plain.extend_from_slice(table);
-    for chunk in data {
-        plain.extend_from_slice(chunk);
+impl Compressor {
+    /// The compressed body, or `None` when it saves less than an eighth: then the target would
+    /// spend time on decompression for next to no bytes.
+    fn compress(&mut self, table: &[u8], data: &[Bytes], level: i32) -> Option<Bytes> {
+        self.plain.clear();
+        self.plain.extend_from_slice(table);
+        for chunk in data {
+            self.plain.extend_from_slice(chunk);
+        }
+        self.zstd.set_compression_level(level).ok()?;
+        self.compressed.clear();
+        self.compressed.reserve(zstd::zstd_safe::compress_bound(self.plain.len()));
+        let len = self.zstd.compress_to_buffer(&self.plain, &mut self.compressed).ok()?;
+        let worth = len <= self.plain.len() - self.plain.len() / 8;
+        // Copied, because a queue full of batches would otherwise hold this buffer for each of them.
+        worth.then(|| Bytes::copy_from_slice(&self.compressed[..len]))
     }
-    compressor.set_compression_level(level).ok()?;
-    let body = compressor.compress(&plain).ok()?;
-    (body.len() <= plain_bytes - plain_bytes / 8).then_some(body)
 }
 
 impl EncodedBatch {
@@ -162,7 +172,7 @@ impl EncodedBatch {
 mod tests {
     use bytes::Bytes;
 
-    use super::{Compression, EncodedBatch, PlainBatch};
+    use super::{Compression, Compressor, EncodedBatch, PlainBatch};
     use crate::batch::{
         BatchHeader, BatchKind, BodyError, Codec, HEADER_BYTES, Record, RecordKind, check_body,
     };
@@ -204,7 +214,7 @@ mod tests {
 
     #[test]
     fn compressible_and_random_bodies_come_back() {
-        let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+        let mut compressor = Compressor::default();
         let mut noise = vec![0; 65536];
         blake3::Hasher::new().finalize_xof().fill(&mut noise);
         for (content, codec) in [(vec![7; 65536], Codec::Zstd), (noise, Codec::Plain)] {
@@ -221,7 +231,7 @@ mod tests {
 
     #[test]
     fn one_changed_byte_of_the_body_is_found() {
-        let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+        let mut compressor = Compressor::default();
         let encoded =
             sample(vec![Bytes::from(vec![1; 5000])]).encode(Compression::Off, &mut compressor);
         let (header, mut plain) = split(&encoded);
