@@ -165,7 +165,7 @@ mod tests {
     use std::sync::Arc;
 
     use backhaul_proto::batch::{
-        BatchHeader, Compression, EncodedBatch, HEADER_BYTES, PlainBatch, Reference,
+        BatchHeader, Compression, Compressor, EncodedBatch, HEADER_BYTES, PlainBatch, Reference,
     };
     use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex};
     use bytes::Bytes;
@@ -194,7 +194,7 @@ mod tests {
     fn folded(data: &[u8], references: Vec<Reference>) -> (EncodedBatch, FoldedBatch) {
         let (generation, batch) = (Generation(1), BatchSeq(1));
         let data = Bytes::copy_from_slice(data);
-        let mut compressor = zstd::bulk::Compressor::default();
+        let mut compressor = Compressor::default();
         let encoded = PlainBatch::of_one_write(generation, batch, 8192, data).encode_folded(
             references,
             Compression::Off,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use backhaul_proto::batch::{Compression, PlainBatch};
+use backhaul_proto::batch::{Compression, Compressor, PlainBatch};
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role, create_ca, issue};
 use backhaul_proto::quic::{Congestion, Listener, TransportOptions, connect};
@@ -98,7 +98,7 @@ async fn receive(address: &str, keys: &Path) -> Result<(), Failure> {
 
 fn batch(seq: u64, data: &Bytes) -> Vec<Bytes> {
     let plain = PlainBatch::of_one_write(Generation(1), BatchSeq(seq), 0, data.clone());
-    let mut compressor = zstd::bulk::Compressor::default();
+    let mut compressor = Compressor::default();
     plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
 }
 

@@ -237,6 +237,8 @@ pub enum Code {
     Hook = 7,
     /// Not possible while a sync is under way.
     Syncing = 8,
+    /// Another agent with the same identity replicates the machine.
+    Rival = 9,
 }
 
 /// Cumulative acknowledgement of one machine's batches.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use backhaul_proto::batch::{Compression, PlainBatch};
+use backhaul_proto::batch::{Compression, Compressor, PlainBatch};
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, create_ca, issue};
 use backhaul_proto::link::{
@@ -61,7 +61,7 @@ async fn pair(dir: &Path, choice: TransportChoice) -> (Listener, Connection, Con
 fn batch(seq: u64) -> Vec<Bytes> {
     let data = Bytes::from(vec![seq as u8; 1 + (seq as usize * 977) % 40_000]);
     let plain = PlainBatch::of_one_write(Generation(1), BatchSeq(seq), 0, data);
-    let mut compressor = zstd::bulk::Compressor::default();
+    let mut compressor = Compressor::default();
     plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use backhaul_api::Machine;
 use backhaul_lab::random::Random;
-use backhaul_proto::batch::{BatchKind, Compression, PlainBatch, Reference};
+use backhaul_proto::batch::{BatchKind, Compression, Compressor, PlainBatch, Reference};
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role};
 use backhaul_proto::link::{
@@ -169,7 +169,7 @@ impl FakeAgent {
         let data = Bytes::copy_from_slice(data);
         let mut plain = PlainBatch::of_one_write(Generation(7), BatchSeq(seq), at, data);
         plain.kind = BatchKind::Sync;
-        let mut compressor = zstd::bulk::Compressor::default();
+        let mut compressor = Compressor::default();
         let batch = plain.encode_folded(references, Compression::Off, &mut compressor);
         // It fails when the target closes meanwhile, which the caller hears of anyway.
         let _ = self.connection.send_batch(batch.chunks(MachineIndex(0))).await;
@@ -259,7 +259,7 @@ async fn a_malformed_reference_ends_the_connection() {
     agent.hello().await;
     let data = Bytes::from(noise(95, MIB));
     let plain = PlainBatch::of_one_write(Generation(7), BatchSeq(1), 0, data);
-    let mut compressor = zstd::bulk::Compressor::default();
+    let mut compressor = Compressor::default();
     let batch = plain.encode_folded(reference(4096, 0, 0), Compression::Off, &mut compressor);
     let mut wire = batch.chunks(MachineIndex(0)).concat();
     // The reference's place in the data: now it ends behind it.

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use backhaul_api::{ClientError, CommitRequest, FailoverRequest, Stage};
 use backhaul_lab::failback::{Failback, run};

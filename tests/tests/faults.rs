@@ -6,7 +6,7 @@ use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use backhaul_api::Machine;
+use backhaul_api::{Consistency, Machine};
 use backhaul_lab::rig::MACHINE;
 use backhaul_nbd::{
     BlockSize, Errno, Export, Exports, FileExport, IoFuture, Listener, Run, Server, ServerOptions,
@@ -258,6 +258,40 @@ async fn a_disk_has_one_agent() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success());
     assert!(said.contains("protected.raw is used by another agent"), "{said}");
+}
+
+/// A copy of the process server was started: both agents had the same identity, took the machine from
+/// each other for ever, and no log said why.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_elsewhere_with_the_same_identity_is_told_until_the_first_is_gone() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    let folder = scenario.folder.path().to_owned();
+    // The two come from 127.0.0.1 and from ::1, as if from two hosts.
+    let anywhere = |text: String| text.replace("\"127.0.0.1:", "\"[::]:");
+    scenario.rig.edit_configuration("master-target", anywhere).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let copy = folder.join("copy.raw");
+    std::fs::copy(&scenario.protected, &copy).unwrap();
+    let text = std::fs::read_to_string(folder.join("agent.toml")).unwrap();
+    let text = text.replace("127.0.0.1:", "[::1]:").replace("/agent\"", "/rival\"");
+    let text = text.replace("nbd.sock", "rival.sock").replace("protected.raw", "copy.raw");
+    std::fs::write(folder.join("rival.toml"), text).unwrap();
+    let log = folder.join("rival.log");
+    let mut rival = Command::new(backhaul_tests::programs().join("backhaul-agent"))
+        .args(["run", "--config"])
+        .arg(folder.join("rival.toml"))
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let told = "is replicated by another agent with the identity lab-agent";
+    let reads = |_: &Machine| std::fs::read_to_string(&log).unwrap().contains(told);
+    let first = scenario.rig.wait("the refusal", STEP_TIME_MAX, reads).await.unwrap();
+    assert!(first.connected && first.consistency == Consistency::Consistent, "{first:?}");
+    scenario.rig.kill_agent();
+    scenario.rig.wait_log("master-target", "its agent can have it now").await.unwrap();
+    rival.kill().unwrap();
+    rival.wait().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use backhaul_api::Machine;
-use backhaul_proto::batch::{Compression, PlainBatch};
+use backhaul_proto::batch::{Compression, Compressor, PlainBatch};
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role};
 use backhaul_proto::link::{
@@ -81,7 +81,7 @@ impl FakeAgent {
 fn batch(seq: u64, fill: u8) -> Vec<u8> {
     let data = Bytes::from(vec![fill; 4096]);
     let plain = PlainBatch::of_one_write(Generation(7), BatchSeq(seq), 4096 * seq, data);
-    let mut compressor = zstd::bulk::Compressor::default();
+    let mut compressor = Compressor::default();
     plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0)).concat()
 }
 

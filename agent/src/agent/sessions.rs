@@ -180,6 +180,7 @@ impl Agent {
 
     pub(super) fn drop_link(&self, reason: &str) {
         if let Some(link) = &self.link {
+            tracing::warn!(reason, "the connection is given up");
             link.connection.close(reason);
         }
     }

@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Instant;
 
-use backhaul_proto::batch::{BatchKind, Compression, EncodedBatch, PlainBatch};
-use zstd::bulk::Compressor;
+use backhaul_proto::batch::{BatchKind, Compression, Compressor, EncodedBatch, PlainBatch};
 
 use crate::batch::{Backlog, LevelControl, Sample, elide_zeroes, held_bytes};
 use crate::dedupe::Dedupe;
@@ -133,7 +132,7 @@ impl Shared {
         &self,
         mut batch: PlainBatch,
         dedupe: &Dedupe,
-        compressor: &mut Compressor<'_>,
+        compressor: &mut Compressor,
     ) -> Encoded {
         let plain_held_bytes = held_bytes(&batch);
         let waiting_bytes = self.waiting_bytes.load(Ordering::Relaxed);

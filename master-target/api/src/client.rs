@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -17,6 +18,10 @@ use crate::{CommitRequest, FailoverRequest, Failure, Link, Machine, Point, Statu
 /// Largest answer that is read: the views of 64 machines are far below it.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
+/// How long an answer may take: whatever takes longer goes on in the target by itself, and requests
+/// only start it. A tag waits for its point to cross the link.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
+
 /// Why a request came to nothing.
 #[derive(Debug, Error)]
 pub enum ClientError {
@@ -29,6 +34,14 @@ pub enum ClientError {
         socket: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// It does not answer.
+    #[error(
+        "the master target at {socket} does not answer within {} s; it may be stopped or overloaded, its log says more", ANSWER_TIME_MAX.as_secs(), socket = socket.display()
+    )]
+    Silent {
+        /// The socket.
+        socket: PathBuf,
     },
     /// The conversation broke.
     #[error("the master target's answer was lost: {0}")]
@@ -109,6 +122,17 @@ impl Client {
         path: &str,
         request: &Q,
     ) -> Result<A, ClientError> {
+        let silent = |_| ClientError::Silent { socket: self.socket.clone() };
+        let answer = self.converse(method, path, request);
+        tokio::time::timeout(ANSWER_TIME_MAX, answer).await.map_err(silent)?
+    }
+
+    async fn converse<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        request: &Q,
+    ) -> Result<A, ClientError> {
         let unreachable = |source| ClientError::Unreachable { socket: self.socket.clone(), source };
         let broken = |error: &dyn std::fmt::Display| ClientError::Broken(error.to_string());
         let stream = UnixStream::connect(&self.socket).await.map_err(unreachable)?;
@@ -150,4 +174,20 @@ fn path(name: &str, rest: &str) -> String {
         .map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' })
         .collect();
     format!("/v1/machines/{safe}{rest}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Client, ClientError};
+
+    /// `backhaul machines` hung for ever on a target that somebody had stopped with a signal.
+    #[tokio::test(start_paused = true)]
+    async fn a_target_that_does_not_answer_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("api.sock");
+        let _listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let error = Client::new(&socket).machines().await.unwrap_err();
+        assert!(matches!(error, ClientError::Silent { .. }), "{error}");
+        assert!(error.to_string().contains("does not answer within 60 s"), "{error}");
+    }
 }

@@ -1,6 +1,6 @@
 use backhaul_proto::batch::{
-    BatchHeader, BatchKind, BodyError, Codec, Compression, HEADER_BYTES, PlainBatch, Record,
-    RecordKind,
+    BatchHeader, BatchKind, BodyError, Codec, Compression, Compressor, HEADER_BYTES, PlainBatch,
+    Record, RecordKind,
 };
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
 use bytes::Bytes;
@@ -54,7 +54,7 @@ pub(crate) fn receive(batch: PlainBatch, compression: Compression) -> IncomingBa
 }
 
 fn buffer(batch: PlainBatch, compression: Compression) -> BatchBuffer {
-    let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+    let mut compressor = Compressor::default();
     let wire = batch.encode(compression, &mut compressor).chunks(MachineIndex(5)).concat();
     let (head, body) = wire.split_at(HEADER_BYTES);
     let header = BatchHeader::decode(head.try_into().unwrap()).unwrap();

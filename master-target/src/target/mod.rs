@@ -30,8 +30,8 @@ use crate::metrics::Metrics;
 use crate::recovery_point::RecoveryPoint;
 use crate::worker::Report;
 
-/// How often disks that could not be opened are tried again.
-const OPEN_PERIOD: Duration = Duration::from_secs(5);
+/// How often machines that an agent could not have at first are tried again.
+const OPEN_PERIOD: Duration = Duration::from_secs(2);
 
 /// Batches whose references are resolved at a time: as deep as a disk likes its queue.
 const RESOLVING_MAX: usize = 16;
@@ -90,9 +90,12 @@ struct Link {
     agent: PeerName,
     /// Its machines, by index.
     machines: Vec<Option<MachineName>>,
-    /// What it said of machines whose disks cannot be opened at present.
+    /// What it said of machines that it cannot have at present: their disks cannot be opened, or
+    /// another agent has them.
     waiting: BTreeMap<MachineIndex, MachineHello>,
     since: Instant,
+    /// When it last said something.
+    heard: Instant,
     /// What it last said of the link.
     report: LinkReport,
 }
@@ -229,6 +232,11 @@ impl Target {
     }
 
     fn apply(&mut self, event: Event) {
+        if let Event::Link(id, _) = &event
+            && let Some(link) = self.links.get_mut(id)
+        {
+            link.heard = Instant::now();
+        }
         match event {
             Event::Link(id, LinkEvent::Hello(up, hello)) => self.handle_hello(id, up, &hello),
             Event::Link(id, LinkEvent::Message(message)) => self.handle_message(id, message),

@@ -1,7 +1,8 @@
 //! Who is connected, and with which machines.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex, MachineName, PeerName, PointId};
 use backhaul_proto::limits::{DISKS_MAX, MACHINES_MAX};
@@ -19,6 +20,24 @@ use crate::machine::{LinkId, Machine, now_us};
 use crate::machine_state::{Consistency, DiskState};
 use crate::recovery_point::RecoveryPoint;
 use crate::worker::Command;
+
+/// An agent that has said nothing for so long no longer keeps others from its machines. A live one
+/// sends a heartbeat each second.
+const HEARD_TIME_MAX: Duration = Duration::from_secs(3);
+
+/// Who wants a machine.
+struct Caller {
+    id: LinkId,
+    agent: PeerName,
+    host: IpAddr,
+}
+
+impl Caller {
+    fn new(id: LinkId, up: &LinkUp) -> Self {
+        let (agent, address) = (up.connection.peer().clone(), up.connection.remote_address());
+        Self { id, agent, host: address.ip().to_canonical() }
+    }
+}
 
 impl Target {
     pub(super) fn handle_hello(&mut self, id: LinkId, up: LinkUp, hello: &Hello) {
@@ -39,16 +58,17 @@ impl Target {
             return up.refuse(Code::Protocol, "a hello names more than 64 machines");
         }
         tracing::info!(%agent, address = %up.connection.remote_address(), %version, "an agent connected");
+        let caller = Caller::new(id, &up);
         let mut machines = Vec::new();
         let mut welcomes = Vec::new();
         let mut waiting = BTreeMap::new();
         for (index, hello) in hello.machines.iter().enumerate() {
             let index = MachineIndex(index as u16);
-            let (name, welcome) = match self.attach(id, index, &agent, hello) {
+            let (name, welcome) = match self.attach(&caller, index, hello) {
                 Ok((name, welcome)) => (Some(name), welcome),
                 Err((code, sentence)) => {
                     tracing::error!(%agent, machine = hello.name, "{sentence}");
-                    if code == Code::Storage {
+                    if is_passing(code) {
                         waiting.insert(index, hello.clone());
                     }
                     (None, refused(index, code, sentence))
@@ -76,6 +96,7 @@ impl Target {
                 machines,
                 waiting,
                 since: Instant::now(),
+                heard: Instant::now(),
                 report: LinkReport::default(),
             },
         );
@@ -107,29 +128,29 @@ impl Target {
         }
     }
 
-    /// Tries again to open what could not be opened when its agent said hello: a datastore that is
-    /// mounted late needs nobody to restart anything.
+    /// Tries again what an agent could not have when it said hello: neither a datastore that is
+    /// mounted late nor another agent that is gone asks for a restart.
     pub(super) fn open_waiting(&mut self) {
         let waiting: Vec<_> = self
             .links
             .iter()
             .flat_map(|(id, link)| {
                 let waiting = link.waiting.iter();
-                waiting.map(|(index, hello)| (*id, *index, link.agent.clone(), hello.clone()))
+                waiting.map(|(index, hello)| (Caller::new(*id, &link.up), *index, hello.clone()))
             })
             .collect();
-        for (id, index, agent, hello) in waiting {
-            let attached = self.attach(id, index, &agent, &hello);
-            let Some(link) = self.links.get_mut(&id) else { continue };
+        for (caller, index, hello) in waiting {
+            let attached = self.attach(&caller, index, &hello);
+            let Some(link) = self.links.get_mut(&caller.id) else { continue };
             let (name, message) = match attached {
                 Ok((name, welcome)) => (Some(name), welcome),
-                Err((Code::Storage, _)) => continue,
+                Err((code, _)) if is_passing(code) => continue,
                 Err((code, sentence)) => (None, refused(index, code, sentence)),
             };
             link.waiting.remove(&index);
             link.up.control(target_message::Kind::Machine(message));
             let Some(name) = name else { continue };
-            tracing::info!(machine = %name, "its disks can be opened now");
+            tracing::info!(machine = %name, "its agent can have it now");
             if let Some(place) = link.machines.get_mut(usize::from(index.0)) {
                 *place = Some(name.clone());
             }
@@ -144,11 +165,11 @@ impl Target {
     /// Ties a machine to a connection, if everything about it is right.
     fn attach(
         &mut self,
-        id: LinkId,
+        caller: &Caller,
         index: MachineIndex,
-        agent: &PeerName,
         hello: &MachineHello,
     ) -> Result<(MachineName, MachineWelcome), (Code, String)> {
+        let Caller { id, agent, .. } = caller;
         let known = hello.name.parse::<MachineName>().ok();
         let known = known.and_then(|name| self.machines.get_mut(&name));
         let Some(machine) = known else {
@@ -171,23 +192,54 @@ impl Target {
         if let Stage::Committed(_) = machine.failover.stage() {
             return Ok((name, welcome(index, Standing::Ended)));
         }
+        if let Some((old, _)) = machine.link
+            && old != *id
+        {
+            self.check_rival(&name, caller, old)?;
+        }
+        let Some(machine) = self.machines.get_mut(&name) else {
+            return Err((Code::Other, "the machine is gone".into()));
+        };
         check_disks(machine, hello)?;
         if machine.open.is_none() {
             self.open(&name).map_err(|sentence| (Code::Storage, sentence))?;
         }
         if let Some((old, _)) = self.machines.get(&name).and_then(|machine| machine.link)
-            && old != id
+            && old != *id
         {
-            self.drop_link(old, "a newer connection replicates its machine");
+            let reason = format!(
+                "a newer connection of agent {agent} replicates machine {name}; if this is said again and again, two agents run with one identity: stop one of them"
+            );
+            self.drop_link(old, &reason);
         }
         let Some(machine) = self.machines.get_mut(&name) else {
             return Err((Code::Other, "the machine is gone".into()));
         };
-        machine.link = Some((id, index));
+        machine.link = Some((*id, index));
         machine.questions.clear();
         let generation = Generation(hello.generation);
         let welcome = standing(machine, index, generation, BatchSeq(hello.acked_batch));
         Ok((name, welcome))
+    }
+
+    /// A newer connection of an agent takes its machines along, unless it comes from another host
+    /// while the older one is alive: two agents would take them from each other without end.
+    fn check_rival(
+        &self,
+        name: &MachineName,
+        caller: &Caller,
+        old: LinkId,
+    ) -> Result<(), (Code, String)> {
+        let Some(old) = self.links.get(&old) else { return Ok(()) };
+        let address = old.up.connection.remote_address();
+        if caller.host == address.ip().to_canonical() || old.heard.elapsed() > HEARD_TIME_MAX {
+            return Ok(());
+        }
+        let sentence = format!(
+            "machine {name} is replicated by another agent with the identity {}, at {address}; stop one of the two, or issue an identity of its own to each",
+            caller.agent
+        );
+        Err((Code::Rival, sentence))
     }
 
     pub(super) fn drop_link(&mut self, id: LinkId, reason: &str) {
@@ -323,6 +375,11 @@ pub(super) fn welcome(index: MachineIndex, standing: Standing) -> MachineWelcome
         standing: standing.into(),
         ..MachineWelcome::default()
     }
+}
+
+/// Whether a refusal may pass by itself.
+fn is_passing(code: Code) -> bool {
+    matches!(code, Code::Storage | Code::Rival)
 }
 
 fn refused(index: MachineIndex, code: Code, sentence: String) -> MachineWelcome {

@@ -10,12 +10,14 @@
 //! The header is covered by its own hash and holds the hash of the *plain* body, so that a batch
 //! can be checked on arrival, in the journal and before it is applied, by the same code.
 
+mod compress;
 mod fold;
 mod header;
 mod record;
 mod seal;
 
+pub use compress::{Compression, Compressor};
 pub use fold::{FoldedBody, REFERENCE_BYTES, Reference};
 pub use header::{BatchHeader, BatchKind, Codec, Folded, HEADER_BYTES, HeaderError};
 pub use record::{BodyError, RECORD_BYTES, Record, RecordKind, check_body, decode_table};
-pub use seal::{Compression, EncodedBatch, PlainBatch};
+pub use seal::{EncodedBatch, PlainBatch};

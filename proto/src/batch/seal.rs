@@ -3,8 +3,8 @@
 use bytes::Bytes;
 
 use crate::batch::{
-    BatchHeader, BatchKind, BodyError, Codec, Folded, FoldedBody, HEADER_BYTES, RECORD_BYTES,
-    REFERENCE_BYTES, Record, RecordKind, Reference,
+    BatchHeader, BatchKind, BodyError, Codec, Compression, Compressor, Folded, FoldedBody,
+    HEADER_BYTES, RECORD_BYTES, REFERENCE_BYTES, Record, RecordKind, Reference,
 };
 use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
 
@@ -28,15 +28,6 @@ pub struct PlainBatch {
     pub data: Vec<Bytes>,
     /// Sum of the lengths in `data`.
     pub data_bytes: usize,
-}
-
-/// Whether, and how hard, to compress a body.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compression {
-    /// Send it as it is: the processor is the bottleneck.
-    Off,
-    /// zstd at this level: the link is the bottleneck.
-    Zstd(i32),
 }
 
 /// A batch ready to travel. Clones share the bytes.
@@ -82,12 +73,9 @@ impl PlainBatch {
     /// slower levels a sample is tried first: noise costs next to nothing.
     ///
     /// `compressor` is reused between calls, because making one costs as much as a small batch.
-    /// Copies nothing when it does not compress; compressing gathers the body once.
-    pub fn encode(
-        self,
-        compression: Compression,
-        compressor: &mut zstd::bulk::Compressor<'_>,
-    ) -> EncodedBatch {
+    /// Copies nothing when it does not compress; compressing gathers the body once, and copies what
+    /// has become of it.
+    pub fn encode(self, compression: Compression, compressor: &mut Compressor) -> EncodedBatch {
         self.encode_folded(Vec::new(), compression, compressor)
     }
 
@@ -98,7 +86,7 @@ impl PlainBatch {
         self,
         references: Vec<Reference>,
         compression: Compression,
-        compressor: &mut zstd::bulk::Compressor<'_>,
+        compressor: &mut Compressor,
     ) -> EncodedBatch {
         let mut head = Vec::with_capacity(
             self.records.len() * RECORD_BYTES + references.len() * REFERENCE_BYTES,
@@ -122,7 +110,7 @@ impl PlainBatch {
             (rest, Some(Fold { references, data: referenced.into() }))
         };
         let packed_bytes = head.len() + data.iter().map(Bytes::len).sum::<usize>();
-        let (codec, body) = pack(head, data, packed_bytes, compression, compressor);
+        let (codec, body) = compressor.pack(head, data, compression);
         let header = BatchHeader {
             machine: MachineIndex(0),
             kind: self.kind,
@@ -170,71 +158,6 @@ fn split(data: &[Bytes], references: &[Reference]) -> (Vec<Bytes>, Vec<u8>) {
         start = end;
     }
     (rest, inside)
-}
-
-/// The body as it travels.
-fn pack(
-    head: Vec<u8>,
-    data: Vec<Bytes>,
-    packed_bytes: usize,
-    compression: Compression,
-    compressor: &mut zstd::bulk::Compressor<'_>,
-) -> (Codec, Vec<Bytes>) {
-    if let Compression::Zstd(level) = compression
-        && let Some(body) = compress(&head, &data, packed_bytes, level, compressor)
-    {
-        return (Codec::Zstd, vec![Bytes::from(body)]);
-    }
-    let mut body = Vec::with_capacity(1 + data.len());
-    body.push(Bytes::from(head));
-    body.extend(data);
-    (Codec::Plain, body)
-}
-
-/// The compressed body, or `None` when it saves less than an eighth: then the target would spend
-/// time on decompression for next to no bytes.
-fn compress(
-    head: &[u8],
-    data: &[Bytes],
-    packed_bytes: usize,
-    level: i32,
-    compressor: &mut zstd::bulk::Compressor<'_>,
-) -> Option<Vec<u8>> {
-    if level >= SAMPLED_LEVEL_MIN
-        && packed_bytes >= SAMPLED_BYTES_MIN
-        && !is_compressible(data, compressor)
-    {
-        return None;
-    }
-    let mut packed = Vec::with_capacity(packed_bytes);
-    packed.extend_from_slice(head);
-    for chunk in data {
-        packed.extend_from_slice(chunk);
-    }
-    compressor.set_compression_level(level).ok()?;
-    let body = compressor.compress(&packed).ok()?;
-    (body.len() <= packed_bytes - packed_bytes / 8).then_some(body)
-}
-
-/// Whether a few pieces from all over the data become smaller at all.
-fn is_compressible(data: &[Bytes], compressor: &mut zstd::bulk::Compressor<'_>) -> bool {
-    let data_bytes: usize = data.iter().map(Bytes::len).sum();
-    let stride = (data_bytes / SAMPLES).max(SAMPLE_BYTES);
-    let mut sample = Vec::with_capacity(SAMPLES * SAMPLE_BYTES);
-    let (mut start, mut next) = (0, 0);
-    for chunk in data {
-        let end = start + chunk.len();
-        while next < end {
-            let from = next - start;
-            sample.extend_from_slice(&chunk[from..chunk.len().min(from + SAMPLE_BYTES)]);
-            next += stride;
-        }
-        start = end;
-    }
-    let compressed =
-        compressor.set_compression_level(1).and_then(|()| compressor.compress(&sample));
-    // Less than for the whole body: what is alike may lie further apart than a piece is long.
-    compressed.is_ok_and(|body| body.len() <= sample.len() - sample.len() / 32)
 }
 
 impl EncodedBatch {
@@ -297,22 +220,12 @@ impl EncodedBatch {
             Codec::Zstd => Compression::Zstd(1),
         };
         let (head, data) = (folded.table.to_vec(), vec![Bytes::from(data)]);
-        let plain_bytes = self.header.plain_bytes as usize;
-        let mut compressor = zstd::bulk::Compressor::default();
-        let (codec, body) = pack(head, data, plain_bytes, compression, &mut compressor);
+        let (codec, body) = Compressor::default().pack(head, data, compression);
         let wire_bytes = body.iter().map(Bytes::len).sum::<usize>() as u32;
         let header = BatchHeader { codec, wire_bytes, folded: None, ..self.header.clone() };
         Ok(Self { header, body, fold: None })
     }
 }
-
-/// From this level on zstd takes long to find out that there is nothing to find: at level 9 noise
-/// goes through at 130 MB/s, at level 1 at 3 GB/s.
-const SAMPLED_LEVEL_MIN: i32 = 4;
-/// A smaller body is hardly larger than the sample.
-const SAMPLED_BYTES_MIN: usize = 4 * SAMPLES * SAMPLE_BYTES;
-const SAMPLES: usize = 8;
-const SAMPLE_BYTES: usize = 4096;
 
 #[cfg(test)]
 mod tests {
@@ -320,10 +233,10 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{Compression, EncodedBatch, PlainBatch};
+    use super::{EncodedBatch, PlainBatch};
     use crate::batch::{
-        BatchHeader, BatchKind, BodyError, Codec, FoldedBody, HEADER_BYTES, Record, RecordKind,
-        Reference, check_body,
+        BatchHeader, BatchKind, BodyError, Codec, Compression, Compressor, FoldedBody,
+        HEADER_BYTES, Record, RecordKind, Reference, check_body,
     };
     use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, PointId, WriteSeq};
 
@@ -398,7 +311,7 @@ mod tests {
             }
             let plain = sample(data);
             let table: Vec<u8> = plain.records.iter().flat_map(Record::encode).collect();
-            let mut compressor = zstd::bulk::Compressor::default();
+            let mut compressor = Compressor::default();
             let compression = if level == 0 { Compression::Off } else { Compression::Zstd(level) };
             let saved: u32 = references.iter().map(|one| one.len_bytes).sum();
             // A fold that saves nothing is not allowed, and is not made.
@@ -424,7 +337,7 @@ mod tests {
     /// What a hostile agent can put into references.
     #[test]
     fn malformed_references_are_refused() {
-        let mut compressor = zstd::bulk::Compressor::default();
+        let mut compressor = Compressor::default();
         let references = vec![reference(100, 1000), reference(2000, 500)];
         let encoded = sample(vec![Bytes::from(vec![1; 5000])]).encode_folded(
             references,
@@ -452,7 +365,7 @@ mod tests {
 
     #[test]
     fn compressible_and_random_bodies_come_back() {
-        let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+        let mut compressor = Compressor::default();
         let mut noise = vec![0; 65536];
         blake3::Hasher::new().finalize_xof().fill(&mut noise);
         for (content, codec) in [(vec![7; 65536], Codec::Zstd), (noise, Codec::Plain)] {
@@ -470,7 +383,7 @@ mod tests {
     /// At the slow levels noise is told by a sample; a body of which only a part is noise is not.
     #[test]
     fn a_sample_decides_at_the_slow_levels() {
-        let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+        let mut compressor = Compressor::default();
         let mut noise = vec![0; 1 << 20];
         blake3::Hasher::new().finalize_xof().fill(&mut noise);
         let mut half = noise.clone();
@@ -486,7 +399,7 @@ mod tests {
 
     #[test]
     fn one_changed_byte_of_the_body_is_found() {
-        let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+        let mut compressor = Compressor::default();
         let encoded =
             sample(vec![Bytes::from(vec![1; 5000])]).encode(Compression::Off, &mut compressor);
         let (header, mut plain) = split(&encoded);

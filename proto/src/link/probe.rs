@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::batch::{Compression, PlainBatch};
+use crate::batch::{Compression, Compressor, PlainBatch};
 use crate::id::{BatchSeq, Generation, MachineIndex};
 use crate::link::{Connection, StreamError};
 
@@ -27,7 +27,7 @@ fn noise() -> Vec<Bytes> {
     // Keyed hashing as a generator: nothing on the way can compress it.
     blake3::Hasher::new().update(b"backhaul probe").finalize_xof().fill(&mut data);
     let batch = PlainBatch::of_one_write(Generation(1), BatchSeq(1), 0, data.into());
-    let mut compressor = zstd::bulk::Compressor::default();
+    let mut compressor = Compressor::default();
     batch.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
 }
 

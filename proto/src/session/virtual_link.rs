@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::batch::{BatchKind, Compression, EncodedBatch, PlainBatch, Record, RecordKind};
+use crate::batch::{
+    BatchKind, Compression, Compressor, EncodedBatch, PlainBatch, Record, RecordKind,
+};
 use crate::id::{BatchSeq, DiskIndex, Generation, WriteSeq};
 use crate::session::{AckError, Delivery, Receiver, ReceiverConfig, Rejected, Sender};
 
 fn batch(seq: u64) -> EncodedBatch {
-    let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+    let mut compressor = Compressor::default();
     let data = Bytes::from(vec![seq as u8; 512 + (seq % 7) as usize * 512]);
     PlainBatch {
         kind: BatchKind::Ordered,

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::batch::{
-    BatchHeader, BatchKind, Codec, Compression, EncodedBatch, FoldedBody, HEADER_BYTES, PlainBatch,
-    Record, RecordKind, Reference, check_body,
+    BatchHeader, BatchKind, Codec, Compression, Compressor, EncodedBatch, FoldedBody, HEADER_BYTES,
+    PlainBatch, Record, RecordKind, Reference, check_body,
 };
 use crate::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
 use crate::session::{Delivery, Receiver, ReceiverConfig, Rejected, Sender};
@@ -138,7 +138,7 @@ impl World {
             data_bytes: data.len(),
             data: vec![Bytes::from(data)],
         }
-        .encode_folded(references, level, &mut zstd::bulk::Compressor::default());
+        .encode_folded(references, level, &mut Compressor::default());
         self.sender.push(encoded);
         self.next_batch = batch.next();
     }
