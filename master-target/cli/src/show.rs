@@ -118,8 +118,6 @@ impl Output {
             "RTT (least)",
             "lost",
             "window",
-            "zstd",
-            "referenced",
             "MTU",
             "dropped here",
         ];
@@ -145,16 +143,19 @@ impl Output {
                 )),
                 self.cell(format!("{lost:.2} %"), colour),
                 Cell::new(ByteSize(link.window_bytes).display().iec()),
-                Cell::new(match link.compression_level {
-                    0 => "off".to_owned(),
-                    level => level.to_string(),
-                }),
-                Cell::new(ByteSize(link.referenced_bytes).display().iec()),
                 Cell::new(link.mtu_bytes),
                 drops,
             ]);
         }
         say!("{table}");
+        for link in links {
+            let level = match link.compression_level {
+                0 => "not compressed".to_owned(),
+                level => format!("zstd {level}"),
+            };
+            let referenced = ByteSize(link.referenced_bytes).display().iec();
+            say!("{}: {level}; {referenced} went as references", link.agent);
+        }
     }
 
     /// Something that turns while one waits; nothing where nobody looks.
