@@ -4,8 +4,8 @@
 //! What waits tells which of the two it is. Batches that wait for the link: the next level is
 //! taken, provided that the encoders, from what they do at this level and what levels usually cost,
 //! will still be faster than the link. Batches that wait for the encoders: the level before is
-//! taken, and the one that was too much is left alone for a while, longer each time. Neither: the
-//! level stays, for there is nothing to gain.
+//! taken, and the one that was too much is left alone for a while, longer each time. Neither, for
+//! seconds: the processors are left to others.
 
 use std::time::{Duration, Instant};
 
@@ -199,7 +199,10 @@ impl LevelControl {
             self.handle_link_limited(now);
         } else if self.link_limits {
             let since = *self.idle_since.get_or_insert(now);
-            self.link_limits = now.duration_since(since) < self.patience;
+            if now.duration_since(since) >= self.patience {
+                self.link_limits = false;
+                self.set_step(0);
+            }
         }
         self.seen.plain_bytes *= MEMORY;
         self.seen.wire_bytes *= MEMORY;
