@@ -6,6 +6,7 @@ use backhaul_daemon::bandwidth::Rate;
 use backhaul_proto::message::{Heartbeat, LinkReport, Progress, agent_message};
 
 use super::Agent;
+use crate::batch::Backlog;
 use crate::capture::{Mode, now_us};
 use crate::progress::SyncStanding;
 use crate::sync::SyncInput;
@@ -75,9 +76,14 @@ impl Agent {
     /// Tells the encoders what waits for the link.
     fn judge_link(&self, now: Instant) {
         let held = self.machines.iter().map(|machine| machine.sender.held_wire_bytes());
-        let held_bytes = held.sum();
+        let backlog = self.link.as_ref().map(|link| Backlog {
+            encoder_bytes: 0,
+            link_bytes: held.sum(),
+            acked_wire_bytes: self.acked_wire_bytes,
+            round_trip: link.connection.stats().rtt,
+        });
         let replicating = self.machines.iter().any(|machine| machine.replicating.is_some());
-        self.pool.handle_link(now, replicating.then_some((held_bytes, self.acked_wire_bytes)));
+        self.pool.handle_link(now, backlog.filter(|_| replicating));
         self.metrics.compression(self.pool.level(), self.pool.ratio());
     }
 

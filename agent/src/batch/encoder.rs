@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Instant;
 
-use backhaul_proto::batch::{BatchKind, Compression, Compressor, EncodedBatch, PlainBatch};
+use backhaul_proto::batch::{BatchKind, Codec, Compression, Compressor, EncodedBatch, PlainBatch};
 
 use crate::batch::{Backlog, LevelControl, Sample, elide_zeroes, held_bytes};
 use crate::dedupe::Dedupe;
@@ -80,16 +80,13 @@ impl EncodePool {
         Ok(Self { work, shared })
     }
 
-    /// Says how many bytes are encoded and not acknowledged, and how many were acknowledged since
-    /// the start, as they travel; `None` while there is no link.
-    pub fn handle_link(&self, now: Instant, link: Option<(u64, u64)>) {
+    /// Says what waits for the link, which knows nothing of what waits here; `None` while there is
+    /// no link.
+    pub fn handle_link(&self, now: Instant, link: Option<Backlog>) {
         let encoder_bytes = self.shared.waiting_bytes.load(Ordering::Relaxed);
         let mut control = self.shared.control();
         match link {
-            Some((link_bytes, acked_wire_bytes)) => {
-                let backlog = Backlog { encoder_bytes, link_bytes, acked_wire_bytes };
-                control.handle_backlog(now, backlog);
-            }
+            Some(link) => control.handle_backlog(now, Backlog { encoder_bytes, ..link }),
             None => control.handle_disconnected(),
         }
     }
@@ -165,6 +162,7 @@ impl Shared {
             plain_bytes: batch.header.plain_bytes.into(),
             wire_bytes: batch.header.wire_bytes.into(),
             took: began.elapsed(),
+            compressed: batch.header.codec == Codec::Zstd && batch.header.folded.is_none(),
         });
         Encoded { batch, plain_held_bytes }
     }

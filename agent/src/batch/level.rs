@@ -1,11 +1,10 @@
 //! How hard to compress: as hard as the processors can while the link is the bottleneck, and not at
 //! all while they are. Pure.
 //!
-//! What waits tells which of the two it is. Batches that wait for the link: the next level is
-//! taken, provided that the encoders, from what they do at this level and what levels usually cost,
-//! will still be faster than the link. Batches that wait for the encoders: the level before is
-//! taken, and the one that was too much is left alone for a while, longer each time. Neither, for
-//! seconds: the processors are left to others.
+//! What waits for the link tells which of the two it is. Enough to keep it busy for a while: the next
+//! level is taken, provided that the encoders, from how fast they were and what levels usually cost,
+//! stay faster than the link. Not enough, while batches wait for the encoders: the level before.
+//! Neither, for seconds: the processors are left to others.
 
 use std::time::{Duration, Instant};
 
@@ -15,18 +14,29 @@ const LADDER: [Option<i32>; STEPS] = [None, Some(1), Some(3), Some(6), Some(9)];
 const STEPS: usize = 5;
 
 /// Time that a byte takes on each step, with level 1 as the measure: hashing alone, then zstd on
-/// files of all sorts. Only the proportions count, and only until the step is measured itself.
+/// files of all sorts. Only the proportions count.
 const COST: [f64; STEPS] = [0.2, 1.0, 1.7, 4.0, 7.0];
+
+/// Plain bytes a second of one thread at level 1, until it is measured.
+const SPEED_GUESS: f64 = 300e6;
+
+/// What the guess, and every measurement after it, weighs at least, in bytes at level 1: a first
+/// small batch that was slow for reasons of its own says little.
+const SPEED_WEIGHT: f64 = 16e6;
 
 /// How much faster than the link the encoders must be before a level is taken: the link's own
 /// encryption needs the processors as well.
-const HEADROOM: f64 = 1.4;
+const HEADROOM: f64 = 1.25;
 
 /// Above this rate, in bytes a second, compressing would take more from the target than it gives.
 const FAST_LINK_BYTES_PER_SECOND: f64 = 150e6;
 
-/// Less than this under way says nothing about the link.
-const LINK_BACKLOG_BYTES: u64 = 2 << 20;
+/// The link is fed when it has work for so long, besides what is under way.
+const FED: Duration = Duration::from_millis(500);
+
+/// It is never fed by less than this, nor, whatever its rate, found hungry with more than a
+/// quarter of the queue.
+const FED_BYTES_MIN: u64 = 2 << 20;
 
 /// Less than this waiting for the encoders is their ordinary work: a region of a sync.
 const ENCODER_BACKLOG_BYTES: u64 = 6 << 20;
@@ -34,14 +44,21 @@ const ENCODER_BACKLOG_BYTES: u64 = 6 << 20;
 /// Each of these that waits for the encoders lowers the level of the next batch by one step: a
 /// burst of the guest does not wait for the next look at the backlog.
 const RELIEF_BYTES: u64 = 12 << 20;
+/// What the encoders will be done with within this time needs no relief.
+const RELIEF: Duration = Duration::from_millis(100);
 
 /// How often the level may change: long enough for what was encoded before to be out of the way.
 const PERIOD: Duration = Duration::from_millis(200);
 
-/// A level that was too much is tried again after this, then after twice as long, and so on.
-const RETRY_FIRST: Duration = Duration::from_secs(4);
-/// The longest of these times: data and links change.
-const RETRY_LONGEST: Duration = Duration::from_secs(128);
+/// For so long a level that was too slow is not tried again. Trying costs little: the link is fed.
+const TOO_SLOW: Duration = Duration::from_secs(3);
+
+/// For so long it counts as known what the link takes. Trying to send plain costs a lot where the
+/// link is slow: all that is queued then has its full size.
+const LINK_KNOWN: Duration = Duration::from_secs(20);
+
+/// A level must bring so much more than another to be preferred to it.
+const BETTER: f64 = 1.05;
 
 /// When the link has been no bottleneck for so long, bytes are not worth saving any more. They may
 /// be what keeps it from being one: when it becomes one again, the time is doubled.
@@ -49,7 +66,7 @@ const PATIENCE_FIRST: Duration = Duration::from_secs(2);
 /// The longest of these times.
 const PATIENCE_LONGEST: Duration = Duration::from_secs(64);
 
-/// What is remembered of what was encoded at a step shrinks by this every period.
+/// What is remembered of what was encoded shrinks by this every period.
 const MEMORY: f64 = 0.8;
 
 /// What waits, and what got through.
@@ -57,10 +74,12 @@ const MEMORY: f64 = 0.8;
 pub struct Backlog {
     /// Bytes that wait for the encoders.
     pub encoder_bytes: u64,
-    /// Bytes that are encoded and not acknowledged.
+    /// Bytes that are encoded and not acknowledged, as they travel.
     pub link_bytes: u64,
     /// Bytes of batches, as they travel, that were acknowledged since the start.
     pub acked_wire_bytes: u64,
+    /// The link's round-trip time.
+    pub round_trip: Duration,
 }
 
 /// A batch that was encoded.
@@ -74,6 +93,9 @@ pub struct Sample {
     pub wire_bytes: u64,
     /// How long one thread took.
     pub took: Duration,
+    /// Whether all of it went through zstd: noise and references are much faster, and say nothing
+    /// about what comes after them.
+    pub compressed: bool,
 }
 
 /// A place on the ladder of levels.
@@ -87,27 +109,62 @@ impl Step {
     }
 }
 
-/// What was encoded at the present step of late.
+/// Sums that forget.
 #[derive(Debug, Clone, Copy, Default)]
-struct Seen {
-    plain_bytes: f64,
-    wire_bytes: f64,
-    seconds: f64,
+struct Share {
+    above: f64,
+    below: f64,
+}
+
+impl Share {
+    fn add(&mut self, above: f64, below: f64) {
+        self.above += above;
+        self.below += below;
+    }
+
+    fn forget(&mut self) {
+        self.above *= MEMORY;
+        self.below *= MEMORY;
+    }
+
+    fn get(self) -> Option<f64> {
+        (self.below > 0.0 && self.above > 0.0).then(|| self.above / self.below)
+    }
+}
+
+/// A rate, in bytes a second, and when it was measured.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    at: Instant,
+    rate: f64,
+}
+
+impl Measured {
+    fn within(self, now: Instant, time: Duration) -> Option<f64> {
+        (now.saturating_duration_since(self.at) < time).then_some(self.rate)
+    }
 }
 
 /// Decides the level, batch by batch.
 #[derive(Debug, Clone)]
 pub struct LevelControl {
     threads: f64,
-    link_backlog_bytes: u64,
+    queue_bytes: u64,
     step: usize,
-    seen: Seen,
+    /// Bytes of late by what they cost, as if they were at level 1, and the time that they took.
+    worked: Share,
+    /// What was encoded at the present step of late: plain bytes, and bytes on the wire.
+    encoded: Share,
+    /// Plain bytes that were encoded since the backlog was last looked at.
+    encoded_bytes: u64,
     /// When the backlog was last looked at, and what was acknowledged by then.
     last: Option<(Instant, u64)>,
-    /// What the link takes while it is the bottleneck.
-    link_bytes_per_second: Option<f64>,
-    /// The steps that were too much: until when each is left alone, and for how long it is.
-    refused: [Option<(Instant, Duration)>; STEPS],
+    /// Enough waits for the link.
+    fed: bool,
+    /// What the link takes while it is fed.
+    link: Option<Measured>,
+    /// Plain bytes that the encoders managed at each step where they were too slow.
+    too_slow: [Option<Measured>; STEPS],
     link_limits: bool,
     /// Since when the link has been no bottleneck.
     idle_since: Option<Instant>,
@@ -119,14 +176,17 @@ impl LevelControl {
     pub fn new(threads: usize, queue_bytes: u64) -> Self {
         Self {
             threads: threads.max(1) as f64,
-            link_backlog_bytes: LINK_BACKLOG_BYTES.min(queue_bytes / 8),
+            queue_bytes,
             // What is queued before anything is known would otherwise go out plain, on a slow link
             // for many seconds; on a fast one this lasts a moment.
             step: 1,
-            seen: Seen::default(),
+            worked: Share { above: SPEED_WEIGHT, below: SPEED_WEIGHT / SPEED_GUESS },
+            encoded: Share::default(),
+            encoded_bytes: 0,
             last: None,
-            link_bytes_per_second: None,
-            refused: [None; STEPS],
+            fed: false,
+            link: None,
+            too_slow: [None; STEPS],
             // For the same reason.
             link_limits: true,
             idle_since: None,
@@ -136,7 +196,23 @@ impl LevelControl {
 
     /// The step for the next batch, when so many bytes wait for the encoders before it.
     pub fn poll_step(&self, waiting_bytes: u64) -> Step {
-        Step(self.step.saturating_sub((waiting_bytes / RELIEF_BYTES) as usize))
+        let relief = (waiting_bytes / RELIEF_BYTES) as usize;
+        // What the link does not need yet is not made larger for it.
+        let least = usize::from(self.fed).min(self.step);
+        let mut step = self.step;
+        while step > least && self.step - step < relief && self.is_behind(waiting_bytes, step) {
+            step -= 1;
+        }
+        Step(step)
+    }
+
+    fn is_behind(&self, waiting_bytes: u64, step: usize) -> bool {
+        waiting_bytes as f64 / self.capacity(step) > RELIEF.as_secs_f64()
+    }
+
+    /// Plain bytes a second that the encoders manage at a step.
+    fn capacity(&self, step: usize) -> f64 {
+        self.threads * self.worked.get().unwrap_or(SPEED_GUESS) / COST[step]
     }
 
     /// Whether the link is the bottleneck, or was a moment ago, or nothing is known yet: what costs
@@ -152,16 +228,18 @@ impl LevelControl {
 
     /// How many plain bytes a byte on the wire stands for at this step, of late.
     pub fn ratio(&self) -> f64 {
-        let Seen { plain_bytes, wire_bytes, .. } = self.seen;
-        if wire_bytes > 0.0 { plain_bytes / wire_bytes } else { 1.0 }
+        self.encoded.get().unwrap_or(1.0)
     }
 
     /// A batch was encoded.
     pub fn handle_encoded(&mut self, sample: Sample) {
-        if sample.step.0 == self.step {
-            self.seen.plain_bytes += sample.plain_bytes as f64;
-            self.seen.wire_bytes += sample.wire_bytes as f64;
-            self.seen.seconds += sample.took.as_secs_f64();
+        let Sample { step: Step(step), plain_bytes, wire_bytes, took, compressed } = sample;
+        self.encoded_bytes += plain_bytes;
+        if compressed {
+            self.worked.add(plain_bytes as f64 * COST[step], took.as_secs_f64());
+        }
+        if step == self.step {
+            self.encoded.add(plain_bytes as f64, wire_bytes as f64);
         }
     }
 
@@ -174,6 +252,7 @@ impl LevelControl {
     pub fn handle_backlog(&mut self, now: Instant, backlog: Backlog) {
         let Some((since, acked)) = self.last else {
             self.last = Some((now, backlog.acked_wire_bytes));
+            self.encoded_bytes = 0;
             return;
         };
         let elapsed = now.saturating_duration_since(since);
@@ -183,20 +262,17 @@ impl LevelControl {
         self.last = Some((now, backlog.acked_wire_bytes));
         let bytes = backlog.acked_wire_bytes.saturating_sub(acked);
         let rate = bytes as f64 / elapsed.as_secs_f64();
-        let waits_for_link = backlog.link_bytes > self.link_backlog_bytes
-            && backlog.link_bytes > backlog.encoder_bytes;
-        // Batches that are relieved hide how slow the level is that they were relieved of.
-        let waits_for_encoders = backlog.encoder_bytes > RELIEF_BYTES
-            || backlog.encoder_bytes > ENCODER_BACKLOG_BYTES && !waits_for_link;
-        if waits_for_encoders {
-            self.link_limits &= waits_for_link;
+        let plain_rate = std::mem::take(&mut self.encoded_bytes) as f64 / elapsed.as_secs_f64();
+        self.fed = backlog.link_bytes > self.fed_bytes(rate, backlog.round_trip);
+        if self.fed {
             self.idle_since = None;
-            self.refuse(now);
-        } else if waits_for_link {
-            let known = self.link_bytes_per_second.unwrap_or(rate);
-            self.link_bytes_per_second = Some((known + rate) / 2.0);
+            let known = self.link.map_or(rate, |link| link.rate);
+            let rate = (known + rate) / 2.0;
+            self.link = Some(Measured { at: now, rate });
+            self.handle_link_limited(now, rate);
+        } else if backlog.encoder_bytes > ENCODER_BACKLOG_BYTES {
             self.idle_since = None;
-            self.handle_link_limited(now);
+            self.handle_encoder_limited(now, plain_rate, rate);
         } else if self.link_limits {
             let since = *self.idle_since.get_or_insert(now);
             if now.duration_since(since) >= self.patience {
@@ -204,13 +280,20 @@ impl LevelControl {
                 self.set_step(0);
             }
         }
-        self.seen.plain_bytes *= MEMORY;
-        self.seen.wire_bytes *= MEMORY;
-        self.seen.seconds *= MEMORY;
+        if self.worked.above > SPEED_WEIGHT {
+            self.worked.forget();
+        }
+        self.encoded.forget();
     }
 
-    fn handle_link_limited(&mut self, now: Instant) {
-        let rate = self.link_bytes_per_second.unwrap_or_default();
+    /// How much must wait for the link to keep it busy until more is encoded.
+    fn fed_bytes(&self, rate: f64, round_trip: Duration) -> u64 {
+        let rate = self.link.map_or(rate, |link| link.rate.max(rate));
+        let bytes = rate * (FED + round_trip.mul_f64(1.5)).as_secs_f64();
+        (bytes as u64).max(FED_BYTES_MIN.min(self.queue_bytes / 8)).min(self.queue_bytes / 4)
+    }
+
+    fn handle_link_limited(&mut self, now: Instant, rate: f64) {
         let was_limiting = self.link_limits;
         self.link_limits = rate < FAST_LINK_BYTES_PER_SECOND;
         if !self.link_limits {
@@ -220,34 +303,34 @@ impl LevelControl {
             self.patience = (self.patience * 2).min(PATIENCE_LONGEST);
         }
         let next = self.step + 1;
-        if next >= STEPS || self.seen.seconds <= 0.0 || self.seen.plain_bytes <= 0.0 {
-            return;
-        }
-        if self.refused[next].is_some_and(|(until, _)| now < until) {
-            return;
-        }
-        let speed = self.seen.plain_bytes / self.seen.seconds * COST[self.step] / COST[next];
-        let needed = rate * self.seen.plain_bytes / self.seen.wire_bytes.max(1.0);
-        if self.threads * speed >= needed * HEADROOM {
+        let Some(ratio) = self.encoded.get().filter(|_| next < STEPS) else { return };
+        let brings = rate * ratio;
+        let known = self.too_slow[next].and_then(|slow| slow.within(now, TOO_SLOW));
+        let worth_it = match known {
+            Some(known) => known > brings * BETTER,
+            None => self.capacity(next) >= brings * HEADROOM,
+        };
+        if worth_it {
             self.set_step(next);
         }
     }
 
-    /// The present step is too much.
-    fn refuse(&mut self, now: Instant) {
-        if self.step == 0 {
-            return;
+    fn handle_encoder_limited(&mut self, now: Instant, plain_rate: f64, wire_rate: f64) {
+        self.too_slow[self.step] = Some(Measured { at: now, rate: plain_rate });
+        let link = self.link.and_then(|link| link.within(now, LINK_KNOWN));
+        match self.step {
+            0 => self.link_limits = false,
+            // Without zstd the link brings what it takes, and no more.
+            1 if link
+                .is_some_and(|link| link < plain_rate * BETTER && wire_rate < link * BETTER) => {}
+            step => self.set_step(step - 1),
         }
-        let before = self.refused[self.step].map_or(RETRY_FIRST / 2, |(_, wait)| wait);
-        let wait = (before * 2).min(RETRY_LONGEST);
-        self.refused[self.step] = Some((now + wait, wait));
-        self.set_step(self.step - 1);
     }
 
     fn set_step(&mut self, step: usize) {
         if step != self.step {
             self.step = step;
-            self.seen = Seen::default();
+            self.encoded = Share::default();
         }
     }
 }
@@ -279,6 +362,8 @@ mod tests {
         acked_wire_bytes: f64,
         done_plain_bytes: f64,
         fixed: Option<usize>,
+        /// What comes does not compress.
+        noise: bool,
     }
 
     impl World {
@@ -296,12 +381,14 @@ mod tests {
                 acked_wire_bytes: 0.0,
                 done_plain_bytes: 0.0,
                 fixed: None,
+                noise: false,
             }
         }
 
         fn seconds_of(&self, step: Step) -> f64 {
             // Not what the control takes levels to cost.
-            [0.1, 1.0, 2.1, 3.4, 8.0][step.0] * BATCH_BYTES / self.speed
+            let cost = if self.noise { 0.12 } else { [0.1, 1.0, 2.1, 3.4, 8.0][step.0] };
+            cost * BATCH_BYTES / self.speed
         }
 
         fn tick(&mut self) {
@@ -326,7 +413,8 @@ mod tests {
                 budget -= left;
                 self.encoding = None;
                 self.waiting_bytes -= BATCH_BYTES;
-                let wire_bytes = BATCH_BYTES * self.shares[step.0];
+                let share = if self.noise { 1.0 } else { self.shares[step.0] };
+                let wire_bytes = BATCH_BYTES * share;
                 self.held_bytes += wire_bytes;
                 self.done_plain_bytes += BATCH_BYTES;
                 self.control.handle_encoded(Sample {
@@ -334,6 +422,7 @@ mod tests {
                     plain_bytes: BATCH_BYTES as u64,
                     wire_bytes: wire_bytes as u64,
                     took: Duration::from_secs_f64(self.seconds_of(step)),
+                    compressed: step.0 > 0 && !self.noise,
                 });
             }
             let unsent: f64 =
@@ -354,6 +443,7 @@ mod tests {
                     encoder_bytes: self.waiting_bytes as u64,
                     link_bytes: self.held_bytes as u64,
                     acked_wire_bytes: self.acked_wire_bytes as u64,
+                    round_trip,
                 },
             );
         }
@@ -423,12 +513,51 @@ mod tests {
         assert!(rate > 0.9 * world.best(), "{rate} of {}", world.best());
     }
 
+    /// Noise goes through at any level as fast as it comes, and must not be taken for a promise.
+    #[test]
+    fn what_comes_after_noise_does_not_starve_the_link() {
+        let mut world = World::new(25e6, 380e6);
+        world.run(10);
+        world.noise = true;
+        let (rate, _) = world.run(20);
+        assert!(rate > 0.95 * 25e6, "{rate}");
+        world.noise = false;
+        let before = world.acked_wire_bytes;
+        world.run(4);
+        let through = (world.acked_wire_bytes - before) / 4.0;
+        assert!(through > 0.93 * 25e6, "{through}");
+    }
+
+    /// Somebody else takes the processors for a second, now and then.
+    #[test]
+    fn a_moment_without_processors_costs_a_moment() {
+        let mut world = World::new(12e6, 380e6);
+        world.run(10);
+        let (best, before) = (world.best(), world.done_plain_bytes);
+        for _ in 0..6 {
+            world.speed /= 30.0;
+            world.run(1);
+            world.speed *= 30.0;
+            world.run(9);
+        }
+        let rate = (world.done_plain_bytes - before) / 60.0;
+        assert!(rate > 0.85 * best, "{rate} of {best}");
+    }
+
     #[test]
     fn a_burst_is_let_through_before_the_next_look_at_the_backlog() {
         let mut world = World::new(6e6, 380e6);
         world.run(10);
-        let level = |waiting_bytes| world.control.poll_step(waiting_bytes).level();
-        assert_eq!([level(1 << 20), level(14 << 20), level(100 << 20)], [Some(9), Some(6), None]);
+        let levels = |control: &LevelControl| {
+            [1 << 20, 20 << 20, 900 << 20].map(|waiting| control.poll_step(waiting).level())
+        };
+        assert_eq!(
+            levels(&world.control),
+            [Some(9), Some(6), Some(1)],
+            "the link has enough to do"
+        );
+        world.control.fed = false;
+        assert_eq!(levels(&world.control), [Some(9), Some(6), None]);
     }
 
     /// Saving bytes may be why the link is no bottleneck any more: giving up is tried more and more
