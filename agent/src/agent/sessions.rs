@@ -16,6 +16,10 @@ use crate::capture::{Order, now_us};
 use crate::job;
 use crate::sync::SyncInput;
 
+/// A round trip below this, with what a busy host adds to it, stays in the same town, where links are
+/// fast.
+const SHORT_LINK: Duration = Duration::from_millis(3);
+
 impl Agent {
     pub(super) fn hello(&self) -> Hello {
         let machines = self.machines.iter().map(|machine| MachineHello {
@@ -45,11 +49,16 @@ impl Agent {
         }
     }
 
-    /// What the target can be sent. One that was replaced by an older one knows no references.
+    /// What the target can be sent, and how it is likely to be reached. One that was replaced by an older one knows no references.
     pub(super) fn handle_version(&mut self, version: Version) {
         self.references = version >= VERSION_2;
         self.referenced_bytes = 0;
         self.pool.allow_references(self.references);
+        let rtt = self.link.as_ref().map(|link| link.connection.stats().rtt);
+        // Over TCP it is not known.
+        let short = rtt.is_some_and(|rtt| !rtt.is_zero() && rtt < SHORT_LINK);
+        let limited = self.config.limit.now().is_some();
+        self.pool.handle_connected(short && !limited);
         if self.references {
             return;
         }

@@ -80,6 +80,11 @@ impl EncodePool {
         Ok(Self { work, shared })
     }
 
+    /// A link is up: whether it is so short that it is fast.
+    pub fn handle_connected(&self, short: bool) {
+        self.shared.control().handle_connected(short);
+    }
+
     /// Says what waits for the link, which knows nothing of what waits here; `None` while there is
     /// no link.
     pub fn handle_link(&self, now: Instant, link: Option<Backlog>) {

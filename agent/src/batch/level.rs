@@ -60,6 +60,9 @@ const LINK_KNOWN: Duration = Duration::from_secs(20);
 /// A level must bring so much more than another to be preferred to it.
 const BETTER: f64 = 1.05;
 
+/// A link that was no bottleneck must be one for so long before it counts as one.
+const DOUBT: Duration = Duration::from_secs(1);
+
 /// When the link has been no bottleneck for so long, bytes are not worth saving any more. They may
 /// be what keeps it from being one: when it becomes one again, the time is doubled.
 const PATIENCE_FIRST: Duration = Duration::from_secs(2);
@@ -159,8 +162,8 @@ pub struct LevelControl {
     encoded_bytes: u64,
     /// When the backlog was last looked at, and what was acknowledged by then.
     last: Option<(Instant, u64)>,
-    /// Enough waits for the link.
-    fed: bool,
+    /// Since when enough has been waiting for the link.
+    fed_since: Option<Instant>,
     /// What the link takes while it is fed.
     link: Option<Measured>,
     /// Plain bytes that the encoders managed at each step where they were too slow.
@@ -184,7 +187,7 @@ impl LevelControl {
             encoded: Share::default(),
             encoded_bytes: 0,
             last: None,
-            fed: false,
+            fed_since: None,
             link: None,
             too_slow: [None; STEPS],
             // For the same reason.
@@ -198,7 +201,7 @@ impl LevelControl {
     pub fn poll_step(&self, waiting_bytes: u64) -> Step {
         let relief = (waiting_bytes / RELIEF_BYTES) as usize;
         // What the link does not need yet is not made larger for it.
-        let least = usize::from(self.fed).min(self.step);
+        let least = usize::from(self.fed_since.is_some()).min(self.step);
         let mut step = self.step;
         while step > least && self.step - step < relief && self.is_behind(waiting_bytes, step) {
             step -= 1;
@@ -243,6 +246,14 @@ impl LevelControl {
         }
     }
 
+    /// A link is up, and so short that it is fast, or not. That decides until it is measured.
+    pub fn handle_connected(&mut self, short: bool) {
+        if self.link.is_none() {
+            self.link_limits = !short;
+            self.set_step(usize::from(!short));
+        }
+    }
+
     /// There is no link: nothing can be learnt, and what comes in is compressed as it was.
     pub fn handle_disconnected(&mut self) {
         self.last = None;
@@ -263,13 +274,21 @@ impl LevelControl {
         let bytes = backlog.acked_wire_bytes.saturating_sub(acked);
         let rate = bytes as f64 / elapsed.as_secs_f64();
         let plain_rate = std::mem::take(&mut self.encoded_bytes) as f64 / elapsed.as_secs_f64();
-        self.fed = backlog.link_bytes > self.fed_bytes(rate, backlog.round_trip);
-        if self.fed {
+        let fed = backlog.link_bytes > self.fed_bytes(rate, backlog.round_trip);
+        let fed_since = fed.then(|| self.fed_since.unwrap_or(now));
+        self.fed_since = fed_since;
+        if let Some(fed_since) = fed_since {
             self.idle_since = None;
-            let known = self.link.map_or(rate, |link| link.rate);
-            let rate = (known + rate) / 2.0;
-            self.link = Some(Measured { at: now, rate });
-            self.handle_link_limited(now, rate);
+            // What it took before was what it got.
+            if fed_since < now {
+                let known = self.link.map_or(rate, |link| link.rate);
+                let rate = (known + rate) / 2.0;
+                self.link = Some(Measured { at: now, rate });
+                // A fast link is slow for a moment too, when it begins.
+                if self.link_limits || now.duration_since(fed_since) >= DOUBT {
+                    self.handle_link_limited(now, rate);
+                }
+            }
         } else if backlog.encoder_bytes > ENCODER_BACKLOG_BYTES {
             self.idle_since = None;
             self.handle_encoder_limited(now, plain_rate, rate);
@@ -556,7 +575,7 @@ mod tests {
             [Some(9), Some(6), Some(1)],
             "the link has enough to do"
         );
-        world.control.fed = false;
+        world.control.fed_since = None;
         assert_eq!(levels(&world.control), [Some(9), Some(6), None]);
     }
 
@@ -580,10 +599,22 @@ mod tests {
         };
         assert!(control.link_limits(), "unknown as yet");
         assert_eq!(run(&mut control, 0), 2);
-        assert_eq!(run(&mut control, 30 << 20), 0);
+        assert_eq!(run(&mut control, 30 << 20), 1);
         assert_eq!(run(&mut control, 0), 4);
-        assert_eq!(run(&mut control, 30 << 20), 0);
+        assert_eq!(run(&mut control, 30 << 20), 1);
         assert_eq!(run(&mut control, 0), 8);
+    }
+
+    #[test]
+    fn a_short_link_is_taken_for_a_fast_one_until_it_is_measured() {
+        let mut world = World::new(12e6, 380e6);
+        world.control.handle_connected(true);
+        assert_eq!((world.control.step().level(), world.control.link_limits()), (None, false));
+        world.run(5);
+        assert!(world.control.link_limits() && world.control.step().level() >= Some(6));
+        let step = world.control.step();
+        world.control.handle_connected(true);
+        assert_eq!(world.control.step(), step, "it is known now");
     }
 
     #[test]
