@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use backhaul_proto::batch::{PlainBatch, Reference};
+use backhaul_proto::batch::{PlainBatch, RecordKind, Reference};
 use backhaul_proto::limits::{BLOCK_BYTES, REFERENCES_MAX};
 use bytes::Bytes;
 
@@ -46,7 +46,6 @@ pub(super) struct Block {
 
 /// The blocks of a batch's data that the index may know: whole ones, aligned on their disk.
 pub(super) fn sample_blocks(batch: &PlainBatch) -> Vec<Block> {
-    use backhaul_proto::batch::RecordKind;
     let mut blocks = Vec::new();
     let (mut start, mut chunk) = (0, 0);
     for record in &batch.records {
