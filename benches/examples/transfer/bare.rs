@@ -27,7 +27,7 @@ macro_rules! bare {
             use std::path::Path;
             use std::sync::Arc;
 
-            use $quic::congestion::{$model_config, CubicConfig};
+            use $quic::congestion::{CubicConfig, $model_config};
             use $quic::{ClientConfig, Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
             use $quic::{MtuDiscoveryConfig, TransportConfig, VarInt};
 

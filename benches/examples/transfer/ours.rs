@@ -51,17 +51,14 @@ async fn read(mut stream: BatchStream, count: Count) -> Result<(), Failure> {
 pub(crate) async fn send(address: SocketAddr, keys: &Path) -> Result<(), Failure> {
     let agent = identity(keys, "a1", Role::Agent)?;
     let options = TransportOptions::default();
-    let connection =
-        connect(&address.to_string(), &agent, Some("t1".parse()?), &options).await?;
+    let connection = connect(&address.to_string(), &agent, Some("t1".parse()?), &options).await?;
     // The same batch again and again: what its making costs is not the transport's.
     let plain = PlainBatch::of_one_write(Generation(1), BatchSeq(1), 0, noise()?);
     let mut compressor = Compressor::default();
     let batch = plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0));
     for _ in 0..LANES {
         let (connection, batch) = (connection.clone(), batch.clone());
-        tokio::spawn(async move {
-            while connection.send_batch(batch.clone()).await.is_ok() {}
-        });
+        tokio::spawn(async move { while connection.send_batch(batch.clone()).await.is_ok() {} });
     }
     Err(connection.closed().await.into())
 }
