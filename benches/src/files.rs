@@ -18,7 +18,7 @@ use backhaul_lab::disk::{DiskSpec, make_disk};
 use backhaul_lab::link::{Link, LinkSpec};
 
 use crate::sample::Sample;
-use crate::{pipeline, rivals};
+use crate::{links, pipeline, rivals};
 
 /// The link of the goal.
 pub const LINK: &str = "200mbit,40ms,0.5%";
@@ -63,9 +63,10 @@ pub async fn run(dir: &Path, runs: usize, size_bytes: u64, spec: &LinkSpec) -> a
     let best = samples[1..].iter().map(Sample::median).fold(f64::INFINITY, f64::min);
     println!("{content}\n");
     println!(
-        "| {} MiB with {} MiB of files over {spec} | seconds until durable | against the best peer (goal ≤ 0.33) | MiB on the wire |",
+        "| {} MiB with {} MiB of files over {} | seconds until durable | against the best peer (goal ≤ 0.33) | MiB on the wire |",
         size_bytes >> 20,
-        size_bytes >> 21
+        size_bytes >> 21,
+        links::name(spec)
     );
     println!("| --- | --- | --- | --- |");
     for ((contender, sample), wire) in CONTENDERS.iter().zip(&samples).zip(&wire) {

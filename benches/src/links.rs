@@ -79,6 +79,12 @@ pub async fn run(
     Ok(())
 }
 
+/// A link in words: rate, round trip, loss towards site B.
+pub fn name(spec: &LinkSpec) -> String {
+    let (rate, round_trip) = (spec.up.rate.0 as f64 * 1e-6, spec.up.delay + spec.down.delay);
+    format!("{rate} Mbit/s, {} ms, {}", round_trip.as_millis(), spec.up.loss)
+}
+
 async fn measure(
     dir: &Path,
     disk: &Path,
@@ -100,5 +106,15 @@ async fn measure(
             Some(kind) => rivals::bare(dir, spec, kind, span),
             None => anyhow::bail!("no contender is called {other}; there are {CONTENDERS:?}"),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::name;
+
+    #[test]
+    fn a_link_is_named_as_in_the_reports() {
+        assert_eq!(name(&"200mbit,40ms,0.5%".parse().unwrap()), "200 Mbit/s, 80 ms, 0.5%");
     }
 }

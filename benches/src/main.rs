@@ -72,6 +72,9 @@ enum What {
         /// The link: rate, one-way delay, loss and so on
         #[arg(long, default_value = "200mbit,20ms")]
         link: LinkSpec,
+        /// Only rows whose name contains this, such as "bbr, which is there before"
+        #[arg(long, default_value = "")]
+        only: String,
     },
     /// From idle to 80 % of the rate, in round trips
     Startup {
@@ -112,7 +115,7 @@ async fn main() -> anyhow::Result<()> {
         What::Control { only } => control::run(&dir, runs, &only).await,
         What::GuestWrites => guest_writes::run(&dir, runs).await,
         What::Instrument => instrument::run(runs, &span),
-        What::Sharing { link } => sharing::run(&dir, runs, &span, &link).await,
+        What::Sharing { link, only } => sharing::run(&dir, runs, &span, &link, &only).await,
         What::Startup { only } => startup::run(&dir, runs, &only).await,
         What::Clean { only } => clean::run(&dir, runs, &span, &only).await,
         What::Loopback => loopback::run(&dir, runs, &span),

@@ -55,11 +55,13 @@ impl Record {
     /// What was added in each window of so many seconds, from the start. A window that is not whole
     /// at the end is left out.
     pub fn windows(&self, seconds: f64) -> Vec<Change> {
+        let Some((begin, _)) = self.0.first() else { return Vec::new() };
         let mut changes = Vec::new();
         let mut first = 0;
         for (index, (at, _)) in self.0.iter().enumerate() {
-            // A tick that comes a little early still closes its window.
-            if *at - self.0[first].0 >= seconds * 0.999 {
+            // Counted from the start, so that late ticks do not add up; a tick that comes a little
+            // early still closes its window.
+            if at - begin >= seconds * (changes.len() as f64 + 0.999) {
                 changes.push(Change::between(&self.0[first], &self.0[index]));
                 first = index;
             }

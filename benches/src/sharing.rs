@@ -10,7 +10,7 @@ use backhaul_lab::rig::Rig;
 use crate::peer::Peer;
 use crate::record::{Change, Record};
 use crate::sample::Sample;
-use crate::{Span, pipeline, plot, rivals};
+use crate::{Span, links, pipeline, plot, rivals};
 
 /// How long the first of the two has the link for itself: long enough to have filled it.
 const LEAD: Duration = Duration::from_secs(5);
@@ -26,10 +26,18 @@ enum First {
     Theirs,
 }
 
-/// Measures every rival in both orders, and prints a table and charts.
-pub async fn run(dir: &Path, runs: usize, span: &Span, spec: &LinkSpec) -> anyhow::Result<()> {
+/// Measures every rival in both orders, of which those whose names contain `only`; prints a table
+/// and charts.
+pub async fn run(
+    dir: &Path,
+    runs: usize,
+    span: &Span,
+    spec: &LinkSpec,
+    only: &str,
+) -> anyhow::Result<()> {
     println!(
-        "| {spec}: beside TCP | our share (goal 30 to 70 %) | our least in {HUNGER_SECONDS} s | its least in {HUNGER_SECONDS} s | line filled |"
+        "| {}: beside TCP | our share (goal 30 to 70 %) | our least in {HUNGER_SECONDS} s | its least in {HUNGER_SECONDS} s | line filled |",
+        links::name(spec)
     );
     println!("| --- | --- | --- | --- | --- |");
     let mut charts = String::new();
@@ -39,6 +47,9 @@ pub async fn run(dir: &Path, runs: usize, span: &Span, spec: &LinkSpec) -> anyho
                 First::Ours => format!("{rival}, which comes to a full line"),
                 First::Theirs => format!("{rival}, which is there before"),
             };
+            if !name.contains(only) {
+                continue;
+            }
             let mut samples = <[Sample; 4]>::default();
             let mut drawn = Vec::new();
             for _ in 0..runs {

@@ -86,7 +86,8 @@ impl Transfer {
                 return Err(error);
             }
         };
-        Ok(Self { ends: [receiver, sender], lines: told })
+        // The sender first: it is the one to be stopped first.
+        Ok(Self { ends: [sender, receiver], lines: told })
     }
 
     /// Waits until it has run for `span.settle`, and measures for `span.measure` from then on.
