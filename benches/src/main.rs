@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backhaul_benches::sharing::Sharing;
 use backhaul_benches::{
     Span, ceiling, clean, control, files, first_sync, guest_writes, images, instrument, links,
     loopback, sharing, startup,
@@ -75,6 +76,9 @@ enum What {
         /// Only rows whose name contains this, such as "bbr, which is there before"
         #[arg(long, default_value = "")]
         only: String,
+        /// Who shares it: the whole pipeline (backhaul), or a bare transport such as quinn-cubic
+        #[arg(long, default_value = "backhaul")]
+        contender: Vec<String>,
     },
     /// From idle to 80 % of the rate, in round trips
     Startup {
@@ -115,7 +119,10 @@ async fn main() -> anyhow::Result<()> {
         What::Control { only } => control::run(&dir, runs, &only).await,
         What::GuestWrites => guest_writes::run(&dir, runs).await,
         What::Instrument => instrument::run(runs, &span),
-        What::Sharing { link, only } => sharing::run(&dir, runs, &span, &link, &only).await,
+        What::Sharing { link, only, contender } => {
+            let what = Sharing { link, only, contenders: contender };
+            sharing::run(&dir, runs, &span, &what).await
+        }
         What::Startup { only } => startup::run(&dir, runs, &only).await,
         What::Clean { only } => clean::run(&dir, runs, &span, &only).await,
         What::Loopback => loopback::run(&dir, runs, &span),

@@ -1,15 +1,15 @@
-//! A link shared with one flow of kernel TCP: the whole pipeline beside iperf3.
+//! A link shared with one flow of kernel TCP: the whole pipeline, or a bare transport, beside iperf3.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::ensure;
-use backhaul_lab::link::LinkSpec;
-use backhaul_lab::rig::Rig;
+use backhaul_lab::link::{Link, LinkSpec};
 
 use crate::peer::Peer;
 use crate::record::{Change, Record};
 use crate::sample::Sample;
+use crate::transfer::Transfer;
 use crate::{Span, links, pipeline, plot, rivals};
 
 /// How long the first of the two has the link for itself: long enough to have filled it.
@@ -26,20 +26,24 @@ enum First {
     Theirs,
 }
 
-/// Measures every rival in both orders, of which those whose names contain `only`; prints a table
-/// and charts.
-pub async fn run(
-    dir: &Path,
-    runs: usize,
-    span: &Span,
-    spec: &LinkSpec,
-    only: &str,
-) -> anyhow::Result<()> {
+/// What to measure.
+#[derive(Debug)]
+pub struct Sharing {
+    /// The link that is shared.
+    pub link: LinkSpec,
+    /// Only rows whose name contains this.
+    pub only: String,
+    /// Who shares it with TCP: `backhaul`, the whole pipeline, or a kind of the example `transfer`.
+    pub contenders: Vec<String>,
+}
+
+/// Measures every rival in both orders; prints a table and charts.
+pub async fn run(dir: &Path, runs: usize, span: &Span, what: &Sharing) -> anyhow::Result<()> {
     println!(
-        "| {}: beside TCP | our share (goal 30 to 70 %) | our least in {HUNGER_SECONDS} s | its least in {HUNGER_SECONDS} s | line filled |",
-        links::name(spec)
+        "| {}: beside TCP | sender | its share (goal 30 to 70 %) | its least in {HUNGER_SECONDS} s | TCP's least in {HUNGER_SECONDS} s | line filled |",
+        links::name(&what.link)
     );
-    println!("| --- | --- | --- | --- | --- |");
+    println!("| --- | --- | --- | --- | --- | --- |");
     let mut charts = String::new();
     for rival in ["cubic", "bbr"] {
         for first in [First::Theirs, First::Ours] {
@@ -47,65 +51,104 @@ pub async fn run(
                 First::Ours => format!("{rival}, which comes to a full line"),
                 First::Theirs => format!("{rival}, which is there before"),
             };
-            if !name.contains(only) {
-                continue;
+            if name.contains(&what.only) {
+                charts += &rows(dir, runs, span, what, &name, (rival, first)).await?;
             }
-            let mut samples = <[Sample; 4]>::default();
-            let mut drawn = Vec::new();
-            for _ in 0..runs {
-                let record = measure(dir, span, spec, rival, first).await?;
-                let figures = shares(&record, span, spec);
-                eprintln!("{name}: {:.1} % ours, the line {:.1} % filled", figures[0], figures[3]);
-                for (sample, figure) in samples.iter_mut().zip(figures) {
-                    sample.push(figure);
-                }
-                drawn = record.windows(STEP_SECONDS);
-            }
-            let [ours, our_least, their_least, filled] = &samples;
-            println!(
-                "| {name} | {ours:.1} % | {our_least:.1} % | {their_least:.1} % | {filled:.1} % |"
-            );
-            charts += &chart(&name, &drawn);
         }
     }
     println!("\n{charts}");
     Ok(())
 }
 
+/// One order of one rival: a row for each contender, and the charts.
+async fn rows(
+    dir: &Path,
+    runs: usize,
+    span: &Span,
+    what: &Sharing,
+    name: &str,
+    (rival, first): (&str, First),
+) -> anyhow::Result<String> {
+    let mut samples = vec![<[Sample; 4]>::default(); what.contenders.len()];
+    let mut charts = vec![String::new(); what.contenders.len()];
+    for _ in 0..runs {
+        for (index, contender) in what.contenders.iter().enumerate() {
+            let record = measure(dir, span, &what.link, contender, rival, first).await?;
+            let figures = shares(&record, span, &what.link);
+            eprintln!("{name}: {contender}: {:.1} %, line {:.1} %", figures[0], figures[3]);
+            for (sample, figure) in samples[index].iter_mut().zip(figures) {
+                sample.push(figure);
+            }
+            let title = format!("Beside TCP {name}: {contender}, then TCP");
+            charts[index] = chart(&title, &record.windows(STEP_SECONDS));
+        }
+    }
+    for (contender, [ours, our_least, their_least, filled]) in what.contenders.iter().zip(&samples)
+    {
+        println!(
+            "| {name} | {contender} | {ours:.1} % | {our_least:.1} % | {their_least:.1} % | {filled:.1} % |"
+        );
+    }
+    Ok(charts.concat())
+}
+
 async fn measure(
     dir: &Path,
     span: &Span,
     spec: &LinkSpec,
+    contender: &str,
     rival: &str,
     first: First,
 ) -> anyhow::Result<Record> {
     let folder = tempfile::tempdir_in(dir)?;
     // Alone it may have the whole line, and beside another nearly so.
     let seconds = (LEAD + span.whole()).as_secs() + 5;
-    let disk = pipeline::noise(dir, spec.up.rate.0 / 8 * seconds)?;
-    let mut rig = pipeline::prepare(folder.path(), &disk, spec, String::new()).await?;
-    let _server = rivals::iperf3_server(pipeline::link(&rig)?)?;
-    let start_rival = |rig: &Rig| {
-        let mut client = rivals::iperf3_client(pipeline::link(rig)?, seconds + 30);
+    let start_rival = |link: &Link| {
+        let mut client = rivals::iperf3_client(link, seconds + 30);
         Peer::start(client.args(["-C", rival]))
     };
-    let mut other = match first {
+    if contender == "backhaul" {
+        let disk = pipeline::noise(dir, spec.up.rate.0 / 8 * seconds)?;
+        let mut rig = pipeline::prepare(folder.path(), &disk, spec, String::new()).await?;
+        let _server = rivals::iperf3_server(pipeline::link(&rig)?)?;
+        let other = match first {
+            First::Theirs => {
+                let other = start_rival(pipeline::link(&rig)?)?;
+                tokio::time::sleep(LEAD).await;
+                pipeline::begin(&mut rig).await?;
+                other
+            }
+            First::Ours => {
+                pipeline::begin(&mut rig).await?;
+                tokio::time::sleep(LEAD).await;
+                start_rival(pipeline::link(&rig)?)?
+            }
+        };
+        let record = watch(pipeline::link(&rig)?, span, other).await?;
+        pipeline::ensure_busy(&rig).await?;
+        return Ok(record);
+    }
+    let link = Link::start(spec.clone())?;
+    let _server = rivals::iperf3_server(&link)?;
+    let start_ours = || Transfer::start(contender, Some(&link), folder.path());
+    let (_ours, other) = match first {
         First::Theirs => {
-            let other = start_rival(&rig)?;
+            let other = start_rival(&link)?;
             tokio::time::sleep(LEAD).await;
-            pipeline::begin(&mut rig).await?;
-            other
+            (start_ours()?, other)
         }
         First::Ours => {
-            pipeline::begin(&mut rig).await?;
+            let ours = start_ours()?;
             tokio::time::sleep(LEAD).await;
-            start_rival(&rig)?
+            (ours, start_rival(&link)?)
         }
     };
-    let grain = Duration::from_millis(100);
-    let record = Record::of(pipeline::link(&rig)?, grain, span.whole(), |_| false).await;
+    watch(&link, span, other).await
+}
+
+async fn watch(link: &Link, span: &Span, mut other: Peer) -> anyhow::Result<Record> {
+    let record = Record::of(link, GRAIN, span.whole(), |_| false).await;
     ensure!(other.is_running()?, "iperf3 ended before it was measured");
-    pipeline::ensure_busy(&rig).await?;
     Ok(record)
 }
 
@@ -126,7 +169,7 @@ fn shares(record: &Record, span: &Span, spec: &LinkSpec) -> [f64; 4] {
     [ours(&settled), least, 1.0 - most, filled].map(|share| share * 100.0)
 }
 
-fn chart(name: &str, steps: &[Change]) -> String {
+fn chart(title: &str, steps: &[Change]) -> String {
     let mbit = |bytes: u64, seconds: f64| bytes as f64 * 8e-6 / seconds;
     let theirs: Vec<_> = steps.iter().map(|step| mbit(step.tcp_bytes, step.seconds)).collect();
     let ours: Vec<_> = steps
@@ -134,6 +177,7 @@ fn chart(name: &str, steps: &[Change]) -> String {
         .map(|step| mbit(step.delivered_bytes - step.tcp_bytes, step.seconds))
         .collect();
     let most = ours.iter().chain(&theirs).copied().fold(0.0, f64::max);
-    let title = format!("Beside TCP {name}: Backhaul, then TCP");
-    plot::lines(&title, "seconds", "Mbit/s", most, &[ours, theirs]) + "\n"
+    plot::lines(title, "seconds", "Mbit/s", most, &[ours, theirs]) + "\n"
 }
+
+const GRAIN: Duration = Duration::from_millis(100);
