@@ -28,52 +28,91 @@ const RUN_TIME_MAX: Duration = Duration::from_secs(3600);
 const SCRATCH_BYTES: u64 = 4096;
 
 /// Who is measured; the first is ours.
-const CONTENDERS: [&str; 4] =
-    ["backhaul", "nbdcopy over TLS", "rsync -z --zc=zstd", "qemu-img convert"];
+pub const CONTENDERS: [&str; 4] = ["backhaul", "nbdcopy-tls", "rsync-zstd", "qemu-img"];
+
+/// What to measure.
+#[derive(Debug)]
+pub struct Files {
+    /// Size of the disk, half of which is files.
+    pub size_bytes: u64,
+    /// The link.
+    pub link: LinkSpec,
+    /// The kernel's congestion control for what goes over TCP; that of this machine without it.
+    pub tcp: Option<String>,
+    /// Who is measured; all of them when empty.
+    pub contenders: Vec<String>,
+}
 
 /// Runs each in turn, `runs` times; prints a table.
-pub async fn run(dir: &Path, runs: usize, size_bytes: u64, spec: &LinkSpec) -> anyhow::Result<()> {
-    let disk = dir.join(format!("files-{}.raw", size_bytes >> 20));
+pub async fn run(dir: &Path, runs: usize, what: &Files) -> anyhow::Result<()> {
+    let disk = dir.join(format!("files-{}.raw", what.size_bytes >> 20));
     if !disk.exists() {
-        eprintln!("making a disk of {} MiB, half of it files", size_bytes >> 20);
-        let files_bytes = size_bytes / 2;
-        make_disk(
-            &disk,
-            &DiskSpec { size_bytes, files_bytes, scratch_bytes: SCRATCH_BYTES, seed: 1 },
-        )?;
+        eprintln!("making a disk of {} MiB, half of it files", what.size_bytes >> 20);
+        let (size_bytes, files_bytes) = (what.size_bytes, what.size_bytes / 2);
+        let spec = DiskSpec { size_bytes, files_bytes, scratch_bytes: SCRATCH_BYTES, seed: 1 };
+        make_disk(&disk, &spec)?;
     }
-    let content = Content::of(&disk)?;
-    let mut samples = vec![Sample::default(); CONTENDERS.len()];
-    let mut wire = vec![Sample::default(); CONTENDERS.len()];
+    println!("{}\n", Content::of(&disk)?);
+    let contenders: Vec<&str> = if what.contenders.is_empty() {
+        CONTENDERS.to_vec()
+    } else {
+        what.contenders.iter().map(String::as_str).collect()
+    };
+    let mut samples = vec![<[Sample; 2]>::default(); contenders.len()];
     for _ in 0..runs {
-        for (index, contender) in CONTENDERS.iter().enumerate() {
+        for (contender, [seconds, sent]) in contenders.iter().zip(&mut samples) {
             let folder = tempfile::tempdir_in(dir)?;
-            let (seconds, bytes) = match index {
-                0 => backhaul(folder.path(), &disk, spec).await,
-                1 => nbdcopy(folder.path(), &disk, spec),
-                2 => rsync(folder.path(), &disk, spec),
-                _ => qemu_img(folder.path(), &disk, spec),
-            }
-            .with_context(|| contender.to_string())?;
-            eprintln!("{contender}: {seconds:.1} s, {} MiB on the wire", bytes >> 20);
-            samples[index].push(seconds);
-            wire[index].push((bytes >> 20) as f64);
+            let (took, bytes) = measure(folder.path(), &disk, what, contender)
+                .await
+                .with_context(|| (*contender).to_owned())?;
+            eprintln!("{contender}: {took:.1} s, {} MiB on the wire", bytes >> 20);
+            seconds.push(took);
+            sent.push((bytes >> 20) as f64);
         }
     }
-    let best = samples[1..].iter().map(Sample::median).fold(f64::INFINITY, f64::min);
-    println!("{content}\n");
+    let peers = contenders.iter().zip(&samples).filter(|(name, _)| **name != CONTENDERS[0]);
+    let best = peers.map(|(_, [seconds, _])| seconds.median()).fold(f64::INFINITY, f64::min);
     println!(
-        "| {} MiB with {} MiB of files over {} | seconds until durable | against the best peer (goal ≤ 0.33) | MiB on the wire |",
-        size_bytes >> 20,
-        size_bytes >> 21,
-        links::name(spec)
+        "| {} MiB with {} MiB of files over {}, TCP with {} | seconds until durable | against the best peer (goal ≤ 0.33) | MiB on the wire |",
+        what.size_bytes >> 20,
+        what.size_bytes >> 21,
+        links::name(&what.link),
+        what.tcp.as_deref().unwrap_or("this machine's default")
     );
     println!("| --- | --- | --- | --- |");
-    for ((contender, sample), wire) in CONTENDERS.iter().zip(&samples).zip(&wire) {
-        println!("| {contender} | {sample:.1} | {:.2} | {wire:.0} |", sample.median() / best);
+    for (contender, [seconds, sent]) in contenders.iter().zip(&samples) {
+        let ratio = seconds.median() / best;
+        println!("| {contender} | {seconds:.1} | {ratio:.2} | {sent:.0} |");
     }
     Ok(())
 }
+
+async fn measure(
+    dir: &Path,
+    disk: &Path,
+    what: &Files,
+    contender: &str,
+) -> anyhow::Result<(f64, u64)> {
+    if contender == CONTENDERS[0] {
+        return backhaul(dir, disk, &what.link).await;
+    }
+    let link = Link::start(what.link.clone())?;
+    if let Some(tcp) = &what.tcp {
+        for site in [link.site_a(), link.site_b()] {
+            site.run_inside(|| std::fs::write(TCP_CONGESTION, tcp))?
+                .with_context(|| format!("this kernel has no congestion control \"{tcp}\""))?;
+        }
+    }
+    match contender {
+        "nbdcopy-tls" => nbdcopy(dir, disk, &link),
+        "rsync-zstd" => rsync(dir, disk, &link),
+        "qemu-img" => qemu_img(dir, disk, &link),
+        other => anyhow::bail!("no contender is called {other}; there are {CONTENDERS:?}"),
+    }
+}
+
+/// Each network namespace has its own.
+const TCP_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
 /// How much of a disk is worth sending.
 #[derive(Debug, Default)]
@@ -147,28 +186,25 @@ fn timed(link: &Link, command: &mut Command) -> anyhow::Result<(f64, u64)> {
     Ok((began.elapsed().as_secs_f64(), link.stats().up.entered_bytes))
 }
 
-fn nbdcopy(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<(f64, u64)> {
-    let link = Link::start(spec.clone())?;
-    let (_server, uri) = rivals::nbdkit_tls(dir, disk, &link)?;
+fn nbdcopy(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
+    let (_server, uri) = rivals::nbdkit_tls(dir, disk, link)?;
     // The copy is all zeroes already: it need not write those.
     let options = ["--flush", "--destination-is-zero"];
-    timed(&link, link.site_a().command_in("nbdcopy").args(options).arg(disk).arg(uri))
+    timed(link, link.site_a().command_in("nbdcopy").args(options).arg(disk).arg(uri))
 }
 
-fn rsync(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<(f64, u64)> {
-    let link = Link::start(spec.clone())?;
-    let (_server, to) = rivals::rsync_daemon(dir, &link)?;
+fn rsync(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
+    let (_server, to) = rivals::rsync_daemon(dir, link)?;
     let options = ["--whole-file", "--sparse", "--fsync", "-z", "--zc=zstd"];
-    timed(&link, link.site_a().command_in("rsync").args(options).arg(disk).arg(to))
+    timed(link, link.site_a().command_in("rsync").args(options).arg(disk).arg(to))
 }
 
-fn qemu_img(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<(f64, u64)> {
-    let link = Link::start(spec.clone())?;
-    let _server = rivals::nbdkit(dir, disk, &link, &[])?;
+fn qemu_img(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
+    let _server = rivals::nbdkit(dir, disk, link, &[])?;
     let uri = format!("nbd://{}", link.site_b().address());
     // As many requests at a time as it has, in any order, and a flush at the end.
     let options = ["convert", "-n", "--target-is-zero", "-W", "-m", "16", "-t", "writeback"];
     let formats = ["-f", "raw", "-O", "raw"];
     let mut command = link.site_a().command_in("qemu-img");
-    timed(&link, command.args(options).args(formats).arg(disk).arg(uri))
+    timed(link, command.args(options).args(formats).arg(disk).arg(uri))
 }

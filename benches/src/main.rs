@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backhaul_benches::files::Files;
 use backhaul_benches::sharing::Sharing;
 use backhaul_benches::{
     Span, ceiling, clean, control, files, first_sync, guest_writes, images, instrument, links,
@@ -102,6 +103,12 @@ enum What {
         /// The link: rate, one-way delay, loss and so on
         #[arg(long, default_value = files::LINK)]
         link: LinkSpec,
+        /// The kernel's congestion control for the peers, such as cubic; without it, this machine's
+        #[arg(long)]
+        tcp: Option<String>,
+        /// Only these contenders
+        #[arg(long)]
+        contender: Vec<String>,
     },
     /// How closely a ceiling holds, and how soon a changed one does
     Ceiling,
@@ -126,7 +133,10 @@ async fn main() -> anyhow::Result<()> {
         What::Startup { only } => startup::run(&dir, runs, &only).await,
         What::Clean { only } => clean::run(&dir, runs, &span, &only).await,
         What::Loopback => loopback::run(&dir, runs, &span),
-        What::Files { gib, link } => files::run(&dir, runs, gib << 30, &link).await,
+        What::Files { gib, link, tcp, contender } => {
+            let what = Files { size_bytes: gib << 30, link, tcp, contenders: contender };
+            files::run(&dir, runs, &what).await
+        }
         What::Ceiling => ceiling::run(&dir, runs, &span).await,
     }
 }
