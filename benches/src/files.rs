@@ -151,7 +151,7 @@ impl Content {
 
 impl std::fmt::Display for Content {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mib = |blocks: u64| blocks * Self::BLOCK_BYTES as u64 >> 20;
+        let mib = |blocks: u64| (blocks * Self::BLOCK_BYTES as u64) >> 20;
         write!(
             f,
             "Of the disk's {} MiB, {} MiB are zeroes, and of the other {} MiB, {} MiB ({:.1} %) are blocks of 4 KiB that stand elsewhere on it too.",
