@@ -11,9 +11,9 @@ use backhaul_lab::link::LinkSpec;
 use backhaul_lab::random::Random;
 
 use crate::peer::START_TIME_MAX;
-use crate::record::Record;
+use crate::record::{Change, Record};
 use crate::sample::Sample;
-use crate::{links::LINKS, pipeline};
+use crate::{links::LINKS, pipeline, plot};
 
 /// What has to be reached, as a share of the rate of the link.
 const WANTED: f64 = 0.8;
@@ -35,21 +35,35 @@ pub async fn run(dir: &Path, runs: usize, only: &str) -> anyhow::Result<()> {
         "| link | first sync: round trips from the agent's first packet to {WANTED:.1} of the rate | guest's writes on an idle link: from the first write (goal {GOAL_ROUND_TRIPS}) | dropped by the queue meanwhile |"
     );
     println!("| --- | --- | --- | --- |");
+    let mut charts = String::new();
     for (name, spec, _) in LINKS.iter().filter(|(name, ..)| name.contains(only)) {
-        let spec: LinkSpec = spec.parse()?;
+        let mut spec: LinkSpec = spec.parse()?;
         let (mut first, mut idle, mut dropped): (Sample, Sample, Sample) = Default::default();
-        for _ in 0..runs {
+        for run in 0..runs {
+            // Which of the first packets are lost decides much; every run loses others.
+            spec.seed = 1 + run as u64;
             let folder = tempfile::tempdir_in(dir)?;
             first.push(first_sync(dir, folder.path(), &spec).await.context("the first sync")?);
             let folder = tempfile::tempdir_in(dir)?;
-            let (round_trips, share) = from_idle(folder.path(), &spec).await.context("writes")?;
-            idle.push(round_trips);
-            dropped.push(share * 100.0);
+            let record = from_idle(folder.path(), &spec).await.context("the guest's writes")?;
+            idle.push(record.whole().seconds / round_trip(&spec));
+            dropped.push(record.whole().queue_dropped * 100.0);
+            charts = [charts, chart(name, &record, &spec)].concat();
             eprintln!("{name}: {first:.1}; {idle:.1}");
         }
         println!("| {name} | {first:.1} | {idle:.1} | {dropped:.2} % |");
     }
+    println!("\n{charts}");
     Ok(())
+}
+
+/// The way up of one run, round trip by round trip.
+fn chart(name: &str, record: &Record, spec: &LinkSpec) -> String {
+    let share =
+        |change: &Change| change.delivered_bits_per_second() / spec.up.rate.0 as f64 * 100.0;
+    let shares = record.windows(round_trip(spec)).iter().map(share).collect();
+    let title = format!("{name}: from idle, share of the rate delivered");
+    plot::lines(&title, "round trips", "percent", 100.0, &[shares]) + "\n"
 }
 
 /// The round-trip time of an empty link.
@@ -80,8 +94,8 @@ async fn first_sync(dir: &Path, folder: &Path, spec: &LinkSpec) -> anyhow::Resul
     Ok((record.whole().seconds - began) / round_trip(spec))
 }
 
-/// Round trips, and the share of the packets that the queue dropped until then.
-async fn from_idle(folder: &Path, spec: &LinkSpec) -> anyhow::Result<(f64, f64)> {
+/// What the link saw from the first write on.
+async fn from_idle(folder: &Path, spec: &LinkSpec) -> anyhow::Result<Record> {
     let disk = folder.join("disk.raw");
     let bytes = spec.up.rate.0 as f64 / 8.0 * round_trip(spec) * ROUND_TRIPS_MAX;
     let writes = (bytes as u64).div_ceil(u64::from(WRITE_BYTES));
@@ -112,10 +126,10 @@ async fn from_idle(folder: &Path, spec: &LinkSpec) -> anyhow::Result<(f64, f64)>
             })
         })
         .collect();
-    let whole = watch(pipeline::link(&rig)?, spec).await.whole();
+    let record = watch(pipeline::link(&rig)?, spec).await;
     stop.store(true, Ordering::Relaxed);
     for writer in writers {
         writer.await??;
     }
-    Ok((whole.seconds / round_trip(spec), whole.queue_dropped))
+    Ok(record)
 }
