@@ -1,29 +1,18 @@
 //! How much of a long, lossy link is filled with payload: the whole pipeline (capture, TLS, journal,
 //! apply) against what an operator would use instead, over the emulated link.
 //!
-//! Everything sends the same incompressible disk. The first seconds are left out. Backhaul is
-//! measured by what its target has received of the disk; iperf3 by what its server counted; rsync
-//! and nbdcopy, which report nothing meanwhile, by the bytes that the link delivered, less the
-//! 52 bytes of IP and TCP headers of each packet.
+//! Everything sends incompressible data. The first seconds are left out. Backhaul is measured by what
+//! its target has received of the disk; iperf3 by what its server counted; bare quinn and noq by what
+//! their receiver counted; rsync and nbdcopy, which report nothing meanwhile, by the bytes that the
+//! link delivered, less the 52 bytes of IP and TCP headers of each packet.
 
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
 
-use anyhow::{Context, ensure};
-use backhaul_lab::link::{DirectionStats, Link, LinkSpec};
-use backhaul_lab::rig::{Rig, RigSpec};
+use anyhow::Context;
+use backhaul_lab::link::{Link, LinkSpec};
 
-use crate::peer::{Peer, START_TIME_MAX};
 use crate::sample::Sample;
-
-/// What is left out at the beginning.
-const SETTLE: Duration = Duration::from_secs(5);
-/// How long is measured after that.
-const MEASURE: Duration = Duration::from_secs(15);
-/// Headers of a TCP segment with timestamps, and of IPv4.
-const TCP_HEADER_BYTES: u64 = 52;
+use crate::{Span, pipeline, plot, rivals};
 
 /// The links of the table: name, specification (one-way delay), goal as a share of the rate.
 pub const LINKS: [(&str, &str, f64); 5] = [
@@ -35,11 +24,28 @@ pub const LINKS: [(&str, &str, f64); 5] = [
 ];
 
 /// Who is measured.
-pub const CONTENDERS: [&str; 6] =
-    ["backhaul", "quinn-cubic", "iperf3-cubic", "iperf3-bbr", "rsync", "nbdcopy-tls"];
+pub const CONTENDERS: [&str; 10] = [
+    "backhaul",
+    "quinn-cubic",
+    "bare-quinn-cubic",
+    "bare-quinn-bbr",
+    "bare-noq-bbr3",
+    "iperf3-cubic",
+    "iperf3-bbr",
+    "iperf3-udp",
+    "rsync",
+    "nbdcopy-tls",
+];
 
-/// Runs the contenders on the links whose names contain `only`, and prints a table.
-pub async fn run(dir: &Path, runs: usize, only: &str, contenders: &[String]) -> anyhow::Result<()> {
+/// Runs the contenders on the links whose names contain `only`, and prints a table and a chart of
+/// each link.
+pub async fn run(
+    dir: &Path,
+    runs: usize,
+    span: &Span,
+    only: &str,
+    contenders: &[String],
+) -> anyhow::Result<()> {
     let contenders: Vec<&str> = if contenders.is_empty() {
         CONTENDERS.to_vec()
     } else {
@@ -47,202 +53,68 @@ pub async fn run(dir: &Path, runs: usize, only: &str, contenders: &[String]) -> 
     };
     println!("| link | {} |", contenders.join(" | "));
     println!("| --- |{}", " --- |".repeat(contenders.len()));
+    let mut charts = String::new();
     for (name, spec, goal) in LINKS.iter().filter(|(name, ..)| name.contains(only)) {
         let spec: LinkSpec = spec.parse()?;
         let rate_bytes = spec.up.rate.0 / 8;
-        let disk = noise(dir, rate_bytes * (SETTLE + MEASURE).as_secs() * 13 / 10)?;
+        let disk = pipeline::noise(dir, rate_bytes * span.whole().as_secs() * 13 / 10)?;
         let mut samples = vec![Sample::default(); contenders.len()];
         for _ in 0..runs {
             for (contender, sample) in contenders.iter().zip(&mut samples) {
-                let bytes = measure(dir, &disk, &spec, contender).await;
-                let bytes = bytes.with_context(|| format!("{contender} on {name}"))?;
-                let share = bytes as f64 / MEASURE.as_secs_f64() / rate_bytes as f64;
+                let rate = measure(dir, &disk, &spec, contender, span).await;
+                let rate = rate.with_context(|| format!("{contender} on {name}"))?;
+                let share = rate / rate_bytes as f64;
                 eprintln!("{name}: {contender}: {:.1} %", share * 100.0);
                 sample.push(share * 100.0);
             }
         }
-        let cells: Vec<_> = samples.iter().map(|sample| format!("{sample} %")).collect();
+        let cells: Vec<_> = samples.iter().map(|sample| format!("{sample:.1} %")).collect();
         println!("| {name} (goal {:.0} %) | {} |", goal * 100.0, cells.join(" | "));
+        let title = format!("{name} loss: share of the line filled with payload");
+        let medians: Vec<_> = samples.iter().map(Sample::median).collect();
+        charts += &plot::bars(&title, "percent", 100.0, &contenders, &medians);
+        charts += "\n";
     }
+    println!("\n{charts}");
     Ok(())
 }
 
-async fn measure(dir: &Path, disk: &Path, spec: &LinkSpec, contender: &str) -> anyhow::Result<u64> {
-    let folder = tempfile::tempdir_in(dir)?;
-    match contender {
-        "backhaul" => backhaul(folder.path(), disk, spec, "auto").await,
-        "quinn-cubic" => backhaul(folder.path(), disk, spec, "cubic").await,
-        "iperf3-cubic" => iperf3(spec, "cubic"),
-        "iperf3-bbr" => iperf3(spec, "bbr"),
-        "rsync" => rsync(folder.path(), disk, spec),
-        "nbdcopy-tls" => nbdcopy(folder.path(), disk, spec),
-        other => anyhow::bail!("no contender is called {other}; there are {CONTENDERS:?}"),
-    }
+/// A link in words: rate, round trip, loss towards site B.
+pub fn name(spec: &LinkSpec) -> String {
+    let (rate, round_trip) = (spec.up.rate.0 as f64 * 1e-6, spec.up.delay + spec.down.delay);
+    format!("{rate} Mbit/s, {} ms, {}", round_trip.as_millis(), spec.up.loss)
 }
 
-/// A file of so many bytes that nothing compresses; made once.
-fn noise(dir: &Path, bytes: u64) -> anyhow::Result<PathBuf> {
-    let bytes = bytes.next_multiple_of(1 << 20);
-    let path = dir.join(format!("noise-{}.raw", bytes >> 20));
-    if !path.exists() {
-        let mut source = File::open("/dev/urandom")?.take(bytes);
-        std::io::copy(&mut source, &mut File::create(&path)?)?;
-    }
-    Ok(path)
-}
-
-async fn backhaul(
+async fn measure(
     dir: &Path,
     disk: &Path,
-    link: &LinkSpec,
-    congestion: &str,
-) -> anyhow::Result<u64> {
-    let mut spec = RigSpec::new(dir, disk)?;
-    spec.link = Some(link.clone());
-    spec.agent_options = format!("congestion = \"{congestion}\"");
-    let mut rig = Rig::prepare(spec)?;
-    rig.start_target()?;
-    rig.wait("the target", START_TIME_MAX, |_| true).await?;
-    rig.start_agent()?;
-    let begun = |machine: &backhaul_api::Machine| machine.received_plain_bytes > 1 << 20;
-    rig.wait("the first batches", START_TIME_MAX, begun).await?;
-    tokio::time::sleep(SETTLE).await;
-    let since = Instant::now();
-    let before = rig.client().machine("lab").await?.received_plain_bytes;
-    let link_before = rig.link().map(|link| link.stats().up);
-    tokio::time::sleep(MEASURE.saturating_sub(since.elapsed())).await;
-    let after = rig.client().machine("lab").await?;
-    if let (Some(before), Some(link)) = (link_before, rig.link()) {
-        tell_link(before, link.stats().up, link.spec().up.rate.0 / 8);
+    spec: &LinkSpec,
+    contender: &str,
+    span: &Span,
+) -> anyhow::Result<f64> {
+    let folder = tempfile::tempdir_in(dir)?;
+    let dir = folder.path();
+    match contender {
+        "backhaul" => pipeline::bytes_per_second(dir, disk, spec, "auto", span).await,
+        "quinn-cubic" => pipeline::bytes_per_second(dir, disk, spec, "cubic", span).await,
+        "iperf3-cubic" => rivals::iperf3_tcp(spec, "cubic", span),
+        "iperf3-bbr" => rivals::iperf3_tcp(spec, "bbr", span),
+        "iperf3-udp" => Ok(rivals::iperf3_udp(&Link::start(spec.clone())?, span)?.0),
+        "rsync" => rivals::rsync(dir, disk, spec, span),
+        "nbdcopy-tls" => rivals::nbdcopy(dir, disk, spec, span),
+        other => match other.strip_prefix("bare-") {
+            Some(kind) => rivals::bare(dir, spec, kind, span),
+            None => anyhow::bail!("no contender is called {other}; there are {CONTENDERS:?}"),
+        },
     }
-    ensure!(after.dirty_bytes > 0, "the disk was too small for this link");
-    let took = since.elapsed().as_secs_f64();
-    let bytes = (after.received_plain_bytes - before) as f64;
-    Ok((bytes * MEASURE.as_secs_f64() / took) as u64)
 }
 
-/// What the bottleneck saw of Backhaul meanwhile.
-fn tell_link(before: DirectionStats, after: DirectionStats, rate_bytes: u64) {
-    let entered = (after.entered_packets - before.entered_packets).max(1);
-    let dropped = after.dropped_by_queue - before.dropped_by_queue;
-    let waited = after.queue_wait_nanos_total - before.queue_wait_nanos_total;
-    let delivered = after.delivered_bytes - before.delivered_bytes;
-    eprintln!(
-        "  the link: {:.1} % of its rate delivered, {:.2} % of the packets dropped by its queue, which held {:.1} ms",
-        delivered as f64 / MEASURE.as_secs_f64() / rate_bytes as f64 * 100.0,
-        dropped as f64 / entered as f64 * 100.0,
-        waited as f64 / entered as f64 / 1e6,
-    );
-}
+#[cfg(test)]
+mod tests {
+    use super::name;
 
-/// What `backhaul link probe` says of the link, with nothing else on it: how long control takes
-/// while data fill the line.
-pub async fn probe(dir: &Path, runs: usize, only: &str) -> anyhow::Result<()> {
-    println!("| link | round trip | control under load, median | 99th percentile | goal |");
-    println!("| --- | --- | --- | --- | --- |");
-    for (name, spec, _) in LINKS.iter().filter(|(name, ..)| name.contains(only)) {
-        let (mut least, mut median, mut worst): (Sample, Sample, Sample) = Default::default();
-        for _ in 0..runs {
-            let folder = tempfile::tempdir_in(dir)?;
-            let disk = folder.path().join("empty.raw");
-            File::create(&disk)?.set_len(1 << 20)?;
-            let mut rig_spec = RigSpec::new(folder.path(), &disk)?;
-            let program = rig_spec.programs.join("backhaul");
-            rig_spec.link = Some(spec.parse()?);
-            let mut rig = Rig::prepare(rig_spec)?;
-            rig.start_target()?;
-            rig.wait("the target", START_TIME_MAX, |_| true).await?;
-            let site = rig.link().context("the rig has no link")?.site_a();
-            let output = site
-                .command_in(program)
-                .args(["link", "probe", "--json", "--config"])
-                .arg(folder.path().join("agent.toml"))
-                .output()?;
-            let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-            let ms = |value: &serde_json::Value| value.as_f64().unwrap_or(f64::NAN) * 1e3;
-            least.push(ms(&report["rtt_seconds"][0]));
-            median.push(ms(&report["loaded_rtt_seconds"][0]));
-            worst.push(ms(&report["loaded_rtt_seconds"][1]));
-        }
-        let goal = least.median() * 1.5 + 5.0;
-        println!("| {name} | {least} ms | {median} ms | {worst} ms | {goal:.0} ms |");
+    #[test]
+    fn a_link_is_named_as_in_the_reports() {
+        assert_eq!(name(&"200mbit,40ms,0.5%".parse().unwrap()), "200 Mbit/s, 80 ms, 0.5%");
     }
-    Ok(())
-}
-
-/// Waits until a peer listens on a TCP port of site B.
-fn wait_for_port(peer: &mut Peer, link: &Link, port: u16) -> anyhow::Result<()> {
-    let address = link.site_b().address();
-    let connect = || std::net::TcpStream::connect((address, port)).is_ok();
-    peer.wait_until(|| link.site_b().run_inside(connect).unwrap_or(false))
-}
-
-fn iperf3(spec: &LinkSpec, congestion: &str) -> anyhow::Result<u64> {
-    let link = Link::start(spec.clone())?;
-    let mut server = Peer::start(link.site_b().command_in("iperf3").arg("-s"))?;
-    wait_for_port(&mut server, &link, 5201)?;
-    let (omit, seconds) = (SETTLE.as_secs().to_string(), MEASURE.as_secs().to_string());
-    let output = link
-        .site_a()
-        .command_in("iperf3")
-        .args(["-c", &link.site_b().address().to_string(), "-C", congestion, "--json"])
-        .args(["-O", &omit, "-t", &seconds])
-        .output()
-        .context("iperf3 is missing: install the Debian package iperf3")?;
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
-    let bits = bits.with_context(|| format!("iperf3 said {report}"))?;
-    Ok((bits / 8.0 * MEASURE.as_secs_f64()) as u64)
-}
-
-/// What the link delivers of payload while `sender` runs.
-fn delivered(link: &Link, sender: &mut Peer) -> anyhow::Result<u64> {
-    // The measurement itself: what the link delivers in this time.
-    std::thread::sleep(SETTLE);
-    let before = link.stats().up;
-    std::thread::sleep(MEASURE);
-    let after = link.stats().up;
-    ensure!(sender.is_running()?, "the sender ended before it was measured");
-    let packets = after.delivered_packets - before.delivered_packets;
-    Ok((after.delivered_bytes - before.delivered_bytes).saturating_sub(packets * TCP_HEADER_BYTES))
-}
-
-fn rsync(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<u64> {
-    let link = Link::start(spec.clone())?;
-    let configuration = dir.join("rsyncd.conf");
-    let into = dir.display();
-    std::fs::write(
-        &configuration,
-        format!("use chroot = no\n[disks]\npath = {into}\nread only = no\nuid = 0\ngid = 0\n"),
-    )?;
-    let mut server = Peer::start(
-        link.site_b()
-            .command_in("rsync")
-            .args(["--daemon", "--no-detach", "--config"])
-            .arg(&configuration),
-    )?;
-    wait_for_port(&mut server, &link, 873)?;
-    let to = format!("rsync://{}/disks/copy.raw", link.site_b().address());
-    let mut sender = Peer::start(
-        link.site_a().command_in("rsync").args(["--whole-file", "--inplace"]).arg(disk).arg(to),
-    )?;
-    delivered(&link, &mut sender)
-}
-
-fn nbdcopy(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<u64> {
-    let link = Link::start(spec.clone())?;
-    let keys = dir.join("keys.psk");
-    std::fs::write(&keys, format!("lab:{}\n", "5a".repeat(32)))?;
-    let copy = dir.join("copy.raw");
-    File::create(&copy)?.set_len(std::fs::metadata(disk)?.len())?;
-    let mut server = Peer::start(
-        link.site_b()
-            .command_in("nbdkit")
-            .args(["-f", "--tls=require", &format!("--tls-psk={}", keys.display()), "file"])
-            .arg(&copy),
-    )?;
-    wait_for_port(&mut server, &link, 10809)?;
-    let uri = format!("nbds://lab@{}/?tls-psk-file={}", link.site_b().address(), keys.display());
-    let mut sender = Peer::start(link.site_a().command_in("nbdcopy").arg(disk).arg(uri))?;
-    delivered(&link, &mut sender)
 }

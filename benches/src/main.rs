@@ -1,12 +1,20 @@
 //! `backhaul-benches`: measures Backhaul against its peers, in one run.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use backhaul_benches::{first_sync, guest_writes, images, links};
+use backhaul_benches::files::Files;
+use backhaul_benches::sharing::Sharing;
+use backhaul_benches::{
+    Span, ceiling, clean, control, files, first_sync, guest_writes, images, instrument, links,
+    loopback, sharing, startup,
+};
+use backhaul_lab::link::LinkSpec;
 use clap::{Parser, Subcommand};
 
 /// Measures Backhaul against its peers, in one run. Build the daemons first:
-/// `cargo build --release`. Run nothing else meanwhile.
+/// `cargo build --release`, and `cargo build --release -p backhaul-benches --examples` for what
+/// measures bare transports. Run nothing else meanwhile.
 #[derive(Parser)]
 struct Arguments {
     /// Where disks and images are put; it needs room for three times the disk
@@ -15,6 +23,12 @@ struct Arguments {
     /// Runs of each contender
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// Seconds of a link's traffic that are measured
+    #[arg(long, global = true, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+    /// Seconds before that which are left out
+    #[arg(long, global = true, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    settle: u64,
     #[command(subcommand)]
     what: What,
 }
@@ -44,7 +58,7 @@ enum What {
         #[arg(long, default_value = "")]
         only: String,
     },
-    /// Payload over long, lossy links against iperf3, rsync, nbdcopy over TLS and quinn's Cubic
+    /// Payload over long, lossy links against iperf3, rsync, nbdcopy over TLS, quinn and noq
     Links {
         /// Only links whose name contains this
         #[arg(long, default_value = "")]
@@ -53,19 +67,76 @@ enum What {
         #[arg(long)]
         contender: Vec<String>,
     },
+    /// Whether the emulated link is what it says, by iperf3's UDP
+    Instrument,
+    /// A link shared with one flow of kernel TCP, Cubic or BBR
+    Sharing {
+        /// The link: rate, one-way delay, loss and so on
+        #[arg(long, default_value = "200mbit,20ms")]
+        link: LinkSpec,
+        /// Only rows whose name contains this, such as "bbr, which is there before"
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Who shares it: the whole pipeline (backhaul), or a bare transport such as quinn-cubic
+        #[arg(long, default_value = "backhaul")]
+        contender: Vec<String>,
+    },
+    /// From idle to 80 % of the rate, in round trips
+    Startup {
+        /// Only links whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// What senders lose and delay by themselves on a link without loss
+    Clean {
+        /// Only links whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// The transport alone over loopback against bare quinn and noq, and TCP with TLS
+    Loopback,
+    /// A disk with real files over a long link against nbdcopy over TLS, rsync and qemu-img
+    Files {
+        /// Size of the disk, half of which is files
+        #[arg(long, default_value_t = 8)]
+        gib: u64,
+        /// The link: rate, one-way delay, loss and so on
+        #[arg(long, default_value = files::LINK)]
+        link: LinkSpec,
+        /// The kernel's congestion control for the peers, such as cubic; without it, this machine's
+        #[arg(long)]
+        tcp: Option<String>,
+        /// Only these contenders
+        #[arg(long)]
+        contender: Vec<String>,
+    },
+    /// How closely a ceiling holds, and how soon a changed one does
+    Ceiling,
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    std::fs::create_dir_all(&arguments.dir)?;
-    match arguments.what {
-        What::FirstSync { gib } => first_sync::run(&arguments.dir, gib << 30, arguments.runs).await,
-        What::Links { only, contender } => {
-            links::run(&arguments.dir, arguments.runs, &only, &contender).await
+    let Arguments { dir, runs, seconds, settle, what } = Arguments::parse();
+    std::fs::create_dir_all(&dir)?;
+    let span = Span { settle: Duration::from_secs(settle), measure: Duration::from_secs(seconds) };
+    match what {
+        What::FirstSync { gib } => first_sync::run(&dir, gib << 30, runs).await,
+        What::Links { only, contender } => links::run(&dir, runs, &span, &only, &contender).await,
+        What::Images { mib, only } => images::run(&dir, mib << 20, runs, &only),
+        What::Control { only } => control::run(&dir, runs, &only).await,
+        What::GuestWrites => guest_writes::run(&dir, runs).await,
+        What::Instrument => instrument::run(runs, &span),
+        What::Sharing { link, only, contender } => {
+            let what = Sharing { link, only, contenders: contender };
+            sharing::run(&dir, runs, &span, &what).await
         }
-        What::Images { mib, only } => images::run(&arguments.dir, mib << 20, arguments.runs, &only),
-        What::Control { only } => links::probe(&arguments.dir, arguments.runs, &only).await,
-        What::GuestWrites => guest_writes::run(&arguments.dir, arguments.runs).await,
+        What::Startup { only } => startup::run(&dir, runs, &only).await,
+        What::Clean { only } => clean::run(&dir, runs, &span, &only).await,
+        What::Loopback => loopback::run(&dir, runs, &span),
+        What::Files { gib, link, tcp, contender } => {
+            let what = Files { size_bytes: gib << 30, link, tcp, contenders: contender };
+            files::run(&dir, runs, &what).await
+        }
+        What::Ceiling => ceiling::run(&dir, runs, &span).await,
     }
 }

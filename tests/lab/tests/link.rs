@@ -50,6 +50,24 @@ fn packets_cross_in_both_directions_after_the_delay() {
 }
 
 #[test]
+fn tcp_is_counted_apart() {
+    let Some(link) = start("100mbit,1ms") else { return };
+    let (a, b) = sockets(&link);
+    a.send(b"ping").unwrap();
+    assert_eq!(b.recv(&mut [0; 100]).unwrap(), 4);
+    assert_eq!(link.stats().up_tcp_bytes, 0);
+    let bind = || std::net::TcpListener::bind((link.site_b().address(), 7001)).unwrap();
+    let listener = link.site_b().run_inside(bind).unwrap();
+    let connect = || std::net::TcpStream::connect(listener.local_addr().unwrap());
+    let stream = link.site_a().run_inside(connect).unwrap().unwrap();
+    drop((stream, listener.accept().unwrap()));
+    let stats = link.stats();
+    // At least the handshake's two packets of 40 bytes and more; not the datagram of 32.
+    assert!(stats.up_tcp_bytes >= 80, "{stats:?}");
+    assert!(stats.up_tcp_bytes <= stats.up.delivered_bytes - 32, "{stats:?}");
+}
+
+#[test]
 fn a_blackout_and_a_new_spec_take_effect_while_it_runs() {
     let Some(mut link) = start("100mbit,1ms") else { return };
     let (a, b) = sockets(&link);

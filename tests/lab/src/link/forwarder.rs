@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -39,6 +40,7 @@ impl SharedShaper {
 #[derive(Debug)]
 pub(super) struct Forwarder {
     stop: Arc<OwnedFd>,
+    tcp_bytes: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -52,17 +54,26 @@ impl Forwarder {
     ) -> std::io::Result<Self> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let until = Arc::clone(&stop);
+        let tcp_bytes = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&tcp_bytes);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             prefer_this_thread();
             let turned_at = Instant::now();
-            let mut direction = Direction { from, to, shaper, free: Vec::new(), turned_at };
+            let tcp_bytes = counted;
+            let mut direction =
+                Direction { from, to, shaper, free: Vec::new(), turned_at, tcp_bytes };
             while direction.wait(&until) {
                 direction.turned_at = Instant::now();
                 direction.take_in();
                 direction.hand_over();
             }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, tcp_bytes, thread: Some(thread) })
+    }
+
+    /// Bytes of the TCP packets handed over so far.
+    pub(super) fn tcp_bytes(&self) -> u64 {
+        self.tcp_bytes.load(Ordering::Relaxed)
     }
 
     /// False after the thread has ended by itself, because a device is gone.
@@ -88,6 +99,7 @@ struct Direction {
     /// Buffers not in use. Grows to what the line holds at once and is then never short.
     free: Vec<Box<[u8]>>,
     turned_at: Instant,
+    tcp_bytes: Arc<AtomicU64>,
 }
 
 impl Direction {
@@ -129,10 +141,18 @@ impl Direction {
             for _ in 0..departure.copies {
                 // A device that is down (EIO) loses the packet, as a dead host would.
                 let _ = (&*self.to).write(&buffer[..len_bytes]);
+                if is_tcp(&buffer[..len_bytes]) {
+                    self.tcp_bytes.fetch_add(len_bytes as u64, Ordering::Relaxed);
+                }
             }
             self.free.push(buffer);
         }
     }
+}
+
+/// Whether an IPv4 packet says that it carries TCP (RFC 791, section 3.1).
+fn is_tcp(packet: &[u8]) -> bool {
+    matches!(packet, [version, _, _, _, _, _, _, _, _, 6, ..] if version >> 4 == 4)
 }
 
 /// Waits for one of `fds`, the first of which says that it is time to stop; false when it does,

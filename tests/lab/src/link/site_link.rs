@@ -31,6 +31,8 @@ pub struct LinkStats {
     pub up: DirectionStats,
     /// Site B to site A.
     pub down: DirectionStats,
+    /// What part of `up.delivered_bytes` was TCP, for a rival of a UDP transport.
+    pub up_tcp_bytes: u64,
 }
 
 impl Link {
@@ -97,7 +99,9 @@ impl Link {
 
     /// Counters since the start.
     pub fn stats(&self) -> LinkStats {
-        LinkStats { up: self.up.lock().stats(), down: self.down.lock().stats() }
+        // First, so that it is never more than what it is a part of.
+        let up_tcp_bytes = self.forwarders[0].tcp_bytes();
+        LinkStats { up: self.up.lock().stats(), down: self.down.lock().stats(), up_tcp_bytes }
     }
 
     /// False when a forwarder has ended by itself: the measurement is void.

@@ -1,0 +1,210 @@
+//! An image with real files over a long, lossy link: the whole first sync, from its start until it is
+//! durable at the other end.
+//!
+//! Backhaul is encrypted, hash-checked and journalled at the end. nbdcopy is encrypted; rsync and
+//! qemu-img are not. All of them flush what they wrote.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
+use std::io::Read;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use backhaul_api::{Consistency, Machine};
+use backhaul_lab::disk::{DiskSpec, make_disk};
+use backhaul_lab::link::{Link, LinkSpec};
+
+use crate::sample::Sample;
+use crate::{links, pipeline, rivals};
+
+/// The link of the goal.
+pub const LINK: &str = "200mbit,40ms,0.5%";
+/// Longest that a run may take.
+const RUN_TIME_MAX: Duration = Duration::from_secs(3600);
+/// The part that may be overwritten, which nobody does here.
+const SCRATCH_BYTES: u64 = 4096;
+
+/// Who is measured; the first is ours.
+pub const CONTENDERS: [&str; 4] = ["backhaul", "nbdcopy-tls", "rsync-zstd", "qemu-img"];
+
+/// What to measure.
+#[derive(Debug)]
+pub struct Files {
+    /// Size of the disk, half of which is files.
+    pub size_bytes: u64,
+    /// The link.
+    pub link: LinkSpec,
+    /// The kernel's congestion control for what goes over TCP; that of this machine without it.
+    pub tcp: Option<String>,
+    /// Who is measured; all of them when empty.
+    pub contenders: Vec<String>,
+}
+
+/// Runs each in turn, `runs` times; prints a table.
+pub async fn run(dir: &Path, runs: usize, what: &Files) -> anyhow::Result<()> {
+    let disk = dir.join(format!("files-{}.raw", what.size_bytes >> 20));
+    if !disk.exists() {
+        eprintln!("making a disk of {} MiB, half of it files", what.size_bytes >> 20);
+        let (size_bytes, files_bytes) = (what.size_bytes, what.size_bytes / 2);
+        let spec = DiskSpec { size_bytes, files_bytes, scratch_bytes: SCRATCH_BYTES, seed: 1 };
+        make_disk(&disk, &spec)?;
+    }
+    println!("{}\n", Content::of(&disk)?);
+    let contenders: Vec<&str> = if what.contenders.is_empty() {
+        CONTENDERS.to_vec()
+    } else {
+        what.contenders.iter().map(String::as_str).collect()
+    };
+    let mut samples = vec![<[Sample; 2]>::default(); contenders.len()];
+    for _ in 0..runs {
+        for (contender, [seconds, sent]) in contenders.iter().zip(&mut samples) {
+            let folder = tempfile::tempdir_in(dir)?;
+            let (took, bytes) = measure(folder.path(), &disk, what, contender)
+                .await
+                .with_context(|| (*contender).to_owned())?;
+            eprintln!("{contender}: {took:.1} s, {} MiB on the wire", bytes >> 20);
+            seconds.push(took);
+            sent.push((bytes >> 20) as f64);
+        }
+    }
+    let peers = contenders.iter().zip(&samples).filter(|(name, _)| **name != CONTENDERS[0]);
+    let best = peers.map(|(_, [seconds, _])| seconds.median()).fold(f64::INFINITY, f64::min);
+    println!(
+        "| {} MiB with {} MiB of files over {}, TCP with {} | seconds until durable | against the best peer (goal ≤ 0.33) | MiB on the wire |",
+        what.size_bytes >> 20,
+        what.size_bytes >> 21,
+        links::name(&what.link),
+        what.tcp.as_deref().unwrap_or("this machine's default")
+    );
+    println!("| --- | --- | --- | --- |");
+    for (contender, [seconds, sent]) in contenders.iter().zip(&samples) {
+        let ratio = seconds.median() / best;
+        println!("| {contender} | {seconds:.1} | {ratio:.2} | {sent:.0} |");
+    }
+    Ok(())
+}
+
+async fn measure(
+    dir: &Path,
+    disk: &Path,
+    what: &Files,
+    contender: &str,
+) -> anyhow::Result<(f64, u64)> {
+    if contender == CONTENDERS[0] {
+        return backhaul(dir, disk, &what.link).await;
+    }
+    let link = Link::start(what.link.clone())?;
+    if let Some(tcp) = &what.tcp {
+        for site in [link.site_a(), link.site_b()] {
+            site.run_inside(|| std::fs::write(TCP_CONGESTION, tcp))?
+                .with_context(|| format!("this kernel has no congestion control \"{tcp}\""))?;
+        }
+    }
+    match contender {
+        "nbdcopy-tls" => nbdcopy(dir, disk, &link),
+        "rsync-zstd" => rsync(dir, disk, &link),
+        "qemu-img" => qemu_img(dir, disk, &link),
+        other => anyhow::bail!("no contender is called {other}; there are {CONTENDERS:?}"),
+    }
+}
+
+/// Each network namespace has its own.
+const TCP_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+
+/// How much of a disk is worth sending.
+#[derive(Debug, Default)]
+struct Content {
+    blocks: u64,
+    zero: u64,
+    repeated: u64,
+}
+
+impl Content {
+    const BLOCK_BYTES: usize = 4096;
+
+    fn of(disk: &Path) -> anyhow::Result<Self> {
+        let mut content = Self::default();
+        let hasher = RandomState::new();
+        // 64 bits of a keyed hash: a few million blocks collide once in a million runs.
+        let mut seen = HashSet::new();
+        let mut file = File::open(disk)?;
+        let mut chunk = vec![0; 1 << 20];
+        loop {
+            let length = file.read(&mut chunk)?;
+            if length == 0 {
+                return Ok(content);
+            }
+            for block in chunk[..length].chunks(Self::BLOCK_BYTES) {
+                content.blocks += 1;
+                if block.iter().all(|byte| *byte == 0) {
+                    content.zero += 1;
+                } else if !seen.insert(hasher.hash_one(block)) {
+                    content.repeated += 1;
+                }
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mib = |blocks: u64| (blocks * Self::BLOCK_BYTES as u64) >> 20;
+        write!(
+            f,
+            "Of the disk's {} MiB, {} MiB are zeroes, and of the other {} MiB, {} MiB ({:.1} %) are blocks of 4 KiB that stand elsewhere on it too.",
+            mib(self.blocks),
+            mib(self.zero),
+            mib(self.blocks - self.zero),
+            mib(self.repeated),
+            self.repeated as f64 / (self.blocks - self.zero).max(1) as f64 * 100.0,
+        )
+    }
+}
+
+async fn backhaul(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<(f64, u64)> {
+    let mut rig = pipeline::prepare(dir, disk, spec, String::new()).await?;
+    let began = Instant::now();
+    rig.start_agent()?;
+    let done = |machine: &Machine| {
+        machine.consistency == Consistency::Consistent && !machine.points.is_empty()
+    };
+    rig.wait("the sync", RUN_TIME_MAX, done).await?;
+    let seconds = began.elapsed().as_secs_f64();
+    let bytes = pipeline::link(&rig)?.stats().up.entered_bytes;
+    rig.stop();
+    Ok((seconds, bytes))
+}
+
+/// The time of a command at site A, and what it sent.
+fn timed(link: &Link, command: &mut Command) -> anyhow::Result<(f64, u64)> {
+    let began = Instant::now();
+    let status = command.status().with_context(|| format!("{command:?} cannot be started"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok((began.elapsed().as_secs_f64(), link.stats().up.entered_bytes))
+}
+
+fn nbdcopy(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
+    let (_server, uri) = rivals::nbdkit_tls(dir, disk, link)?;
+    // The copy is all zeroes already: it need not write those.
+    let options = ["--flush", "--destination-is-zero"];
+    timed(link, link.site_a().command_in("nbdcopy").args(options).arg(disk).arg(uri))
+}
+
+fn rsync(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
+    let (_server, to) = rivals::rsync_daemon(dir, link)?;
+    let options = ["--whole-file", "--sparse", "--fsync", "-z", "--zc=zstd"];
+    timed(link, link.site_a().command_in("rsync").args(options).arg(disk).arg(to))
+}
+
+fn qemu_img(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
+    let _server = rivals::nbdkit(dir, disk, link, &[])?;
+    let uri = format!("nbd://{}", link.site_b().address());
+    // As many requests at a time as it has, in any order, and a flush at the end.
+    let options = ["convert", "-n", "--target-is-zero", "-W", "-m", "16", "-t", "writeback"];
+    let formats = ["-f", "raw", "-O", "raw"];
+    let mut command = link.site_a().command_in("qemu-img");
+    timed(link, command.args(options).args(formats).arg(disk).arg(uri))
+}
