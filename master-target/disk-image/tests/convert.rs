@@ -59,7 +59,7 @@ fn every_kind_becomes_every_kind() {
         for first in CREATABLE {
             let one = dir.path().join(format!("{size_bytes}-{first}.vmdk"));
             let report = convert(source.as_ref(), &one, &ConvertOptions::new(first), &mut Silent);
-            assert_eq!(report.unwrap().size_bytes, size_bytes);
+            assert_eq!(report.unwrap().size_bytes, first.padded_bytes(size_bytes));
             qemu(&["compare", "-f", format(first), "-F", "raw", text(&one), text(&oracle)]);
             let opened = open(&one, &OpenOptions::read_only().of_kind(first)).unwrap();
             let checked = opened.check(Deep::Yes, &mut Silent).unwrap();
@@ -429,4 +429,19 @@ fn a_vhd_whose_footer_has_another_size_is_repaired() {
         std::fs::write(&raw, disk).unwrap();
         qemu(&["compare", "-f", "vpc", "-F", "raw", text(&vhd), text(&raw)]);
     }
+}
+
+#[test]
+fn a_stream_of_a_disk_beyond_4_gib_is_read_by_qemu_and_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let size_bytes = (5 << 30) + 512;
+    let (oracle, image) = (dir.path().join("oracle.raw"), dir.path().join("s.vmdk"));
+    let source = raw_disk(&oracle, size_bytes);
+    convert(source.as_ref(), &image, &ConvertOptions::new(Kind::StreamOptimized), &mut Silent)
+        .unwrap();
+    qemu(&["compare", "-f", "vmdk", "-F", "raw", text(&image), text(&oracle)]);
+    let (opened, back) =
+        (open(&image, &OpenOptions::read_only()).unwrap(), dir.path().join("back.raw"));
+    convert(opened.as_ref(), &back, &ConvertOptions::new(Kind::Raw), &mut Silent).unwrap();
+    qemu(&["compare", "-f", "raw", "-F", "raw", text(&back), text(&oracle)]);
 }

@@ -4,7 +4,7 @@ use std::io::{BufWriter, ErrorKind, Write};
 
 use anyhow::ensure;
 use backhaul_disk_image::ops::{self, CompareReport, ConvertReport, MapTotals, RepairPlan};
-use backhaul_disk_image::{CheckReport, DiskImage, ImageInfo, Run, RunState, Severity};
+use backhaul_disk_image::{CheckReport, ImageInfo, MapDisk, Run, RunState, Severity};
 use bytesize::ByteSize;
 use comfy_table::{Cell, Color};
 
@@ -100,7 +100,7 @@ impl Output {
     }
 
     /// Tells the runs as they are found, so that the memory it takes does not grow with them.
-    pub(crate) fn map_json(&self, image: &dyn DiskImage) -> anyhow::Result<()> {
+    pub(crate) fn map_json(&self, image: &dyn MapDisk) -> anyhow::Result<()> {
         let mut out = BufWriter::new(std::io::stdout().lock());
         let mut separator = "{\"runs\":[";
         let mut said = Ok(());

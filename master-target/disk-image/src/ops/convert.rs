@@ -14,7 +14,7 @@ use crate::{
     create::{CreateOptions, create_as},
     error::{ErrorKind, ImageError, Result},
     folder::{Folder, staged_name},
-    image::DiskImage,
+    image::{MapDisk, WriteDisk},
     kind::Kind,
     open::{OpenOptions, open},
     ops::pipeline::{self, Chunk, data_chunks, threads_or_all},
@@ -67,7 +67,7 @@ pub struct ConvertReport {
 /// # Errors
 /// As [`create`](crate::create()), and what reading and writing meet. What was made is removed.
 pub fn convert(
-    source: &dyn DiskImage,
+    source: &dyn MapDisk,
     target: &Path,
     options: &ConvertOptions,
     progress: &mut dyn Progress,
@@ -99,7 +99,7 @@ pub fn convert(
 }
 
 struct Job<'a> {
-    source: &'a dyn DiskImage,
+    source: &'a dyn MapDisk,
     options: &'a ConvertOptions,
     create: &'a CreateOptions,
     threads: usize,
@@ -237,7 +237,7 @@ fn whole_grains(
 
 /// Writes the blocks of `bytes` that are not zeros, neighbours together. Blocks are aligned in the
 /// disk. Returns the bytes written.
-fn write_data(image: &dyn DiskImage, bytes: &[u8], offset: u64, block: usize) -> Result<u64> {
+fn write_data(image: &dyn WriteDisk, bytes: &[u8], offset: u64, block: usize) -> Result<u64> {
     let (mut at, mut written) = (0, 0);
     let step = |at: usize| {
         let within = ((offset + at as u64) % block as u64) as usize;
