@@ -5,6 +5,9 @@ use std::process::{Command, Output};
 
 use backhaul_lab::random::Random;
 
+#[path = "../../master-target/disk-image/tests/support/esxi.rs"]
+mod esxi;
+
 /// No multiple of a grain.
 const DISK_BYTES: usize = (5 << 20) + 1536;
 
@@ -55,10 +58,16 @@ fn content() -> Vec<u8> {
 /// Fails unless the image holds `disk`, as somebody else reads it.
 fn judge(image: &Path, kind: &str, raw: &Path) {
     if kind == "vhd" {
-        // qemu takes a fixed VHD's size from its geometry; the data before the footer are the disk.
-        let (found, expected) = (std::fs::read(image).unwrap(), std::fs::read(raw).unwrap());
-        assert_eq!(found.len(), expected.len() + 512);
-        return assert!(found[..expected.len()] == expected);
+        // Zeros up to a whole MiB, as Azure wants it, and a footer; qemu-img takes zeros at the end
+        // for equal.
+        let length = std::fs::metadata(image).unwrap().len();
+        let disk = std::fs::metadata(raw).unwrap().len().next_multiple_of(1 << 20);
+        assert_eq!(length, disk + 512);
+        let compared = Command::new("qemu-img")
+            .args(["compare", "-f", "raw", "-F", "vpc", text(raw), text(image)])
+            .output()
+            .expect("qemu-img is missing: install the Debian package qemu-utils");
+        return assert!(compared.status.success(), "{}", said(&compared));
     }
     backhaul_tests::compare(raw, image).unwrap_or_else(|error| panic!("{kind}: {error}"));
 }
@@ -80,7 +89,8 @@ fn every_kind_is_converted_into_every_other() {
             let target = image_path(&folder, to);
             good(&["convert", "-f", from, "-O", to, text(&source), text(&target)]);
             judge(&target, to, &raw);
-            assert!(good(&["compare", text(&source), text(&target)]).contains("are equal"));
+            let compared = good(&["compare", text(&source), text(&target)]);
+            assert!(compared.contains("are equal"), "{compared}");
             std::fs::remove_dir_all(&folder).unwrap();
         }
     }
@@ -306,4 +316,160 @@ fn what_is_wrong_is_said_in_one_sentence() {
         assert!(failure["sentence"].as_str().unwrap().contains(expected), "{failure}");
         assert!(!image.exists(), "{words:?}");
     }
+}
+
+#[test]
+fn a_vhd_is_padded_to_whole_mib_and_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, image) = (dir.path().join("disk.raw"), dir.path().join("disk.vhd"));
+    std::fs::write(&raw, content()).unwrap();
+    let said = good(&["convert", "-f", "raw", "-O", "vhd", text(&raw), text(&image)]);
+    let padding = (6 << 20) - DISK_BYTES;
+    assert!(said.contains(&format!("{padding} zero bytes were added")), "{said}");
+    judge(&image, "vhd", &raw);
+    let other = dir.path().join("other.vhd");
+    let (_, report) = json(&["convert", "-f", "raw", "-O", "vhd", text(&raw), text(&other)]);
+    assert_eq!(report["padding_bytes"], padding, "{report}");
+    let whole = dir.path().join("whole.vhd");
+    let said = good(&["convert", "-O", "vhd", text(&image), text(&whole)]);
+    assert!(!said.contains("zero bytes"), "{said}");
+    let created = dir.path().join("created.vhd");
+    good(&["create", "-O", "vhd", "--size", "1048577B", text(&created)]);
+    assert_eq!(std::fs::metadata(&created).unwrap().len(), (2 << 20) + 512);
+}
+
+#[test]
+fn snapshots_of_esxi_are_read_and_never_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, base) = (dir.path().join("disk.raw"), dir.path().join("base.vmdk"));
+    let mut disk = content();
+    disk.resize(6 << 20, 0);
+    std::fs::write(&raw, &disk).unwrap();
+    good(&["convert", "-f", "raw", "-O", "vmfs", text(&raw), text(&base)]);
+    let (_, info) = json(&["info", text(&base)]);
+    let id = info["content_id"].as_str().unwrap().to_owned();
+    let sectors = disk.len() as u64 / 512;
+    let grains = vec![
+        (3, esxi::Grain::Data(vec![0xab; 4096])),
+        (20, esxi::Grain::Zero),
+        (1500, esxi::Grain::Data(vec![0xcd; 4096])),
+    ];
+    let cowd = esxi::cowd(sectors as u32, 1, &[(7, vec![0x77; 512]), (9000, vec![0x99; 512])]);
+    for (kind, word, extent, changes) in [
+        (
+            "vmfsSparse",
+            "VMFSSPARSE",
+            cowd,
+            [(7 * 512, 512, 0x77), (9000 * 512, 512, 0x99)].to_vec(),
+        ),
+        (
+            "seSparse",
+            "SESPARSE",
+            esxi::sesparse(sectors, &grains),
+            [(3 * 4096, 4096, 0xab), (20 * 4096, 4096, 0), (1500 * 4096, 4096, 0xcd)].to_vec(),
+        ),
+    ] {
+        let mut model = disk.clone();
+        for (at, length, byte) in changes {
+            model[at..at + length].fill(byte);
+        }
+        let oracle = dir.path().join(format!("{kind}.raw"));
+        std::fs::write(&oracle, &model).unwrap();
+        let (delta, data) = (format!("{kind}.vmdk"), format!("{kind}-delta.vmdk"));
+        let line = format!("RW {sectors} {word} \"{data}\"");
+        std::fs::write(dir.path().join(&data), &extent).unwrap();
+        let delta = dir.path().join(delta);
+        let descriptor = esxi::descriptor(kind, &line, Some((id.as_str(), "base.vmdk")));
+        std::fs::write(&delta, descriptor).unwrap();
+        // An independent reader agrees on what the fixture says.
+        backhaul_tests::compare(&oracle, &delta).unwrap();
+        let (_, info) = json(&["info", text(&delta)]);
+        assert_eq!((info["kind"].as_str(), &info["parent"]["kind"]), (Some(kind), &"vmfs".into()));
+        let (_, map) = json(&["map", text(&delta)]);
+        assert!(map["totals"]["data_bytes"].as_u64() > Some(1_000_000), "{map}");
+        good(&["check", "--deep", text(&delta)]);
+        good(&["compare", "-F", "raw", text(&delta), text(&oracle)]);
+        for to in KINDS {
+            let folder = dir.path().join(format!("{kind}-{to}"));
+            std::fs::create_dir(&folder).unwrap();
+            let target = image_path(&folder, to);
+            good(&["convert", "-f", kind, "-O", to, text(&delta), text(&target)]);
+            judge(&target, to, &oracle);
+        }
+        let made = backhaul(&["create", "-O", kind, "--size", "1MiB", text(&dir.path().join("x"))]);
+        assert!(said(&made).contains("only read here"), "{}", said(&made));
+
+        // A header that names its directory at a wrong place is mended.
+        let mut damaged = extent.clone();
+        let field = if kind == "seSparse" { 128 } else { 20 };
+        damaged[field..field + 4].copy_from_slice(&77_777_u32.to_le_bytes());
+        std::fs::write(dir.path().join(&data), &damaged).unwrap();
+        let refused = backhaul(&["repair", text(&delta)]);
+        assert!(String::from_utf8_lossy(&refused.stdout).contains("grain directory"));
+        assert_eq!(std::fs::read(dir.path().join(&data)).unwrap(), damaged);
+        let (code, answer) = json(&["repair", "--yes", text(&delta)]);
+        assert_eq!((code, &answer["clean"]), (Some(0), &true.into()), "{answer}");
+        assert!(std::fs::read(dir.path().join(&data)).unwrap() == extent);
+    }
+}
+
+#[test]
+fn headers_and_footers_are_repaired_after_their_plan_was_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("disk.raw");
+    std::fs::write(&raw, content()).unwrap();
+    for (kind, from_end, at, bytes, plan) in [
+        ("monolithicSparse", false, 56, [0xfe; 3].as_slice(), "pointer to a grain directory"),
+        ("monolithicSparse", false, 48, &[0xfe; 3], "pointer to a grain directory"),
+        ("streamOptimized", false, 12, &[0; 8], "from its footer"),
+        ("vhd", true, 512 - 50, &[1], "new VHD footer"),
+    ] {
+        let image = image_path(dir.path(), kind);
+        let _ = std::fs::remove_file(&image);
+        good(&["convert", "-f", "raw", "-O", kind, text(&raw), text(&image)]);
+        let mut damaged = std::fs::read(&image).unwrap();
+        let at = if from_end { damaged.len() - at } else { at };
+        damaged[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(&image, &damaged).unwrap();
+        let shown = backhaul(&["repair", text(&image)]);
+        let text_shown = String::from_utf8_lossy(&shown.stdout).replace(['\n', '│'], " ");
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words(&text_shown).contains(plan), "{kind}: {text_shown} {}", said(&shown));
+        assert!(std::fs::read(&image).unwrap() == damaged, "{kind}");
+        let (code, answer) = json(&["repair", "--yes", text(&image)]);
+        assert_eq!((code, &answer["clean"]), (Some(0), &true.into()), "{kind}: {answer}");
+        judge(&image, kind, &raw);
+    }
+}
+
+/// A disk of 62 TiB with many runs, in 256 MiB of address space: the map is not held in memory.
+#[test]
+fn a_map_takes_no_memory_that_grows() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("large.vmdk");
+    good(&["create", "-O", "monolithicSparse", "--size", "62TiB", text(&image)]);
+    let mut commands = String::new();
+    for number in 0..2000_u64 {
+        commands += &format!("write -q -P 1 {} 512\n", number * 33_000_000_000 / 512 * 512);
+    }
+    let script = dir.path().join("script");
+    std::fs::write(&script, commands).unwrap();
+    let written = Command::new("qemu-io")
+        .args(["-t", "unsafe", "-f", "vmdk", text(&image)])
+        .stdin(std::fs::File::open(&script).unwrap())
+        .output()
+        .expect("qemu-io is missing: install the Debian package qemu-utils");
+    assert!(written.status.success(), "{}", said(&written));
+    let program = backhaul_tests::programs().join("backhaul");
+    let output = Command::new("prlimit")
+        .arg("--as=268435456")
+        .arg(program)
+        .args(["image", "map", "--json", text(&image)])
+        .output()
+        .expect("prlimit is missing: install the Debian package util-linux");
+    assert!(output.status.success(), "{}", said(&output));
+    let map: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(map["runs"].as_array().unwrap().len() as u64, map["totals"]["runs"]);
+    assert_eq!(map["totals"]["data_bytes"], 2000 * 65_536);
+    assert_eq!(map["runs"][2]["state"], "data", "{}", map["runs"][2]);
 }

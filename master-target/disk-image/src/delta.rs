@@ -9,7 +9,7 @@ use std::{
 use crate::{
     error::{ErrorKind, ImageError, Result},
     extent::{Backing, Extent},
-    fix::Sink,
+    fix::{Action, Fix, Sink},
     image::{DISK_BYTES_MAX, Deep, RunState, SECTOR_BYTES},
     kind::Kind,
     report::{ExtentInfo, Finding, Progress, Severity, advance},
@@ -19,6 +19,12 @@ use crate::{
 
 /// Entries of a COWD grain table.
 const COWD_TABLE_ENTRIES: u64 = 4096;
+
+/// Where every known COWD writer puts the directory, behind a header of 2 KiB.
+const COWD_DIRECTORY_SECTOR: u64 = 4;
+
+/// Bytes of a directory that are looked at to tell whether it is one.
+const SEEN_BYTES_MAX: u64 = 16 << 10;
 
 /// seSparse has one size of grain and one of table.
 const SE_GRAIN_SECTORS: u64 = 8;
@@ -80,9 +86,26 @@ impl DeltaExtent {
         }
         let needed = capacity_sectors.div_ceil(grain_sectors * COWD_TABLE_ENTRIES);
         if entries < needed || needed > DIRECTORY_ENTRIES_MAX {
-            return damaged(
-                "its COWD header gives a grain directory that does not fit its capacity",
+            let error =
+                damaged("its COWD header gives a grain directory that does not fit its capacity");
+            return match needed <= DIRECTORY_ENTRIES_MAX
+                && cowd_directory(&store, COWD_DIRECTORY_SECTOR, needed)
+            {
+                true => error
+                    .map_err(|error| mended(error, "length", 24, (needed as u32).to_le_bytes())),
+                false => error,
+            };
+        }
+        if !cowd_directory(&store, directory_sector, needed)
+            && directory_sector != COWD_DIRECTORY_SECTOR
+            && cowd_directory(&store, COWD_DIRECTORY_SECTOR, needed)
+        {
+            let error = damaged(
+                "its COWD header names a grain directory elsewhere than at sector 4, where one is; \
+                 repair the image",
             );
+            let right = (COWD_DIRECTORY_SECTOR as u32).to_le_bytes();
+            return error.map_err(|error| mended(error, "place", 20, right));
         }
         let bytes = read_within(&store, directory_sector, needed * 4)?;
         let directory = bytes.chunks_exact(4).map(narrow).collect();
@@ -124,7 +147,22 @@ impl DeltaExtent {
         }
         let (directory_sector, directory_sectors) = (field(128), field(136));
         let per_table = SE_TABLE_SECTORS * SECTOR_BYTES / 8;
-        let needed = capacity_sectors.div_ceil(SE_GRAIN_SECTORS * per_table);
+        let right = field(144).saturating_sub(directory_sectors);
+        let total = capacity_sectors.div_ceil(SE_GRAIN_SECTORS * per_table);
+        if directory_sector != right
+            && se_directory(&store, right, total)
+            && (directory_sector.abs_diff(right) < directory_sectors
+                || !se_directory(&store, directory_sector, total))
+        {
+            let error = fail(
+                ErrorKind::Damaged,
+                128,
+                "its header names a place for its grain directory where none is, but one is right \
+                 before its tables; repair the image",
+            );
+            return error.map_err(|error| mended(error, "place", 128, right.to_le_bytes()));
+        }
+        let needed = total;
         if directory_sectors.saturating_mul(SECTOR_BYTES / 8) < needed {
             return fail(
                 ErrorKind::Damaged,
@@ -375,6 +413,58 @@ impl Extent for DeltaExtent {
         }
         advance(progress, &self.store.path, total, total)
     }
+}
+
+/// Whether a COWD directory of `entries` stands at `sector`: what it names are whole tables behind
+/// it, and it names one.
+fn cowd_directory(store: &Store, sector: u64, entries: u64) -> bool {
+    let behind = sector + (entries * 4).div_ceil(SECTOR_BYTES);
+    let file_sectors = store.length().unwrap_or(0).div_ceil(SECTOR_BYTES);
+    let table_sectors = COWD_TABLE_ENTRIES * 4 / SECTOR_BYTES;
+    is_directory(store, sector, entries * 4, |bytes| {
+        let entry =
+            |word| (word, word == 0 || word >= behind && word + table_sectors <= file_sectors);
+        bytes.chunks_exact(4).map(narrow).map(entry).collect()
+    })
+}
+
+/// Whether a seSparse directory of `entries` stands at `sector`, for as many tables.
+fn se_directory(store: &Store, sector: u64, entries: u64) -> bool {
+    is_directory(store, sector, entries * 8, |bytes| {
+        let sound = |word: u64| word >> 32 == 0x1000_0000 && word & 0xffff_ffff < entries;
+        bytes.chunks_exact(8).map(wide).map(|word| (word, word == 0 || sound(word))).collect()
+    })
+}
+
+/// Whether all entries are sound and one names a table, as far as a first look goes.
+fn is_directory(
+    store: &Store,
+    sector: u64,
+    length: u64,
+    judge: impl Fn(&[u8]) -> Vec<(u64, bool)>,
+) -> bool {
+    let seen = length.min(SEEN_BYTES_MAX);
+    let Ok(bytes) = read_within(store, sector, seen) else { return false };
+    let entries = judge(&bytes);
+    sector > 0
+        && entries.iter().all(|(_, sound)| *sound)
+        && entries.iter().any(|(word, _)| *word != 0)
+}
+
+/// The error with a repair that writes one field of the header.
+fn mended<const N: usize>(
+    error: ImageError,
+    what: &str,
+    offset: u64,
+    bytes: [u8; N],
+) -> ImageError {
+    let fix = Fix {
+        path: error.path().to_owned(),
+        sentence: format!("correct the {what} of the grain directory in the header"),
+        lost_bytes: 0,
+        action: Action::Write { offset, bytes: bytes.to_vec() },
+    };
+    error.mended_by(fix)
 }
 
 /// Reads `length` bytes that must lie within the file, so that a hostile number costs no memory.

@@ -18,7 +18,10 @@ use crate::{
     fix::Sink,
     folder::{Folder, Locks},
     identity::{ContentId, DiskUuid, long_content_id},
-    image::{Deep, DiskImage, FlatExtent, Run, RunState, Runs, SECTOR_BYTES},
+    image::{
+        Deep, DiskImage, FlatExtent, MapDisk, ReadDisk, Run, RunState, Runs, SECTOR_BYTES,
+        WriteDisk,
+    },
     kind::Kind,
     report::{CheckReport, Finding, ImageInfo, Progress, Severity},
     storage::Store,
@@ -184,7 +187,8 @@ impl Disk {
         while at < end {
             let Some(placed) = self.extents.get(index) else { break };
             let until = end.min(placed.start + placed.length);
-            let backing = Backing { parent: self.parent.as_deref(), start: placed.start };
+            let parent = self.parent.as_deref().map(|parent| parent as &dyn ReadDisk);
+            let backing = Backing { parent, start: placed.start };
             let range = (at - offset) as usize..(until - offset) as usize;
             each(placed.extent.as_ref(), at - placed.start, range, backing)?;
             at = until;
@@ -237,15 +241,7 @@ impl Disk {
     }
 }
 
-impl DiskImage for Disk {
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
+impl ReadDisk for Disk {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
@@ -256,7 +252,18 @@ impl DiskImage for Disk {
             extent.read(&mut buf[range], at, backing)
         })
     }
+}
 
+impl MapDisk for Disk {
+    fn extents(&self, offset: u64, length: u64) -> Runs<'_> {
+        match self.check_range(offset, length) {
+            Ok(()) => Box::new(DiskRuns { disk: self, next: offset, end: offset + length }),
+            Err(error) => Box::new(std::iter::once(Err(error))),
+        }
+    }
+}
+
+impl WriteDisk for Disk {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
         self.prepare_change()?;
@@ -293,12 +300,15 @@ impl DiskImage for Disk {
         // the error with it.
         self.refuse_latched()
     }
+}
 
-    fn extents(&self, offset: u64, length: u64) -> Runs<'_> {
-        match self.check_range(offset, length) {
-            Ok(()) => Box::new(DiskRuns { disk: self, next: offset, end: offset + length }),
-            Err(error) => Box::new(std::iter::once(Err(error))),
-        }
+impl DiskImage for Disk {
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
     }
 
     fn flat(&self) -> Option<FlatExtent<'_>> {

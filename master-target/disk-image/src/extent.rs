@@ -3,7 +3,7 @@
 use crate::{
     error::{ErrorKind, ImageError, Result},
     fix::Sink,
-    image::{Deep, DiskImage, FlatExtent, RunState},
+    image::{Deep, FlatExtent, ReadDisk, RunState},
     report::{ExtentInfo, Finding, Progress},
     storage::Store,
 };
@@ -54,7 +54,7 @@ pub(crate) trait Extent: Send + Sync {
 /// What lies under an extent: the parent's bytes, or zeros.
 #[derive(Clone, Copy)]
 pub(crate) struct Backing<'a> {
-    pub(crate) parent: Option<&'a dyn DiskImage>,
+    pub(crate) parent: Option<&'a dyn ReadDisk>,
     /// Where in the disk the extent begins, bytes.
     pub(crate) start: u64,
 }

@@ -15,18 +15,12 @@ pub const SECTOR_BYTES: u64 = 512;
 /// Bytes of the largest disk: 62 TiB, the vSphere maximum for a virtual disk.
 pub const DISK_BYTES_MAX: u64 = 62 << 40;
 
-/// A disk image that is open.
+/// Reading a disk. Of this and the other capabilities:
 ///
 /// All calls block. Offsets and lengths are bytes from the start of the disk and need no
 /// alignment; a range that leaves the disk is refused and nothing of it is done. Calls may run
 /// in parallel; two writes that overlap are not ordered.
-pub trait DiskImage: Send + Sync + fmt::Debug {
-    /// The kind the image was opened as.
-    fn kind(&self) -> Kind;
-
-    /// The image's own path: the descriptor, where there is one.
-    fn path(&self) -> &Path;
-
+pub trait ReadDisk: Send + Sync {
     /// Bytes of the disk the guest sees.
     fn size_bytes(&self) -> u64;
 
@@ -35,7 +29,19 @@ pub trait DiskImage: Send + Sync + fmt::Debug {
     /// # Errors
     /// The range leaves the disk, the image is damaged there, or the file system fails.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+}
 
+/// Telling what is stored, so that a reader passes over holes.
+pub trait MapDisk: ReadDisk {
+    /// What is stored in a range, in order and without gaps, through the chain of parents.
+    ///
+    /// Looks as it goes and holds no list, so the cost is the caller's pace, and a write made
+    /// meanwhile may or may not show. Neighbours of one state come as one run.
+    fn extents(&self, offset: u64, length: u64) -> Runs<'_>;
+}
+
+/// Changing a disk, and making the changes durable.
+pub trait WriteDisk: ReadDisk {
     /// Writes all of `buf` at `offset`. Durable after the next [`flush`](Self::flush).
     ///
     /// The first change after opening renews the content id, so that a delta on the old content is
@@ -72,12 +78,16 @@ pub trait DiskImage: Send + Sync + fmt::Debug {
     /// # Errors
     /// The image is latched, or the file system fails.
     fn flush(&self) -> Result<()>;
+}
 
-    /// What is stored in a range, in order and without gaps, through the chain of parents.
-    ///
-    /// Looks as it goes and holds no list, so the cost is the caller's pace, and a write made
-    /// meanwhile may or may not show. Neighbours of one state come as one run.
-    fn extents(&self, offset: u64, length: u64) -> Runs<'_>;
+/// A disk image that is open: a disk with a file, a kind and an identity. An operation asks for the
+/// capabilities that it uses; this is what [`open`](crate::open()) hands out.
+pub trait DiskImage: MapDisk + WriteDisk + fmt::Debug {
+    /// The kind the image was opened as.
+    fn kind(&self) -> Kind;
+
+    /// The image's own path: the descriptor, where there is one.
+    fn path(&self) -> &Path;
 
     /// The single file region that holds the whole disk, where the kind has one.
     fn flat(&self) -> Option<FlatExtent<'_>>;
@@ -117,7 +127,7 @@ pub enum Deep {
     Yes,
 }
 
-/// The runs of [`DiskImage::extents`].
+/// The runs of [`MapDisk::extents`].
 pub type Runs<'a> = Box<dyn Iterator<Item = Result<Run>> + Send + 'a>;
 
 /// Part of a disk that is stored in one way.

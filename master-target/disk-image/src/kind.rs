@@ -73,6 +73,18 @@ impl Kind {
         self.is_creatable() && !matches!(self, Self::StreamOptimized)
     }
 
+    /// Bytes of a disk of this kind that others take: Azure refuses a VHD that is not a whole number
+    /// of MiB, every other kind is taken as it is. Zeros at the end make up the difference.
+    pub const fn padded_bytes(self, size_bytes: u64) -> u64 {
+        match self {
+            Self::FixedVhd => match size_bytes.checked_next_multiple_of(1 << 20) {
+                Some(padded) => padded,
+                None => size_bytes,
+            },
+            _ => size_bytes,
+        }
+    }
+
     /// The kind that a `createType` stands for. ESXi's names for how a flat disk was first
     /// allocated all mean a `vmfs` disk.
     pub(crate) fn of_create_type(name: &str) -> Option<Self> {

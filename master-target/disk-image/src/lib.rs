@@ -14,7 +14,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! [`open`] probes the file and hands out one [`DiskImage`] whatever the kind. Nothing here needs
+//! [`open`] probes the file and hands out one [`DiskImage`] whatever the kind: [`ReadDisk`],
+//! [`MapDisk`] and [`WriteDisk`] are what can be done with its disk. Nothing here needs
 //! an async runtime: every call blocks, and all of them take `&self`, so a caller spreads work
 //! over threads as it likes. A flat image also gives its file away ([`DiskImage::flat`]), for an
 //! engine that submits its own I/O.
@@ -52,7 +53,10 @@ pub use error::{ErrorKind, ImageError, Result};
 pub use fix::{FIXES_MAX, Fix};
 pub use geometry::{AdapterType, Geometry, UnknownAdapterType};
 pub use identity::{ContentId, DiskUuid, InvalidUuid};
-pub use image::{DISK_BYTES_MAX, Deep, DiskImage, FlatExtent, Run, RunState, Runs, SECTOR_BYTES};
+pub use image::{
+    DISK_BYTES_MAX, Deep, DiskImage, FlatExtent, MapDisk, ReadDisk, Run, RunState, Runs,
+    SECTOR_BYTES, WriteDisk,
+};
 pub use kind::{Kind, UnknownKind};
 pub use open::{CHAIN_LINKS_MAX, OpenOptions, open, open_storage};
 pub use report::{

@@ -1,4 +1,5 @@
-//! A stream whose writer was interrupted: tables, directory and footer made anew from the markers.
+//! Streams: tables, directory and footer made anew from the markers where the writer was interrupted,
+//! a damaged header from the footer.
 
 use std::{fs::File, path::Path, sync::Arc};
 
@@ -28,7 +29,14 @@ pub(crate) fn plan_footer(
 ) -> Result<Vec<Fix>> {
     let file = File::open(path).map_err(|source| ImageError::io("open", path, source))?;
     let store = Arc::new(Store::new(path, Box::new(file)));
-    let Ok(header) = read_header(&store, 0) else { return Ok(Vec::new()) };
+    let header = read_header(&store, 0);
+    if let Some(footer) = last_footer(&store)?
+        && header.as_ref().is_ok_and(|header| !is_of_one_stream(header, &footer))
+            | header.as_ref().is_err_and(|error| error.kind() == ErrorKind::Damaged)
+    {
+        return Ok(vec![header_from(&footer, path)]);
+    }
+    let Ok(header) = header else { return Ok(Vec::new()) };
     if header.directory_sector != DIRECTORY_AT_END
         || !header.has(FLAG_MARKERS)
         || error.path() != store.path && error.path().file_name() != path.file_name()
@@ -50,6 +58,30 @@ pub(crate) fn plan_footer(
         fix(Action::Write { offset: end * SECTOR_BYTES, bytes }),
         fix(Action::SetLength(length)),
     ])
+}
+
+/// The footer of a stream that ends as it should, whatever its header says.
+fn last_footer(store: &Store) -> Result<Option<Header>> {
+    let Some(at) = store.length()?.checked_sub(2 * SECTOR_BYTES) else { return Ok(None) };
+    let footer = read_header(store, at).ok();
+    Ok(footer
+        .filter(|footer| footer.has(FLAG_MARKERS) && footer.directory_sector != DIRECTORY_AT_END))
+}
+
+fn is_of_one_stream(header: &Header, footer: &Header) -> bool {
+    Header { directory_sector: header.directory_sector, unclean: header.unclean, ..*footer }
+        == *header
+}
+
+/// A stream has its header twice: in front without the directory's place, and at its end with it.
+fn header_from(footer: &Header, path: &Path) -> Fix {
+    let header = Header { directory_sector: DIRECTORY_AT_END, unclean: false, ..*footer };
+    Fix {
+        path: path.to_owned(),
+        sentence: "write the stream's damaged header anew, from its footer".into(),
+        lost_bytes: 0,
+        action: Action::Write { offset: 0, bytes: header.encode().to_vec() },
+    }
 }
 
 /// Numbers and sectors of the whole grains, and the first sector behind the last.

@@ -43,23 +43,28 @@ pub(crate) fn parse(bytes: &[u8; 512], path: &Path, at: u64) -> Result<Footer> {
             return fail(ErrorKind::Damaged, format!("its VHD footer gives disk type {other}"));
         }
     }
-    if u32_at(64) != checksum(bytes) {
-        let sentence = "the checksum of its VHD footer is wrong; repair the image";
+    let mend = |sentence: String| {
         let error = ImageError::new(ErrorKind::Damaged, path, sentence).at(at);
-        return Err(error.mended_by(Fix {
+        Err(error.mended_by(Fix {
             path: path.to_owned(),
-            sentence: format!("write a new VHD footer for a disk of {at} bytes"),
+            sentence: format!("write a new VHD footer for the {at} bytes before it"),
             lost_bytes: 0,
             action: Action::Write { offset: at, bytes: mended(bytes, at).to_vec() },
-        }));
+        }))
+    };
+    if u32_at(64) != checksum(bytes) {
+        return mend("the checksum of its VHD footer is wrong; repair the image".into());
     }
     let mut size = [0; 8];
     size.copy_from_slice(&bytes[48..56]);
     let size_bytes = u64::from_be_bytes(size);
     if size_bytes != at || size_bytes == 0 || size_bytes > DISK_BYTES_MAX {
-        let sentence =
-            format!("its VHD footer gives a size of {size_bytes} bytes, but stands at {at}");
-        return fail(ErrorKind::Damaged, sentence);
+        let sentence = format!(
+            "its VHD footer gives a size of {size_bytes} bytes, but stands at byte {at}: the file was \
+             cut or enlarged, or the footer is wrong; copy it again from its source, or repair it, \
+             which takes the {at} bytes for the disk"
+        );
+        return mend(sentence);
     }
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&bytes[68..84]);

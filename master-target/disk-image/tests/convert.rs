@@ -59,7 +59,7 @@ fn every_kind_becomes_every_kind() {
         for first in CREATABLE {
             let one = dir.path().join(format!("{size_bytes}-{first}.vmdk"));
             let report = convert(source.as_ref(), &one, &ConvertOptions::new(first), &mut Silent);
-            assert_eq!(report.unwrap().size_bytes, size_bytes);
+            assert_eq!(report.unwrap().size_bytes, first.padded_bytes(size_bytes));
             qemu(&["compare", "-f", format(first), "-F", "raw", text(&one), text(&oracle)]);
             let opened = open(&one, &OpenOptions::read_only().of_kind(first)).unwrap();
             let checked = opened.check(Deep::Yes, &mut Silent).unwrap();
@@ -342,4 +342,106 @@ fn a_vhd_with_a_wrong_checksum_and_a_short_flat_extent_are_repaired() {
     open(&flat, &OpenOptions::read_only()).unwrap_err();
     assert_eq!(repair(&flat), 1 << 20);
     assert_eq!(content(&flat).len(), 4 << 20);
+}
+
+/// Changes eight bytes of a file.
+fn put(path: &Path, at: u64, value: u64) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&value.to_le_bytes(), at).unwrap();
+}
+
+#[test]
+fn a_directory_pointer_that_leads_elsewhere_is_derived_and_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let by_qemu = dir.path().join("by-qemu.vmdk");
+    qemu(&["create", "-f", "vmdk", text(&by_qemu), "64M"]);
+    let image = dir.path().join("d.vmdk");
+    let model = sparse(&image);
+    let whole = std::fs::read(&image).unwrap();
+    // Beyond the file, 0, into a hole, the descriptor, a grain; one pointer, or both.
+    for wrong in [1 << 40, u64::MAX >> 1, 0, 40, 1, 300] {
+        for fields in [[48].as_slice(), &[56], &[48, 56]] {
+            std::fs::write(&image, &whole).unwrap();
+            fields.iter().for_each(|field| put(&image, *field, wrong));
+            assert!(content(&image) == model, "{wrong}, {fields:?}");
+            let report = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+            assert_eq!((report.losses, report.redundancies), (0, fields.len() as u64));
+            let error = open(&image, &OpenOptions::writable()).unwrap_err();
+            assert!(error.to_string().contains("repair it before writing"), "{error}");
+            let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+            assert!(plan.fixes[0].sentence.contains("pointer to a grain directory"), "{plan:?}");
+            assert_eq!(repair(&image), 0);
+            assert!(std::fs::read(&image).unwrap() == whole, "{wrong}, {fields:?}");
+        }
+    }
+    // qemu puts its directories at the same places.
+    let before = std::fs::read(&by_qemu).unwrap();
+    for field in [48, 56] {
+        put(&by_qemu, field, 1 << 33);
+        assert_eq!(repair(&by_qemu), 0);
+        assert!(std::fs::read(&by_qemu).unwrap() == before);
+    }
+}
+
+#[test]
+fn a_damaged_header_of_a_stream_is_written_anew_from_its_footer() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = raw_disk(&dir.path().join("oracle.raw"), 40 << 20);
+    let image = dir.path().join("s.vmdk");
+    convert(source.as_ref(), &image, &ConvertOptions::new(Kind::StreamOptimized), &mut Silent)
+        .unwrap();
+    let whole = std::fs::read(&image).unwrap();
+    // Version, capacity (absurd, and merely wrong), size of a grain.
+    for (at, value) in [(4, 77), (12, 0), (12, 4096), (20, 3), (20, 64)] {
+        put(&image, at, value);
+        let error = open(&image, &OpenOptions::read_only()).unwrap_err();
+        if error.kind() == ErrorKind::Unsupported {
+            std::fs::write(&image, &whole).unwrap();
+            continue;
+        }
+        let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+        assert!(plan.cannot_open.is_some() && plan.fixes.len() == 1, "{plan:?}");
+        assert_eq!(repair(&image), 0);
+        assert!(std::fs::read(&image).unwrap() == whole, "byte {at}");
+    }
+}
+
+#[test]
+fn a_vhd_whose_footer_has_another_size_is_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let vhd = dir.path().join("d.vhd");
+    for grown in [true, false] {
+        let _ = std::fs::remove_file(&vhd);
+        create(&vhd, &CreateOptions::new(Kind::FixedVhd, 4 << 20)).unwrap();
+        let bytes = std::fs::read(&vhd).unwrap();
+        let size = if grown { 6 << 20 } else { 3 << 20 };
+        let mut changed = bytes[..4 << 20].to_vec();
+        changed.resize(size, 0);
+        changed[70_000..71_000].fill(5);
+        let disk = changed.clone();
+        changed.extend_from_slice(&bytes[4 << 20..]);
+        std::fs::write(&vhd, changed).unwrap();
+        let error = open(&vhd, &OpenOptions::read_only()).unwrap_err();
+        assert!(error.to_string().contains("4194304"), "{error}");
+        assert_eq!(repair(&vhd), 0);
+        assert!(content(&vhd) == disk);
+        let raw = dir.path().join("oracle.raw");
+        std::fs::write(&raw, disk).unwrap();
+        qemu(&["compare", "-f", "vpc", "-F", "raw", text(&vhd), text(&raw)]);
+    }
+}
+
+#[test]
+fn a_stream_of_a_disk_beyond_4_gib_is_read_by_qemu_and_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let size_bytes = (5 << 30) + 512;
+    let (oracle, image) = (dir.path().join("oracle.raw"), dir.path().join("s.vmdk"));
+    let source = raw_disk(&oracle, size_bytes);
+    convert(source.as_ref(), &image, &ConvertOptions::new(Kind::StreamOptimized), &mut Silent)
+        .unwrap();
+    qemu(&["compare", "-f", "vmdk", "-F", "raw", text(&image), text(&oracle)]);
+    let (opened, back) =
+        (open(&image, &OpenOptions::read_only()).unwrap(), dir.path().join("back.raw"));
+    convert(opened.as_ref(), &back, &ConvertOptions::new(Kind::Raw), &mut Silent).unwrap();
+    qemu(&["compare", "-f", "raw", "-F", "raw", text(&back), text(&oracle)]);
 }

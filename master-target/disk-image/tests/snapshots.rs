@@ -6,7 +6,7 @@ mod support;
 
 use backhaul_disk_image::{
     CreateOptions, Deep, ErrorKind, Kind, OpenOptions, Silent, create, open,
-    ops::{ConvertOptions, compare, convert},
+    ops::{ConvertOptions, apply_repair, compare, convert, plan_repair},
 };
 use esxi::{Grain, cowd, descriptor, sesparse};
 use support::{qemu, text};
@@ -120,4 +120,35 @@ fn a_chain_that_runs_in_a_circle_or_leaves_the_folder_is_refused() {
     assert_eq!(error.kind(), ErrorKind::Outside, "{error}");
     let trusted = OpenOptions { allow_outside: true, ..OpenOptions::read_only() };
     open(&inner.join("c.vmdk"), &trusted).unwrap();
+}
+
+/// Repairs the image at `path`, whose extent had `good` before it was damaged.
+fn repaired(path: &std::path::Path, extent: &std::path::Path, good: &[u8]) {
+    let error = open(path, &OpenOptions::read_only()).unwrap_err();
+    assert!(error.to_string().contains("grain directory"), "{error}");
+    let plan = plan_repair(path, &OpenOptions::read_only(), &mut Silent).unwrap();
+    assert_eq!((plan.fixes.len(), plan.lost_bytes), (1, 0), "{plan:?}");
+    apply_repair(&plan, &mut Silent).unwrap();
+    assert!(std::fs::read(extent).unwrap() == good);
+}
+
+#[test]
+fn a_header_that_names_a_wrong_directory_is_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s-delta.vmdk");
+    let good = cowd(4096 * 300, 1, &[(1, vec![1; 512]), (5000, vec![2; 512])]);
+    // Where the directory is, and how many entries it has.
+    for (field, wrong) in [(20, 0_u32), (20, 9), (20, u32::MAX), (24, 0), (24, 7)] {
+        let mut bytes = good.clone();
+        bytes[field..field + 4].copy_from_slice(&wrong.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        repaired(&path, &path, &good);
+    }
+    let good = sesparse(8 * 4096 * 200, &[(0, Grain::Data(vec![1; 4096])), (600_000, Grain::Zero)]);
+    for wrong in [0_u64, 3, 1 << 50, u64::MAX] {
+        let mut bytes = good.clone();
+        bytes[128..136].copy_from_slice(&wrong.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        repaired(&path, &path, &good);
+    }
 }

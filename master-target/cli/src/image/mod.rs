@@ -51,7 +51,7 @@ pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode>
                 (None, Some(parent)) => ops::info(parent, &PARENT)?.size_bytes,
                 (None, None) => bail!("a new image needs a size, such as --size 40GiB"),
             };
-            let mut options = CreateOptions::new(*to, size_bytes);
+            let mut options = CreateOptions::new(*to, to.padded_bytes(size_bytes));
             options.adapter = *adapter;
             options.parent.clone_from(parent);
             options.thin = !thick;
@@ -89,10 +89,12 @@ fn check(input: &ImageInput, deep: bool, output: &Output) -> anyhow::Result<Exit
 
 fn map(input: &ImageInput, output: &Output) -> anyhow::Result<()> {
     let image = open(&input.image, &input.options())?;
-    let runs_max = if output.is_json() { usize::MAX } else { show::ROWS_MAX };
+    if output.is_json() {
+        return output.map_json(&*image);
+    }
     let mut runs: Vec<Run> = Vec::new();
     let totals = ops::map(&*image, &mut |run| {
-        if runs.len() < runs_max {
+        if runs.len() < show::ROWS_MAX {
             runs.push(run);
         }
         true

@@ -1,19 +1,18 @@
 //! Putting a new image in the place of an old one, with all files of both.
 
 use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use backhaul_disk_image::ops::ConvertReport;
 use backhaul_disk_image::{DiskImage, ErrorKind, ImageInfo, OpenOptions, open};
 
-/// Makes an image with `make` in a folder beside `target`, and puts it in the place of what is at
-/// `target` only when it is whole: whatever fails before that leaves the old image as it was.
-///
-/// The old descriptor goes first and the new one comes last, so that a crash in between leaves no
-/// image that opens and is wrong: the new one is whole in the hidden folder then.
+/// Makes an image with `make` in a hidden folder beside `target`, and puts it in the place of what is
+/// at `target` only when it is whole: whatever fails before that leaves the old image as it was.
+/// Whenever it is cut short, what is at `target` opens, and is the old image or the new one.
 pub(super) fn replace(
     source: &dyn DiskImage,
     target: &Path,
@@ -31,48 +30,111 @@ pub(super) fn replace(
     ensure!(!read.contains(&target), in_use());
     let old = Old::open(&target)?;
     ensure!(old.files.is_disjoint(&read), in_use());
-    let staging = tempfile::Builder::new().prefix(".backhaul-").tempdir_in(folder)?;
-    let staged = staging.path().join(name);
-    let report = make(&staged)?;
-    let mut moves: Vec<(PathBuf, PathBuf)> = Vec::new();
+    let staging = tempfile::Builder::new().prefix(STAGING_PREFIX).tempdir_in(folder)?;
+    let report = make(&staging.path().join(name))?;
+    let mut extents = Vec::new();
     for entry in fs::read_dir(staging.path())? {
-        let from = entry?.path();
-        let to = folder.join(from.file_name().unwrap_or_default());
+        let file = entry?.file_name();
+        let to = folder.join(&file);
         ensure!(
             old.files.contains(&to) || to.symlink_metadata().is_err(),
             "{} is in the way and no file of {shown}; move it away",
             to.display()
         );
-        moves.push((from, to));
+        extents.extend((file != name).then_some(file));
     }
-    moves.sort_by_key(|(from, _)| *from == staged);
-    if let Err(error) = exchange(&target, &old.files, &moves, folder) {
-        let kept = staging.keep();
-        bail!("{shown} cannot be replaced: {error}; the new image is in {}", kept.display());
-    }
+    let exchange = Exchange { folder, staging: &staging.keep(), name, extents, old: &old.files };
+    exchange.run(&mut || Ok(())).map_err(|error| {
+        let kept = exchange.staging.display();
+        anyhow!("{shown} cannot be replaced: {error}; the new image is in {kept}, do not remove it")
+    })?;
     Ok(ConvertReport { path: target, ..report })
 }
 
-fn exchange(
-    target: &Path,
-    old: &BTreeSet<PathBuf>,
-    moves: &[(PathBuf, PathBuf)],
-    folder: &Path,
-) -> io::Result<()> {
-    let sync = || File::open(folder)?.sync_all();
-    if moves.len() == 1 && old.len() == 1 {
-        fs::rename(&moves[0].0, &moves[0].1)?;
-        return sync();
+/// What begins the names of folders in which new images are made.
+const STAGING_PREFIX: &str = ".backhaul-";
+
+/// An old image, the new one in its hidden folder, and where they are to be exchanged.
+struct Exchange<'a> {
+    folder: &'a Path,
+    staging: &'a Path,
+    /// The descriptor, or the only file.
+    name: &'a OsStr,
+    /// The new image's other files.
+    extents: Vec<OsString>,
+    old: &'a BTreeSet<PathBuf>,
+}
+
+impl Exchange<'_> {
+    /// Exchanges them; `step` is called before everything that changes a file, and ends it by an
+    /// error.
+    ///
+    /// New extents may have the names of old ones, so the new descriptor first comes with the
+    /// extents where they were made, as one rename. Only then do the old ones go and the new ones
+    /// get their names, as links, and last the descriptor that names them there.
+    fn run(&self, step: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        let (target, staged) = (self.folder.join(self.name), self.staging.join(self.name));
+        let sync = || File::open(self.folder)?.sync_all();
+        if !self.extents.is_empty() {
+            let interim = self.staging.join(".interim");
+            step()?;
+            self.write_interim(&staged, &interim)?;
+            File::open(self.staging)?.sync_all()?;
+            step()?;
+            fs::rename(&interim, &target)?;
+            sync()?;
+            self.remove_old(step)?;
+            for extent in &self.extents {
+                step()?;
+                fs::hard_link(self.staging.join(extent), self.folder.join(extent))?;
+            }
+            sync()?;
+        }
+        step()?;
+        fs::rename(&staged, &target)?;
+        sync()?;
+        if self.extents.is_empty() {
+            self.remove_old(step)?;
+        }
+        for extent in &self.extents {
+            step()?;
+            fs::remove_file(self.staging.join(extent))?;
+        }
+        step()?;
+        fs::remove_dir(self.staging)?;
+        sync()
     }
-    fs::remove_file(target)?;
-    sync()?;
-    for file in old.iter().filter(|file| *file != target) {
-        fs::remove_file(file)?;
+
+    /// The new descriptor, with its extents in the hidden folder.
+    fn write_interim(&self, staged: &Path, interim: &Path) -> io::Result<()> {
+        let text = fs::read_to_string(staged)?;
+        let hidden = self.staging.file_name().unwrap_or_default().to_string_lossy();
+        let moved = text.split_inclusive('\n').map(|line| match line.starts_with("RW ") {
+            true => line.replacen('"', &format!("\"{hidden}/"), 1),
+            false => line.to_owned(),
+        });
+        fs::write(interim, moved.collect::<String>())?;
+        File::open(interim)?.sync_all()
     }
-    for (from, to) in moves {
-        fs::rename(from, to)?;
+
+    /// Removes the old image's files but the one at the target, and the hidden folder in which a
+    /// replacement that was cut short left them.
+    fn remove_old(&self, step: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        for file in self.old.iter().filter(|file| **file != self.folder.join(self.name)) {
+            step()?;
+            fs::remove_file(file)?;
+            let Some(parent) = file.parent().filter(|parent| *parent != self.folder) else {
+                continue;
+            };
+            let hidden = parent.file_name().and_then(OsStr::to_str);
+            if hidden.is_some_and(|name| name.starts_with(STAGING_PREFIX)) {
+                // The descriptor that was to come last; then nothing is left in it.
+                let _ = fs::remove_file(parent.join(self.name));
+                let _ = fs::remove_dir(parent);
+            }
+        }
+        Ok(())
     }
-    sync()
 }
 
 /// What is replaced.
@@ -111,4 +173,81 @@ fn chain_files(info: &ImageInfo) -> Vec<PathBuf> {
         next = info.parent.as_deref();
     }
     files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use backhaul_disk_image::ops::{ConvertOptions, convert};
+    use backhaul_disk_image::{Kind, Silent};
+
+    fn raw(path: &Path, byte: u8) -> Box<dyn DiskImage> {
+        fs::write(path, vec![byte; 1 << 20]).unwrap();
+        open(path, &OpenOptions::read_only().of_kind(Kind::Raw)).unwrap()
+    }
+
+    /// The byte that all of an image consists of.
+    fn content(path: &Path, story: &str) -> u8 {
+        let image = open(path, &OpenOptions::read_only())
+            .unwrap_or_else(|error| panic!("{story}: {error}"));
+        let mut bytes = vec![0; image.size_bytes() as usize];
+        image.read_at(&mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]), "{story}: a mixture");
+        bytes[0]
+    }
+
+    /// Replaces an image of one kind by one of another, cut at a step; says whether it came so far.
+    fn cut(kinds: [Kind; 2], cut_at: usize) -> bool {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().canonicalize().unwrap();
+        let (target, story) = (folder.join("d.vmdk"), format!("{kinds:?}, cut at step {cut_at}"));
+        let make = |source: &dyn DiskImage, target: &Path, kind| {
+            convert(source, target, &ConvertOptions::new(kind), &mut Silent).unwrap()
+        };
+        let elsewhere = tempfile::tempdir().unwrap();
+        let sources = [1, 2].map(|byte| raw(&elsewhere.path().join(byte.to_string()), byte));
+        make(&*sources[0], &target, kinds[0]);
+        let staging = folder.join(".backhaul-test");
+        fs::create_dir(&staging).unwrap();
+        make(&*sources[1], &staging.join("d.vmdk"), kinds[1]);
+        let names = fs::read_dir(&staging).unwrap().map(|entry| entry.unwrap().file_name());
+        let extents = names.filter(|name| name != "d.vmdk").collect();
+        let old = Old::open(&target).unwrap();
+        let name = OsStr::new("d.vmdk");
+        let exchange =
+            Exchange { folder: &folder, staging: &staging, name, extents, old: &old.files };
+        let mut steps = 0;
+        let ended = exchange.run(&mut || {
+            steps += 1;
+            if steps == cut_at { Err(io::Error::other("cut")) } else { Ok(()) }
+        });
+        drop(old);
+        let found = content(&target, &story);
+        assert!(ended.is_err() || found == 2, "{story}");
+        // What is left over is named when it stands in the way of the next replacement; else that
+        // leaves nothing behind but what a cut left before it.
+        match replace(&*sources[1], &target, |path| Ok(make(&*sources[1], path, kinds[1]))) {
+            Ok(_) => assert_eq!(content(&target, &story), 2),
+            Err(error) => {
+                assert!(error.to_string().contains("is in the way"), "{story}: {error}");
+                assert_eq!(content(&target, &story), found);
+            }
+        }
+        assert!(ended.is_err() || !staging.exists(), "{story}");
+        ended.is_err()
+    }
+
+    #[test]
+    fn an_exchange_cut_at_any_step_leaves_the_old_image_or_the_new() {
+        let pairs = [
+            [Kind::Vmfs, Kind::Vmfs],
+            [Kind::Vmfs, Kind::MonolithicSparse],
+            [Kind::MonolithicSparse, Kind::TwoGbMaxExtentSparse],
+            [Kind::TwoGbMaxExtentSparse, Kind::Vmfs],
+        ];
+        for kinds in pairs {
+            let steps = (1..50).take_while(|step| cut(kinds, *step)).count();
+            assert!(steps >= 2, "{kinds:?} took {steps} steps");
+        }
+    }
 }

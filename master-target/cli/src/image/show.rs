@@ -1,10 +1,12 @@
 //! What people and programs are shown of images.
 
-use backhaul_disk_image::ops::{CompareReport, ConvertReport, MapTotals, RepairPlan};
-use backhaul_disk_image::{CheckReport, ImageInfo, Run, RunState, Severity};
+use std::io::{BufWriter, ErrorKind, Write};
+
+use anyhow::ensure;
+use backhaul_disk_image::ops::{self, CompareReport, ConvertReport, MapTotals, RepairPlan};
+use backhaul_disk_image::{CheckReport, ImageInfo, MapDisk, Run, RunState, Severity};
 use bytesize::ByteSize;
 use comfy_table::{Cell, Color};
-use serde_json::json;
 
 use crate::print::say;
 use crate::show::Output;
@@ -97,10 +99,30 @@ impl Output {
         }
     }
 
-    pub(crate) fn mapped(&self, runs: &[Run], totals: &MapTotals) {
-        if self.is_json() {
-            return self.json(&json!({ "runs": runs, "totals": totals }));
+    /// Tells the runs as they are found, so that the memory it takes does not grow with them.
+    pub(crate) fn map_json(&self, image: &dyn MapDisk) -> anyhow::Result<()> {
+        let mut out = BufWriter::new(std::io::stdout().lock());
+        let mut separator = "{\"runs\":[";
+        let mut said = Ok(());
+        let walked = ops::map(image, &mut |run| {
+            said = write!(out, "{separator}")
+                .and_then(|()| Ok(serde_json::to_writer(&mut out, &run)?));
+            separator = ",";
+            said.is_ok()
+        });
+        if let Err(error) = said {
+            // Whoever read this went away.
+            ensure!(error.kind() == ErrorKind::BrokenPipe, "cannot print the map: {error}");
+            return Ok(());
         }
+        // An error's JSON stands on a line of its own, behind a map that is not whole.
+        let totals = walked.inspect_err(|_| drop(writeln!(out)))?;
+        writeln!(out, "],\"totals\":{}}}", serde_json::to_string(&totals)?)?;
+        out.flush()?;
+        Ok(())
+    }
+
+    pub(crate) fn mapped(&self, runs: &[Run], totals: &MapTotals) {
         let mut table = self.table(&["offset", "length", "state"]);
         for run in runs.iter().take(ROWS_MAX) {
             let state = match run.state {
@@ -134,6 +156,12 @@ impl Output {
             size(report.size_bytes),
             size(report.written_bytes)
         );
+        if report.padding_bytes > 0 {
+            say!(
+                "{} zero bytes were added at its end: Azure takes whole MiB only",
+                report.padding_bytes
+            );
+        }
     }
 
     pub(crate) fn compared(&self, report: &CompareReport) {

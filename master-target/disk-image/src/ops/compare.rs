@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::{
     error::Result,
-    image::DiskImage,
+    image::{DiskImage, ReadDisk},
     ops::pipeline::{self, Chunk, data_chunks, threads_or_all},
     report::{Progress, advance},
 };
@@ -72,7 +72,7 @@ pub fn compare(
 }
 
 /// A chunk of a disk, with zeros beyond its end.
-fn read(image: &dyn DiskImage, chunk: Chunk, buf: &mut [u8]) -> Result<()> {
+fn read(image: &dyn ReadDisk, chunk: Chunk, buf: &mut [u8]) -> Result<()> {
     let there = image.size_bytes().saturating_sub(chunk.offset).min(chunk.length) as usize;
     let (inside, beyond) = buf.split_at_mut(there);
     beyond.fill(0);

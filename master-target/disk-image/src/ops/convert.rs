@@ -14,7 +14,7 @@ use crate::{
     create::{CreateOptions, create_as},
     error::{ErrorKind, ImageError, Result},
     folder::{Folder, staged_name},
-    image::DiskImage,
+    image::{MapDisk, WriteDisk},
     kind::Kind,
     open::{OpenOptions, open},
     ops::pipeline::{self, Chunk, data_chunks, threads_or_all},
@@ -30,7 +30,8 @@ const SYNC_BYTES: u64 = 128 << 20;
 /// How to convert.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConvertOptions {
-    /// The new image. A `size_bytes` of 0 means the source's size; it cannot be smaller.
+    /// The new image. A `size_bytes` of 0 means the source's size, padded as the kind needs it
+    /// ([`Kind::padded_bytes`]); it cannot be smaller.
     pub create: CreateOptions,
     /// For streamOptimized: 1 is fast, 9 is small. Default: 6, as every other writer.
     pub deflate_level: u32,
@@ -56,6 +57,8 @@ pub struct ConvertReport {
     pub size_bytes: u64,
     /// Bytes that were written because they are not zeros.
     pub written_bytes: u64,
+    /// Zeros at the end that the source does not have.
+    pub padding_bytes: u64,
 }
 
 /// Copies `source`'s disk into a new image at `target`, which appears when it is whole and durable.
@@ -64,14 +67,14 @@ pub struct ConvertReport {
 /// # Errors
 /// As [`create`](crate::create()), and what reading and writing meet. What was made is removed.
 pub fn convert(
-    source: &dyn DiskImage,
+    source: &dyn MapDisk,
     target: &Path,
     options: &ConvertOptions,
     progress: &mut dyn Progress,
 ) -> Result<ConvertReport> {
     let mut create = options.create.clone();
     if create.size_bytes == 0 {
-        create.size_bytes = source.size_bytes();
+        create.size_bytes = create.kind.padded_bytes(source.size_bytes());
     }
     if create.size_bytes < source.size_bytes() {
         let sentence = format!(
@@ -90,12 +93,13 @@ pub fn convert(
         Kind::StreamOptimized => job.stream(target, progress)?,
         _ => job.copy(target, progress)?,
     };
-    let path = target.to_owned();
-    Ok(ConvertReport { path, kind: create.kind, size_bytes: create.size_bytes, written_bytes })
+    let (path, size_bytes) = (target.to_owned(), create.size_bytes);
+    let padding_bytes = size_bytes - source.size_bytes();
+    Ok(ConvertReport { path, kind: create.kind, size_bytes, written_bytes, padding_bytes })
 }
 
 struct Job<'a> {
-    source: &'a dyn DiskImage,
+    source: &'a dyn MapDisk,
     options: &'a ConvertOptions,
     create: &'a CreateOptions,
     threads: usize,
@@ -233,7 +237,7 @@ fn whole_grains(
 
 /// Writes the blocks of `bytes` that are not zeros, neighbours together. Blocks are aligned in the
 /// disk. Returns the bytes written.
-fn write_data(image: &dyn DiskImage, bytes: &[u8], offset: u64, block: usize) -> Result<u64> {
+fn write_data(image: &dyn WriteDisk, bytes: &[u8], offset: u64, block: usize) -> Result<u64> {
     let (mut at, mut written) = (0, 0);
     let step = |at: usize| {
         let within = ((offset + at as u64) % block as u64) as usize;

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::{
     error::Result,
-    image::{Deep, DiskImage, Run, RunState},
+    image::{Deep, MapDisk, Run, RunState},
     open::{OpenOptions, open},
     report::{CheckReport, ImageInfo, Progress},
 };
@@ -59,7 +59,7 @@ pub struct MapTotals {
 ///
 /// # Errors
 /// The image is damaged, or the file system fails.
-pub fn map(image: &dyn DiskImage, each: &mut dyn FnMut(Run) -> bool) -> Result<MapTotals> {
+pub fn map(image: &dyn MapDisk, each: &mut dyn FnMut(Run) -> bool) -> Result<MapTotals> {
     let mut totals = MapTotals::default();
     for run in image.extents(0, image.size_bytes()) {
         let run = run?;

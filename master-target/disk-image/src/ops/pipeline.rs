@@ -14,7 +14,7 @@ use std::{
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
-    image::{DiskImage, RunState},
+    image::{MapDisk, RunState},
 };
 
 /// Bytes of a chunk: large enough that a system call is cheap, a whole number of every grain that
@@ -39,9 +39,7 @@ impl Chunk {
 }
 
 /// The chunks of a disk in which data is stored.
-pub(super) fn data_chunks(
-    image: &dyn DiskImage,
-) -> impl Iterator<Item = Result<Chunk>> + Send + '_ {
+pub(super) fn data_chunks(image: &dyn MapDisk) -> impl Iterator<Item = Result<Chunk>> + Send + '_ {
     let mut runs = image.extents(0, image.size_bytes());
     let (mut next, mut end) = (0, 0);
     std::iter::from_fn(move || {

@@ -8,6 +8,7 @@ use crate::{
     sparse::{
         SparseExtent,
         header::{FLAG_ZEROED_GRAINS, UNCLEAN_OFFSET},
+        pointers::Misled,
         tables::{BAD, MISSING, Tables, ZEROED},
     },
 };
@@ -72,6 +73,15 @@ impl SparseExtent {
                 Action::Write { offset: UNCLEAN_OFFSET, bytes: vec![0] }
             });
         }
+        for (pointer, finding) in self.misled.iter().zip(self.misled_findings()) {
+            sink.find(finding);
+            let sentence =
+                format!("correct the header's pointer to a grain directory: {}", pointer.right);
+            sink.fix(&self.store.path, &sentence, || Action::Write {
+                offset: pointer.offset,
+                bytes: pointer.right.to_le_bytes().to_vec(),
+            });
+        }
         for finding in &tables.findings {
             sink.find(finding.clone());
         }
@@ -91,6 +101,13 @@ impl SparseExtent {
         }
         let capacity = self.header.capacity_bytes();
         advance(progress, &self.store.path, capacity, capacity)
+    }
+
+    pub(super) fn misled_findings(&self) -> Vec<Finding> {
+        let find = |pointer: &Misled| {
+            self.finding(Severity::Redundancy, pointer.offset, pointer.sentence())
+        };
+        self.misled.iter().map(find).collect()
     }
 
     fn finding(&self, severity: Severity, offset: u64, sentence: String) -> Finding {

@@ -39,7 +39,7 @@ pub(crate) fn layout(capacity_sectors: u64, has_descriptor: bool, zeroed_grains:
 }
 
 /// Sectors of a directory and its tables.
-fn copy_sectors(header: &Header) -> u64 {
+pub(super) fn copy_sectors(header: &Header) -> u64 {
     let entries = header.directory_entries();
     (entries * 4).div_ceil(SECTOR_BYTES) + entries * header.table_sectors()
 }

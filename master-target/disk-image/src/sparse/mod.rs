@@ -13,6 +13,7 @@ mod check;
 pub(crate) mod create;
 pub(crate) mod header;
 pub(crate) mod inflate;
+mod pointers;
 pub(crate) mod tables;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -27,6 +28,7 @@ use crate::{
     sparse::{
         header::{DIRECTORY_AT_END, FLAG_ZEROED_GRAINS, Header, UNCLEAN_OFFSET},
         inflate::Inflated,
+        pointers::Misled,
         tables::{BAD, MISSING, Tables, ZEROED},
     },
     storage::Store,
@@ -43,6 +45,8 @@ const FREE_GRAINS_MAX: usize = 1 << 20;
 pub(crate) struct SparseExtent {
     store: Arc<Store>,
     header: Header,
+    /// Pointers that `header` has right and the file has not.
+    misled: Vec<Misled>,
     writable: bool,
     /// Held for reading while grains are read or written in place, for writing while the map of
     /// grains changes: so no grain is given away under a reader.
@@ -93,11 +97,19 @@ impl SparseExtent {
                             make wrong; open it read only, or convert it";
             return Err(ImageError::new(ErrorKind::ReadOnly, &store.path, sentence));
         }
+        let misled = pointers::correct(&store, &mut header);
+        if let Some(pointer) = misled.first().filter(|_| writable) {
+            let sentence = format!("{}; repair it before writing", pointer.sentence());
+            return Err(
+                ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(pointer.offset)
+            );
+        }
         let tables = Tables::load(&store, header, writable)?;
         let first_free = tables.file_sectors.max(header.overhead_sectors);
         let next_sector = first_free.next_multiple_of(header.grain_sectors);
         Ok(Self {
             header,
+            misled,
             writable,
             grains: RwLock::new(()),
             state: Mutex::new(State {
@@ -524,7 +536,9 @@ impl Extent for SparseExtent {
     }
 
     fn findings(&self) -> Vec<Finding> {
-        self.state().tables.findings.clone()
+        let mut findings = self.misled_findings();
+        findings.extend(self.state().tables.findings.iter().cloned());
+        findings
     }
 
     fn check(&self, deep: Deep, sink: &mut Sink<'_>, progress: &mut dyn Progress) -> Result<()> {
