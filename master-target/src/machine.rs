@@ -51,6 +51,8 @@ pub struct Machine {
     pub open: Option<Open>,
     /// The connection that replicates it, and its index there.
     pub link: Option<(LinkId, MachineIndex)>,
+    /// The generation that its agent said hello with.
+    pub agent_generation: Generation,
     /// For the RPO.
     pub watermark: Watermark,
     /// What the agent last said.
@@ -148,6 +150,7 @@ impl Machine {
             persist_failed: false,
             open: None,
             link: None,
+            agent_generation: Generation(0),
             watermark: Watermark::new(),
             progress: None,
             marks: VecDeque::new(),

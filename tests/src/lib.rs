@@ -7,7 +7,7 @@ pub mod whole_guest;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use backhaul_api::{Consistency, FailoverRequest, Machine, Stage};
@@ -72,16 +72,19 @@ impl Scenario {
         self.rig.wait_log("agent", " connected target=").await
     }
 
-    /// Waits until the machine is consistent, has a point, and is replicated again: after a restart
-    /// of the agent the disks stay consistent for a moment, until its comparison begins, and only
-    /// the RPO, unknown until then, tells.
+    /// Waits until the machine is consistent, has a point, and is replicated by the agent that runs
+    /// now: after a restart of it the disks stay consistent for a moment, until its comparison
+    /// begins, and only an RPO younger than the agent tells that the comparison is over.
     pub async fn wait_consistent(&mut self) -> anyhow::Result<Machine> {
+        let began = Instant::now();
+        let age = self.rig.agent_age();
         self.rig
             .wait("a consistent machine", STEP_TIME_MAX, |machine| {
+                let age_seconds = (age + began.elapsed()).as_secs_f64();
                 machine.connected
                     && machine.consistency == Consistency::Consistent
                     && !machine.points.is_empty()
-                    && machine.rpo_seconds.is_some()
+                    && machine.rpo_seconds.is_some_and(|rpo_seconds| rpo_seconds < age_seconds)
             })
             .await
     }

@@ -53,6 +53,8 @@ async fn an_agent_killed_during_sync_and_during_replication_is_compared_anew() {
     scenario.compare().unwrap();
 }
 
+/// The agent that came back was told to go on where the one before it was, with that one's generation:
+/// it saw that this cannot be, and connected once more. Meanwhile the machine counted as consistent.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_is_gone_costs_seconds_and_a_cancel_brings_it_back() {
     let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
@@ -78,6 +80,8 @@ async fn a_source_that_is_gone_costs_seconds_and_a_cancel_brings_it_back() {
         .unwrap();
     let guest = scenario.start_guest(6, RATE_BYTES).await.unwrap();
     scenario.wait_consistent().await.unwrap();
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert_eq!(log.matches(" connected target=").count(), 2, "each agent connected once: {log}");
     let done = scenario.fail_over().await.unwrap();
     assert!(done.failover.unwrap().source_drained);
     guest.await.unwrap().unwrap();

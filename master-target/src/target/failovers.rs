@@ -71,9 +71,8 @@ impl Target {
         let message = if ended {
             welcome(index, Standing::Ended)
         } else {
-            let generation =
-                machine.open.as_ref().map_or(Generation(0), |open| open.receiver.generation());
-            standing(machine, index, generation, BatchSeq(0))
+            // The agent may have come with a new generation while the machine was failed over.
+            standing(machine, index, machine.agent_generation, BatchSeq(0))
         };
         if let Some(link) = self.links.get(&id) {
             link.up.control(target_message::Kind::Machine(message));

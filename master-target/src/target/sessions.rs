@@ -218,6 +218,7 @@ impl Target {
         machine.link = Some((*id, index));
         machine.questions.clear();
         let generation = Generation(hello.generation);
+        machine.agent_generation = generation;
         let welcome = standing(machine, index, generation, BatchSeq(hello.acked_batch));
         Ok((name, welcome))
     }

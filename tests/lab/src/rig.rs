@@ -93,6 +93,7 @@ struct Daemon {
     child: Child,
     /// Where its log began: those that ran before wrote to the same file.
     log_from: usize,
+    since: Instant,
 }
 
 impl Rig {
@@ -260,7 +261,7 @@ impl Rig {
             .stderr(log)
             .spawn()
             .with_context(|| format!("{} cannot be started", path.display()))?;
-        Ok(Daemon { child, log_from })
+        Ok(Daemon { child, log_from, since: Instant::now() })
     }
 
     /// Starts the target.
@@ -277,6 +278,11 @@ impl Rig {
     pub fn start_agent(&mut self) -> anyhow::Result<()> {
         self.agent = Some(self.spawn("backhaul-agent", "agent.toml", "agent.log")?);
         Ok(())
+    }
+
+    /// How long ago the agent was started; zero when none runs.
+    pub fn agent_age(&self) -> Duration {
+        self.agent.as_ref().map_or(Duration::ZERO, |agent| agent.since.elapsed())
     }
 
     /// Kills the target as a power cut would, and waits for its end.
