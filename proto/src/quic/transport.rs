@@ -12,6 +12,10 @@ use crate::quic::congestion::{Limited, Method, RateLimit};
 /// times more than this exceeds what one UDP send can carry: the packets would vanish.
 const UDP_PAYLOAD_BYTES_MAX: u16 = 6500;
 
+/// Copies of control frames that wait to leave, or to be read, in bytes; older ones give way. The
+/// stream has them all, so this only has to reach a moment.
+const COPIES_BYTES: usize = 64 << 10;
+
 /// How the sending rate is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Congestion {
@@ -90,7 +94,8 @@ impl TransportOptions {
         config.keep_alive_interval(Some(self.idle_timeout / 5));
         // Whole batches one after the other: the target can use none of them before it is complete.
         config.send_fairness(false);
-        config.datagram_receive_buffer_size(None);
+        config.datagram_receive_buffer_size(Some(COPIES_BYTES));
+        config.datagram_send_buffer_size(COPIES_BYTES);
         let mut mtu = MtuDiscoveryConfig::default();
         mtu.upper_bound(UDP_PAYLOAD_BYTES_MAX);
         config.mtu_discovery_config(Some(mtu));
