@@ -308,10 +308,8 @@ impl Prober {
     }
 
     async fn down(&mut self, connection: &Connection, time: Duration) -> anyhow::Result<f64> {
-        let received = AtomicU64::new(0);
-        let counted = |bytes| {
-            received.fetch_add(bytes, Ordering::Relaxed);
-        };
+        let received = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&received);
         let measure = async {
             let download_ms = time.as_millis() as u64;
             self.ask(ProbeRequest { download_ms, ..ProbeRequest::default() }).await?;
