@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream, VarInt};
-use tokio::sync::Semaphore;
 
 use crate::id::PeerName;
 use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
 use crate::quic::SocketFacts;
+use crate::quic::bulk::Bulk;
 use crate::quic::congestion::{self, CongestionStats};
 use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
 
@@ -17,22 +17,14 @@ use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
 
-/// What batches leave free of the transport's window. quinn gives the window to whoever writes first,
-/// whatever the priority: batches that fill it would keep a control message out of the transport
-/// until they are acknowledged, ten seconds on a slow line.
-const CONTROL_RESERVE_BYTES: u32 = 2 << 20;
-
-/// The window is counted out in pieces of this size.
-const BULK_UNIT_BYTES: usize = 4 << 10;
-
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Connection {
     quinn: quinn::Connection,
     peer: PeerName,
     socket: SocketFacts,
-    /// What batches may take of the transport's window, in units of [`BULK_UNIT_BYTES`].
-    bulk: Arc<Semaphore>,
+    /// What batches may take of the transport's window.
+    bulk: Arc<Bulk>,
     /// Batches sent so far.
     batches: Arc<AtomicU32>,
 }
@@ -45,8 +37,7 @@ impl Connection {
         socket: SocketFacts,
         window_bytes: u32,
     ) -> Self {
-        let bulk_bytes = window_bytes.saturating_sub(CONTROL_RESERVE_BYTES);
-        let bulk = Arc::new(Semaphore::new(bulk_bytes as usize / BULK_UNIT_BYTES));
+        let bulk = Arc::new(Bulk::new(window_bytes));
         Self { quinn, peer, socket, bulk, batches: Arc::default() }
     }
 
@@ -116,14 +107,15 @@ impl Connection {
     pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
-        let units = bytes.div_ceil(BULK_UNIT_BYTES) as u32;
-        // Never closed, so this cannot fail.
-        let _place = self.bulk.acquire_many(units).await;
+        self.bulk.follow(self.quinn.stats().path.cwnd);
+        let _place = self.bulk.place(bytes).await;
         let mut stream = self.quinn.open_uni().await.map_err(ended)?;
         let _ = stream.set_priority(self.next_priority());
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
         stream.finish().map_err(|error| broken(error.to_string()))?;
-        stream.stopped().await.map(drop).map_err(|error| broken(error.to_string()))
+        let acknowledged = stream.stopped().await;
+        self.bulk.follow(self.quinn.stats().path.cwnd);
+        acknowledged.map(drop).map_err(|error| broken(error.to_string()))
     }
 
     /// Batches go in their order, below control and hashes, and so do the parts of them that were

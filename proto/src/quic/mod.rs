@@ -4,6 +4,7 @@
 //! a sync stream (bidirectional), and one unidirectional stream for each batch. `SPEC.md` has the
 //! rules. Nothing in here knows what the messages mean.
 
+mod bulk;
 mod congestion;
 mod connection;
 mod copies;

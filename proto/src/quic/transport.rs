@@ -50,8 +50,9 @@ pub struct TransportOptions {
     /// A ceiling on what is sent, changed through any clone while connections run (default: none).
     /// It holds for each connection that is made with these options.
     pub rate_limit: RateLimit,
-    /// Bytes that may be under way in each direction (default 48 MiB). It must reach bandwidth ×
-    /// delay for a link to be filled; it bounds the memory that unread data takes.
+    /// Most bytes that may be under way in each direction (default 48 MiB), a bound on memory: batches
+    /// take of it what the path is measured to carry. A link whose bandwidth × delay is more than a
+    /// fifth of it may not be filled.
     pub window_bytes: u32,
     /// Batch streams that may be open at a time (default 256).
     pub streams_max: u32,
