@@ -170,6 +170,7 @@ async fn converse(
         ended = messages => ended,
         ended = answers => ended,
         reason = connection.closed() => return reason,
+        () = connection.knock_while_silent() => Ok(()),
     };
     let reason = match ended {
         Ok(()) => "the session ended".to_owned(),

@@ -159,12 +159,14 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     let store: Arc<Path> = store_dir.into();
     let accepting = async move {
         let mut next = 0;
+        let places = Arc::new(link::Places::default());
         while let Some(handshake) = listener.accept().await {
             next += 1;
             let (id, events, store) = (LinkId(next), events.clone(), Arc::clone(&store));
+            let places = Arc::clone(&places);
             tokio::spawn(async move {
                 match handshake.finish().await {
-                    Ok(connection) => link::run(id, connection, &store, events).await,
+                    Ok(connection) => link::run(id, connection, &places, &store, events).await,
                     Err(error) => tracing::warn!("{error}"),
                 }
             });

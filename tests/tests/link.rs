@@ -332,3 +332,37 @@ async fn a_target_that_hangs_is_gone_on_with_when_it_is_back() {
         scenario.compare().unwrap();
     }
 }
+
+/// Blackouts shorter than the transport's patience, while the line is full: the transport's own probes
+/// come ever more rarely, so after five seconds of dark data came four seconds late.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_short_blackout_in_the_middle_of_a_sync_data_comes_at_once() {
+    if !is_root() {
+        return;
+    }
+    const BYTES: usize = 96 << 20;
+    let mut scenario = Scenario::prepare(BYTES as u64, |spec| {
+        spec.link = Some("40mbit,20ms,0.1%".parse().unwrap());
+    })
+    .unwrap();
+    let mut noise = vec![0; BYTES];
+    Random::new(86).fill(&mut noise);
+    std::fs::write(&scenario.protected, &noise).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_received(4 << 20).await.unwrap();
+    for dark_seconds in [2, 6] {
+        scenario.rig.link().unwrap().blackout(true);
+        let lasted = tokio::time::Duration::from_secs(dark_seconds);
+        let end = tokio::time::Instant::now() + lasted;
+        tokio::time::sleep_until(end).await;
+        let before = scenario.rig.client().machine("lab").await.unwrap().received_plain_bytes;
+        scenario.rig.link().unwrap().blackout(false);
+        let back = Instant::now();
+        scenario.wait_received(before + 1).await.unwrap();
+        let late = back.elapsed();
+        println!("after {dark_seconds} s of dark, data came {:.2} s late", late.as_secs_f64());
+        assert!(late.as_secs_f64() < 2.0, "{late:?} after {dark_seconds} s of dark");
+        scenario.wait_received(before + (4 << 20)).await.unwrap();
+        println!("4 MiB took {:.2} s", back.elapsed().as_secs_f64());
+    }
+}

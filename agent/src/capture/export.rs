@@ -8,7 +8,7 @@ use backhaul_proto::id::DiskIndex;
 use bytes::{Bytes, BytesMut};
 
 use crate::capture::machine::now_us;
-use crate::capture::{CapturedDisk, Change, MachineCapture};
+use crate::capture::{CapturedDisk, Change, Device, MachineCapture};
 
 /// Reads up to this size are done in place; larger ones may wait for a disk for long, and go to a
 /// thread of their own.
@@ -17,10 +17,46 @@ const INLINE_BYTES_MAX: u32 = 256 << 10;
 /// Runs in one answer: each costs two seeks, and a client asks again from where the answer ends.
 const RUNS_MAX: usize = 512;
 
+/// Changes up to this size are done in place, for the same reasons. Larger ones are gigabytes where
+/// a disk can only be zeroed by writing.
+const CHANGE_INLINE_BYTES_MAX: u64 = 1 << 20;
+
 fn read(disk: &CapturedDisk, offset_bytes: u64, len_bytes: u32) -> io::Result<Bytes> {
     let mut content = BytesMut::zeroed(len_bytes as usize);
     disk.device.read(&mut content, offset_bytes)?;
     Ok(content.freeze())
+}
+
+/// Changes the disk, and records what became of it in the machine's order. The range is locked.
+fn change_locked(
+    machine: &MachineCapture,
+    disk: &CapturedDisk,
+    offset_bytes: u64,
+    len_bytes: u64,
+    change: impl FnOnce(&Device) -> io::Result<Option<Change>>,
+) -> Result<bool, Errno> {
+    // Looked at under the range lock: a fence that returned has seen every write before it.
+    if machine.is_fenced() {
+        return Err(Errno::ESHUTDOWN);
+    }
+    match change(&disk.device) {
+        Ok(None) => Ok(false),
+        Ok(Some(change)) => {
+            machine.with_order(|order| {
+                order.handle_write(now_us(), disk.index, offset_bytes, change);
+            });
+            Ok(true)
+        }
+        Err(error) => {
+            // A write that failed may have reached the disk in part.
+            machine.with_order(|order| {
+                order.handle_uncaptured(now_us(), disk.index, offset_bytes, len_bytes);
+            });
+            let path = disk.device.path().display();
+            tracing::error!(%error, disk = %path, offset_bytes, len_bytes, "a write failed");
+            Err(Errno::from(error))
+        }
+    }
 }
 
 /// Serves one disk of a machine, and adds every write to the machine's order.
@@ -40,35 +76,24 @@ impl DiskExport {
         Self { machine, disk }
     }
 
-    /// Runs `change` on the disk with the range locked, then records it.
+    /// Runs `change` on the disk with the range locked, then records it; returns whether anything
+    /// changed. Once it is begun it is also recorded, even when the client is gone meanwhile.
     async fn change(
         &self,
         offset_bytes: u64,
         len_bytes: u64,
-        change: impl FnOnce() -> io::Result<Option<Change>>,
-    ) -> Result<(), Errno> {
-        let _range = self.disk.ranges.acquire(offset_bytes, len_bytes).await;
-        // Looked at under the range lock: a fence that returned has seen every write before it.
-        if self.machine.is_fenced() {
-            return Err(Errno::ESHUTDOWN);
-        }
-        let result = change();
-        let disk = self.disk.index;
-        let recorded = match &result {
-            Ok(None) => return Ok(()),
-            Ok(Some(change)) => Some(change.clone()),
-            // A write that failed may have reached the disk in part.
-            Err(_) => None,
+        change: impl FnOnce(&Device) -> io::Result<Option<Change>> + Send + 'static,
+    ) -> Result<bool, Errno> {
+        let range = self.disk.ranges.acquire(offset_bytes, len_bytes).await;
+        let (machine, disk) = (Arc::clone(&self.machine), Arc::clone(&self.disk));
+        let run = move || {
+            let _range = range;
+            change_locked(&machine, &disk, offset_bytes, len_bytes, change)
         };
-        self.machine.with_order(|order| match recorded {
-            Some(change) => order.handle_write(now_us(), disk, offset_bytes, change),
-            None => order.handle_uncaptured(now_us(), disk, offset_bytes, len_bytes),
-        });
-        result.map(|_| ()).map_err(|error| {
-            let path = self.disk.device.path().display();
-            tracing::error!(%error, disk = %path, offset_bytes, len_bytes, "a write failed");
-            Errno::from(error)
-        })
+        if len_bytes <= CHANGE_INLINE_BYTES_MAX {
+            return run();
+        }
+        tokio::task::spawn_blocking(run).await.unwrap_or(Err(Errno::EIO))
     }
 
     async fn flush_device(&self) -> Result<(), Errno> {
@@ -113,10 +138,9 @@ impl Export for DiskExport {
     }
 
     fn write(&self, offset_bytes: u64, data: Bytes, fua: bool) -> IoFuture<'_, ()> {
-        let device = &self.disk.device;
         Box::pin(async move {
             let len_bytes = data.len() as u64;
-            self.change(offset_bytes, len_bytes, || {
+            self.change(offset_bytes, len_bytes, move |device| {
                 device.write(&data, offset_bytes)?;
                 Ok(Some(Change::Data(data)))
             })
@@ -131,19 +155,15 @@ impl Export for DiskExport {
         len_bytes: u32,
         options: ZeroOptions,
     ) -> IoFuture<'_, ()> {
-        let (device, len_bytes) = (&self.disk.device, u64::from(len_bytes));
+        let len_bytes = u64::from(len_bytes);
         let may_unmap = !options.no_hole;
         Box::pin(async move {
-            let mut refused = false;
-            self.change(offset_bytes, len_bytes, || {
-                if device.zero(offset_bytes, len_bytes, may_unmap, options.fast)? {
-                    return Ok(Some(Change::Zero { len_bytes, may_unmap }));
-                }
-                refused = true;
-                Ok(None)
-            })
-            .await?;
-            if refused {
+            let done = self.change(offset_bytes, len_bytes, move |device| {
+                let zeroed = device.zero(offset_bytes, len_bytes, may_unmap, options.fast)?;
+                Ok(zeroed.then_some(Change::Zero { len_bytes, may_unmap }))
+            });
+            // Only a fast zeroing that would not be fast changes nothing.
+            if !done.await? {
                 return Err(Errno::ENOTSUP);
             }
             if options.fua { self.flush_device().await } else { Ok(()) }
@@ -151,9 +171,9 @@ impl Export for DiskExport {
     }
 
     fn trim(&self, offset_bytes: u64, len_bytes: u32, fua: bool) -> IoFuture<'_, ()> {
-        let (device, len_bytes) = (&self.disk.device, u64::from(len_bytes));
+        let len_bytes = u64::from(len_bytes);
         Box::pin(async move {
-            self.change(offset_bytes, len_bytes, || {
+            self.change(offset_bytes, len_bytes, move |device| {
                 let zeroed = device.trim(offset_bytes, len_bytes)?;
                 Ok(zeroed.then_some(Change::Zero { len_bytes, may_unmap: true }))
             })

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
+use backhaul_daemon::lifecycle;
 use backhaul_lab::failback::{Failback, Report, Step, run as failback};
 
 use crate::arguments::LabArguments;
+use crate::print::say;
 use crate::show::Output;
 use crate::steps::StepView;
 
@@ -37,7 +39,7 @@ pub(crate) async fn run(arguments: &LabArguments, output: &Output) -> anyhow::Re
     };
     let view = StepView::new(output);
     let last_percent = Cell::new(101);
-    let report = failback(story, |step| match step {
+    let story = failback(story, |step| match step {
         Step::Begin(what) => view.show(&what),
         Step::Done(what) => view.say(&format!("  ✓ {what}")),
         Step::Sync(done, total) => {
@@ -46,10 +48,13 @@ pub(crate) async fn run(arguments: &LabArguments, output: &Output) -> anyhow::Re
                 view.show(&format!("first sync: {percent} %"));
             }
         }
-    })
-    .await;
+    });
+    let report = tokio::select! {
+        report = story => Some(report),
+        () = lifecycle::asked_to_stop() => None,
+    };
     view.finish();
-    let report = report?;
+    let report = report.context("the lab was interrupted; its daemons are stopped")??;
     if output.is_json() {
         output.json(&report);
     } else {
@@ -67,8 +72,8 @@ fn temporary_folder() -> anyhow::Result<tempfile::TempDir> {
 }
 
 fn summary(report: &Report, kept: bool) {
-    println!();
-    println!(
+    say!("");
+    say!(
         "{}",
         if report.verified {
             "VERIFIED: the VMDK equals the protected disk, byte for byte"
@@ -76,24 +81,25 @@ fn summary(report: &Report, kept: bool) {
             "NOT VERIFIED"
         }
     );
-    println!("  first sync   {:.1} s", report.initial_sync_seconds);
-    println!("  RPO          at most {:.2} s", report.rpo_seconds_max);
-    println!(
+    say!("  first sync   {:.1} s", report.initial_sync_seconds);
+    say!("  RPO          at most {:.2} s", report.rpo_seconds_max);
+    say!(
         "  failover     {:.2} s, data loss {:.1} s",
-        report.failover_seconds, report.data_loss_seconds
+        report.failover_seconds,
+        report.data_loss_seconds
     );
-    println!(
+    say!(
         "  the guest    {} operations, longest wait {:.0} ms",
         report.operations,
         report.write_seconds_max * 1000.0
     );
-    println!(
+    say!(
         "  memory       agent {} MiB, target {} MiB",
         report.agent_memory_bytes_max >> 20,
         report.target_memory_bytes_max >> 20
     );
     if kept {
-        println!("  protected    {}", report.protected.display());
-        println!("  image        {}", report.image.display());
+        say!("  protected    {}", report.protected.display());
+        say!("  image        {}", report.image.display());
     }
 }

@@ -23,7 +23,7 @@ const PROBE_TIME_MIN: Duration = Duration::from_secs(1);
 
 /// The target refused, or what was asked for failed.
 const EXIT_FAILED: u8 = 1;
-/// The target cannot be reached. (2 is clap's, for arguments that make no sense.)
+/// The target cannot be reached or does not answer. (2 is clap's, for arguments that make no sense.)
 const EXIT_UNREACHABLE: u8 = 3;
 
 fn main() -> ExitCode {
@@ -33,7 +33,10 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&output, &error.into()),
     };
-    match runtime.block_on(run(&arguments, &output)) {
+    let outcome = runtime.block_on(run(&arguments, &output));
+    // Threads that an interrupted command left at work end with the process.
+    runtime.shutdown_background();
+    match outcome {
         Ok(code) => code,
         Err(error) => fail(&output, &error),
     }
@@ -43,13 +46,15 @@ fn fail(output: &Output, error: &anyhow::Error) -> ExitCode {
     let client_error = error.downcast_ref::<ClientError>();
     let code = match client_error {
         Some(ClientError::Refused(failure)) => failure.code.as_str(),
-        Some(ClientError::Unreachable { .. }) => "unreachable",
+        Some(ClientError::Unreachable { .. } | ClientError::Silent { .. }) => "unreachable",
         _ => "failed",
     };
     let sentence = client_error.map_or_else(|| sentence(error), ToString::to_string);
     output.failure(code, &sentence);
     match client_error {
-        Some(ClientError::Unreachable { .. }) => ExitCode::from(EXIT_UNREACHABLE),
+        Some(ClientError::Unreachable { .. } | ClientError::Silent { .. }) => {
+            ExitCode::from(EXIT_UNREACHABLE)
+        }
         _ => ExitCode::from(EXIT_FAILED),
     }
 }

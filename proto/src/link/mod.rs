@@ -204,6 +204,15 @@ impl Connection {
         }
     }
 
+    /// Looks after a link that may go dark for seconds; never returns, runs beside the session. TCP has
+    /// its own ways.
+    pub async fn knock_while_silent(&self) {
+        match self {
+            Self::Quic(connection) => connection.knock_while_silent().await,
+            Self::Tcp(_) => std::future::pending().await,
+        }
+    }
+
     /// Waits until the connection has ended, and says why.
     pub async fn closed(&self) -> String {
         match self {

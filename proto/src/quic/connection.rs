@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream, VarInt};
@@ -16,6 +17,10 @@ use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
 /// Control goes before everything, hashes before batches.
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
+
+/// How long the peer is silent before the first knock, and how long until the next: heartbeats, which
+/// are answered, come as often.
+const KNOCK_PERIOD: Duration = Duration::from_secs(1);
 
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
@@ -154,6 +159,23 @@ impl Connection {
     /// second, not once a packet.
     pub fn congestion(&self) -> Option<CongestionStats> {
         congestion::stats(&self.quinn)
+    }
+
+    /// Knocks for as long as the peer is silent; never returns. In a blackout the window is full of
+    /// what was lost, and the transport's own probes come at intervals that double: a link that is
+    /// back after five seconds would stay idle for another five. So every knock lets a few packets
+    /// out; with heartbeats to carry, the first acknowledgement comes within about a second.
+    pub async fn knock_while_silent(&self) {
+        let mut period = tokio::time::interval(KNOCK_PERIOD);
+        let mut heard = 0;
+        loop {
+            period.tick().await;
+            let now_heard = self.quinn.stats().udp_rx.datagrams;
+            if now_heard == heard {
+                congestion::knock(&self.quinn);
+            }
+            heard = now_heard;
+        }
     }
 
     /// Closes the connection, telling the peer why.

@@ -97,7 +97,9 @@ pub async fn run(failback: Failback, tell: impl Fn(Step)) -> anyhow::Result<Repo
     let dir = &failback.dir;
     let protected = dir.join("protected.raw");
     tell(Step::Begin("making the protected disk".into()));
-    let disk = prepare_disk(&failback, &protected)?;
+    let preparing = (failback.clone(), protected.clone());
+    let disk = tokio::task::spawn_blocking(move || prepare_disk(&preparing.0, &preparing.1));
+    let disk = disk.await??;
     let files = match &disk.content {
         crate::disk::DiskContent::Ext4 { files, .. } => format!("ext4 with {} files", files.len()),
         _ => "a copy of the given disk".into(),

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
@@ -11,6 +12,9 @@ use quinn_proto::RttEstimator;
 use crate::quic::congestion::ceiling::{Ceiling, RateLimit};
 use crate::quic::congestion::fixed::Fixed;
 use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
+
+/// Packets that one knock lets out: the window is full of what was lost, and never had room for them.
+const KNOCK_PACKETS: u32 = 4;
 
 /// What the congestion controller knows of a connection's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +74,7 @@ impl ControllerFactory for Limited {
             limit: self.limit.clone(),
             mtu: current_mtu,
             lost_bytes: 0,
+            knocks: Arc::default(),
         })
     }
 }
@@ -78,6 +83,13 @@ impl ControllerFactory for Limited {
 pub(crate) fn stats(connection: &quinn::Connection) -> Option<CongestionStats> {
     let adapter = connection.congestion_state().into_any().downcast::<Adapter>().ok()?;
     Some(adapter.stats())
+}
+
+/// Lets a few packets of `connection` out beyond its window, until the next acknowledgement.
+pub(crate) fn knock(connection: &quinn::Connection) {
+    if let Ok(adapter) = connection.congestion_state().into_any().downcast::<Adapter>() {
+        adapter.knocks.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 enum Inner {
@@ -92,6 +104,8 @@ struct Adapter {
     limit: RateLimit,
     mtu: u16,
     lost_bytes: u64,
+    /// Knocks since the last acknowledgement; shared with the clones that are made of this.
+    knocks: Arc<AtomicU32>,
 }
 
 impl Adapter {
@@ -148,6 +162,7 @@ impl Controller for Adapter {
         app_limited: bool,
         rtt: &RttEstimator,
     ) {
+        self.knocks.store(0, Ordering::Relaxed);
         self.ceiling.on_ack(now, rtt.get());
         let limited = app_limited || self.is_capped();
         match &mut self.inner {
@@ -202,7 +217,8 @@ impl Controller for Adapter {
     }
 
     fn window(&self) -> u64 {
-        self.ceiling.lower(self.inner_window())
+        let knocks = self.knocks.load(Ordering::Relaxed).saturating_mul(KNOCK_PACKETS);
+        self.ceiling.lower(self.inner_window()) + u64::from(knocks) * u64::from(self.mtu)
     }
 
     fn metrics(&self) -> ControllerMetrics {
@@ -220,8 +236,14 @@ impl Controller for Adapter {
             Inner::Cubic(cubic) => Inner::Cubic(cubic.clone_box()),
             Inner::Fixed(fixed) => Inner::Fixed(fixed.clone()),
         };
-        let (ceiling, limit) = (self.ceiling.clone(), self.limit.clone());
-        Box::new(Self { inner, ceiling, limit, mtu: self.mtu, lost_bytes: self.lost_bytes })
+        Box::new(Self {
+            inner,
+            ceiling: self.ceiling.clone(),
+            limit: self.limit.clone(),
+            mtu: self.mtu,
+            lost_bytes: self.lost_bytes,
+            knocks: Arc::clone(&self.knocks),
+        })
     }
 
     fn initial_window(&self) -> u64 {

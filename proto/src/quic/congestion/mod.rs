@@ -33,4 +33,4 @@ mod sim;
 pub use adapter::CongestionStats;
 pub use ceiling::RateLimit;
 
-pub(crate) use adapter::{Limited, Method, stats};
+pub(crate) use adapter::{Limited, Method, knock, stats};
