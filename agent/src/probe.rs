@@ -1,5 +1,6 @@
 //! Probing the link: can the target be reached, how far away is it, and what does the way carry?
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -26,8 +27,9 @@ const PINGS: u64 = 20;
 /// The first part of a flood finds the rate, and is not counted.
 const SETTLE_SHARE: u32 = 4;
 
-/// How often the target is asked what has come in.
-const ASK_PERIOD: Duration = Duration::from_millis(100);
+/// How often the target is asked what has come in, whether or not it has answered before: a probe of
+/// ten seconds asks some 370 times, so that a 99th percentile means something.
+const ASK_PERIOD: Duration = Duration::from_millis(20);
 
 /// What was found.
 #[derive(Debug, Clone, Serialize)]
@@ -208,24 +210,35 @@ struct Prober {
     sender: FrameSender,
     receiver: FrameReceiver,
     _sync: (FrameSender, FrameReceiver),
-    nonce: u64,
+    asked: u64,
+    answered: u64,
 }
 
 impl Prober {
     async fn new(connection: &Connection) -> anyhow::Result<Self> {
         let (sender, receiver) = connection.open_control().await?;
         let sync = connection.open_sync().await?;
-        Ok(Self { sender, receiver, _sync: sync, nonce: 0 })
+        Ok(Self { sender, receiver, _sync: sync, asked: 0, answered: 0 })
     }
 
     async fn ask(&mut self, request: ProbeRequest) -> anyhow::Result<ProbeReply> {
-        self.nonce += 1;
-        let request = ProbeRequest { nonce: self.nonce, ..request };
+        self.send(request).await?;
+        self.reply().await
+    }
+
+    async fn send(&mut self, request: ProbeRequest) -> anyhow::Result<()> {
+        self.asked += 1;
+        let request = ProbeRequest { nonce: self.asked, ..request };
         let kind = Some(agent_message::Kind::Probe(request));
-        self.sender.send(&AgentMessage { kind }).await?;
+        Ok(self.sender.send(&AgentMessage { kind }).await?)
+    }
+
+    /// The answer to the oldest question that has none. Cancel safe.
+    async fn reply(&mut self) -> anyhow::Result<ProbeReply> {
         let message = self.receiver.recv::<TargetMessage>().await?;
+        self.answered += 1;
         match message.context("the target ended the probe")?.kind {
-            Some(target_message::Kind::Probe(reply)) if reply.nonce == self.nonce => Ok(reply),
+            Some(target_message::Kind::Probe(reply)) if reply.nonce == self.answered => Ok(reply),
             _ => bail!("the target does not know probes; update it"),
         }
     }
@@ -254,17 +267,28 @@ impl Prober {
         let (began, stats, cpu) = (Instant::now(), connection.stats(), cpu_time());
         let (mut rtts, mut last, mut last_at) = (Vec::new(), before.clone(), began);
         let mut target_cpu = Vec::new();
-        while began.elapsed() < time - time / SETTLE_SHARE - ASK_PERIOD {
-            tokio::time::sleep(ASK_PERIOD).await;
-            let asked = Instant::now();
-            last = self.ask(ProbeRequest::default()).await?;
-            last_at = Instant::now();
-            rtts.push(last_at.duration_since(asked).as_secs_f64());
-            target_cpu.push(last.cpu_percent);
+        let measured = time - time / SETTLE_SHARE;
+        let (mut period, mut asked) = (tokio::time::interval(ASK_PERIOD), VecDeque::new());
+        while began.elapsed() < measured {
+            tokio::select! {
+                _ = period.tick() => {
+                    asked.push_back(Instant::now());
+                    self.send(ProbeRequest::default()).await?;
+                }
+                reply = self.reply() => {
+                    (last, last_at) = (reply?, Instant::now());
+                    let asked_at = asked.pop_front().unwrap_or(began);
+                    rtts.push(last_at.duration_since(asked_at).as_secs_f64());
+                    target_cpu.push(last.cpu_percent);
+                }
+            }
         }
         let seconds = last_at.duration_since(began).as_secs_f64().max(1e-3);
         let after = connection.stats();
         let own_cpu = ((cpu_time() - cpu).as_secs_f64() / seconds * 100.0) as u64;
+        while self.answered < self.asked {
+            self.reply().await?;
+        }
         flood.await??;
         rtts.sort_by(f64::total_cmp);
         target_cpu.sort_unstable();
@@ -284,10 +308,8 @@ impl Prober {
     }
 
     async fn down(&mut self, connection: &Connection, time: Duration) -> anyhow::Result<f64> {
-        let received = AtomicU64::new(0);
-        let counted = |bytes| {
-            received.fetch_add(bytes, Ordering::Relaxed);
-        };
+        let received = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&received);
         let measure = async {
             let download_ms = time.as_millis() as u64;
             self.ask(ProbeRequest { download_ms, ..ProbeRequest::default() }).await?;

@@ -28,9 +28,7 @@ pub async fn serve(
     receiver: &mut FrameReceiver,
 ) -> Result<(), StreamError> {
     let received = Arc::new(AtomicU64::new(0));
-    let counted = |bytes| {
-        received.fetch_add(bytes, Ordering::Relaxed);
-    };
+    let counted = Arc::clone(&received);
     let answers = async {
         let mut request = first;
         let mut measured = (Instant::now(), cpu_time());

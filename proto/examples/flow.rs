@@ -4,10 +4,12 @@
 //! ```text
 //! flow receive 10.213.0.2:4433 KEYS
 //! flow send    10.213.0.2:4433 KEYS 20 auto [LIMIT-MBIT]
+//! flow compare 10.213.0.2:4433 KEYS 20 quic|tcp CONNECTIONS
 //! ```
 //!
 //! `KEYS` is a folder; the receiver makes throw-away keys in it. Every second the sender prints
-//! what its controller knows, and the receiver what arrived.
+//! what its controller knows, and the receiver what arrived. `compare` sends over so many
+//! connections of a transport at a time, and prints what they came to and what a core did for it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,8 +19,10 @@ use std::time::{Duration, Instant};
 use backhaul_proto::batch::{Compression, Compressor, PlainBatch};
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role, create_ca, issue};
-use backhaul_proto::quic::{Congestion, Listener, TransportOptions, connect};
+use backhaul_proto::link::{self, ConnectOptions, TransportChoice, probe};
+use backhaul_proto::quic::{Congestion, TransportOptions, connect};
 use bytes::Bytes;
+use tokio::task::JoinSet;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -46,6 +50,11 @@ async fn main() -> Result<(), Failure> {
             let seconds = Duration::from_secs(seconds.parse()?);
             send(address, Path::new(keys), &options, seconds).await
         }
+        ["compare", address, keys, seconds, transport, connections] => {
+            let seconds = Duration::from_secs(seconds.parse()?);
+            let (choice, connections) = (transport.parse()?, connections.parse()?);
+            compare(address, Path::new(keys), seconds, choice, connections).await
+        }
         _ => Err("usage: flow receive ADDRESS KEYS | flow send ADDRESS KEYS SECONDS METHOD".into()),
     }
 }
@@ -59,40 +68,72 @@ fn identity(keys: &Path, name: &str, role: Role) -> Result<Identity, Failure> {
     Ok(Identity::load(&files, role)?)
 }
 
+/// Takes what comes over any number of connections, until it is killed.
 async fn receive(address: &str, keys: &Path) -> Result<(), Failure> {
     create_ca(keys)?;
     issue(keys, Role::Target, &"t1".parse()?, 2)?;
     issue(keys, Role::Agent, &"a1".parse()?, 2)?;
     let target = identity(keys, "t1", Role::Target)?;
-    let listener = Listener::bind(address.parse()?, &target, &TransportOptions::default())?;
-    let connection = listener.accept().await.ok_or("the endpoint is closed")?.finish().await?;
-    let (arrived, begun) = (Arc::new(AtomicU64::new(0)), Instant::now());
+    let options = TransportOptions::default();
+    let listener = link::Listener::bind(address.parse()?, &target, &options, true).await?;
+    let arrived = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&arrived);
     tokio::spawn(async move {
-        let mut before = 0;
-        loop {
+        let (mut before, mut cpu_before) = (0, cpu_seconds());
+        for second in 1.. {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            let now = counted.load(Ordering::Relaxed);
-            let seconds = begun.elapsed().as_secs();
-            println!("  {seconds:3} s: {:7.1} Mbit/s arrived", (now - before) as f64 * 8e-6);
-            before = now;
+            let (now, cpu) = (counted.load(Ordering::Relaxed), cpu_seconds());
+            if now > before {
+                let mbit = (now - before) as f64 * 8e-6;
+                let percent = (cpu - cpu_before) * 100.0;
+                println!("  {second:3} s: {mbit:7.1} Mbit/s arrived, {percent:.0} % of a core");
+            }
+            (before, cpu_before) = (now, cpu);
         }
     });
-    while let Ok(mut stream) = connection.accept_batch().await {
+    while let Some(handshake) = listener.accept().await {
         let arrived = Arc::clone(&arrived);
         tokio::spawn(async move {
-            let header = stream.read_header().await?;
-            let mut body = vec![0; 16 << 10];
-            let mut left = header.wire_bytes as usize;
-            while left > 0 {
-                let part = left.min(body.len());
-                stream.read_exact(&mut body[..part]).await?;
-                arrived.fetch_add(part as u64, Ordering::Relaxed);
-                left -= part;
+            if let Ok(connection) = handshake.finish().await {
+                let _ = probe::drain(&connection, arrived).await;
             }
-            stream.read_end().await
         });
     }
+    Ok(())
+}
+
+/// Seconds of processor time that this process has used.
+fn cpu_seconds() -> f64 {
+    let clock = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    clock.tv_sec as f64 + clock.tv_nsec as f64 * 1e-9
+}
+
+async fn compare(
+    address: &str,
+    keys: &Path,
+    time: Duration,
+    choice: TransportChoice,
+    connections: usize,
+) -> Result<(), Failure> {
+    let agent = Arc::new(identity(keys, "a1", Role::Agent)?);
+    let transport = TransportOptions::default();
+    let options = ConnectOptions { choice, expected: Some("t1".parse()?), transport };
+    let mut flows = JoinSet::new();
+    let mut connected = Vec::new();
+    for _ in 0..connections {
+        let connection = link::connect(address, &agent, &options).await?;
+        connected.push(connection.clone());
+        flows.spawn(async move { probe::flood(&connection, time).await });
+    }
+    let (began, cpu) = (Instant::now(), cpu_seconds());
+    while let Some(ended) = flows.join_next().await {
+        ended??;
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    let sent: u64 = connected.iter().map(|connection| connection.stats().sent_bytes).sum();
+    let busy = (cpu_seconds() - cpu) / seconds * 100.0;
+    let rate = sent as f64 * 8e-6 / seconds;
+    println!("{connections} over {choice:?}: {rate:.0} Mbit/s sent, {busy:.0} % of a core");
     Ok(())
 }
 

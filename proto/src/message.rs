@@ -4,7 +4,7 @@
 //! as a little-endian `u32`. Field numbers are the format: they are never reused. Batches do not
 //! travel here; they have streams of their own.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use prost::Message;
 use thiserror::Error;
 
@@ -536,6 +536,17 @@ pub fn frame(message: &impl Message) -> Bytes {
 pub fn frame_len(prefix: [u8; 4]) -> Result<usize, FrameError> {
     let bytes = u32::from_le_bytes(prefix);
     if bytes > FRAME_BYTES_MAX { Err(FrameError::TooLong { bytes }) } else { Ok(bytes as usize) }
+}
+
+/// Takes the first frame off `buffer` and returns its content; `None` while it is not whole.
+pub fn split_frame(buffer: &mut BytesMut) -> Result<Option<Bytes>, FrameError> {
+    let Some(prefix) = buffer.first_chunk::<4>() else { return Ok(None) };
+    let len = frame_len(*prefix)?;
+    if buffer.len() < 4 + len {
+        return Ok(None);
+    }
+    buffer.advance(4);
+    Ok(Some(buffer.split_to(len).freeze()))
 }
 
 /// Decodes the content of a frame.

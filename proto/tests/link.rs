@@ -1,69 +1,17 @@
 //! Two real endpoints on loopback: who is let in, and that what is sent arrives.
 
-use std::path::Path;
+mod site;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use backhaul_proto::batch::{Compression, Compressor, PlainBatch};
-use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
-use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, create_ca, issue};
-use backhaul_proto::link::{
-    ConnectOptions, Connection, Listener, Transport, TransportChoice, connect,
-};
+use backhaul_proto::id::BatchSeq;
+use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, issue};
+use backhaul_proto::link::{Transport, TransportChoice, connect};
 use backhaul_proto::message::{AgentMessage, Heartbeat, agent_message};
-use backhaul_proto::quic::{AcceptError, ConnectError, TransportOptions};
-use bytes::Bytes;
+use backhaul_proto::quic::{AcceptError, ConnectError};
 
-fn files(dir: &Path, name: &str) -> IdentityFiles {
-    IdentityFiles {
-        ca: dir.join("ca.pem"),
-        cert: dir.join(format!("{name}.pem")),
-        key: dir.join(format!("{name}.key")),
-    }
-}
-
-/// A site: a CA, a target `t1` and an agent `a1`.
-fn site() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    create_ca(dir.path()).unwrap();
-    issue(dir.path(), Role::Target, &"t1".parse().unwrap(), 10).unwrap();
-    issue(dir.path(), Role::Agent, &"a1".parse().unwrap(), 10).unwrap();
-    dir
-}
-
-fn identity(dir: &Path, name: &str, role: Role) -> Arc<Identity> {
-    Arc::new(Identity::load(&files(dir, name), role).unwrap())
-}
-
-async fn listener(dir: &Path) -> (Listener, String) {
-    let target = identity(dir, "t1", Role::Target);
-    let options = TransportOptions::default();
-    let any = "127.0.0.1:0".parse().unwrap();
-    let listener = Listener::bind(any, &target, &options, true).await.unwrap();
-    let address = listener.local_address().unwrap().to_string();
-    (listener, address)
-}
-
-fn options(choice: TransportChoice, expected: Option<&str>) -> ConnectOptions {
-    let expected = expected.map(|name| name.parse().unwrap());
-    ConnectOptions { choice, expected, transport: TransportOptions::default() }
-}
-
-async fn pair(dir: &Path, choice: TransportChoice) -> (Listener, Connection, Connection) {
-    let (listener, address) = listener(dir).await;
-    let agent = identity(dir, "a1", Role::Agent);
-    let options = options(choice, Some("t1"));
-    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
-    let (ours, theirs) = tokio::join!(connect(&address, &agent, &options), accepting);
-    (listener, ours.unwrap(), theirs)
-}
-
-fn batch(seq: u64) -> Vec<Bytes> {
-    let data = Bytes::from(vec![seq as u8; 1 + (seq as usize * 977) % 40_000]);
-    let plain = PlainBatch::of_one_write(Generation(1), BatchSeq(seq), 0, data);
-    let mut compressor = Compressor::default();
-    plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0))
-}
+use site::{batch, files, identity, listener, options, pair, site};
 
 const BOTH: [TransportChoice; 2] = [TransportChoice::Quic, TransportChoice::Tcp];
 

@@ -1,10 +1,11 @@
 //! The link: its ceilings, its status, and TCP where UDP does not pass.
 
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use backhaul_api::{Consistency, Machine};
+use backhaul_api::{Consistency, Link, Machine};
 use backhaul_lab::random::Random;
+use backhaul_lab::workload::WorkloadSpec;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
 
 /// A ceiling holds from the first batch on, and is changed while the machine replicates, over the
@@ -218,6 +219,119 @@ async fn a_line_that_flaps_reorders_and_duplicates_brings_the_machine_home() {
     let written = guest.await.unwrap().unwrap();
     assert!(written.longest.as_secs() < 5, "the guest waited {:?}", written.longest);
     scenario.compare().unwrap();
+}
+
+/// Waits until the agent's link is as `wanted` says.
+async fn wait_link(scenario: &Scenario, what: &str, wanted: impl Fn(&Link) -> bool) -> Link {
+    let (began, mut looks) = (Instant::now(), tokio::time::interval(Duration::from_millis(50)));
+    loop {
+        looks.tick().await;
+        let links = scenario.rig.client().links().await.unwrap();
+        match links.into_iter().next() {
+            Some(link) if wanted(&link) => return link,
+            last => assert!(began.elapsed() < STEP_TIME_MAX, "{what} did not happen: {last:?}"),
+        }
+    }
+}
+
+/// Headers of IPv4 and UDP.
+const HEADER_BYTES: u32 = 28;
+
+/// What VPNs leave of a packet: larger ones vanish in them without a word.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_mtu_of_a_tunnel_is_found() {
+    if !is_root() {
+        return;
+    }
+    for tunnel_bytes in [1420, 1380, 1300] {
+        let mut scenario = Scenario::prepare(16 << 20, |spec| {
+            let line = format!("200mbit,2ms,mtu=1500,blackhole={tunnel_bytes}");
+            spec.link = Some(line.parse().unwrap());
+        })
+        .unwrap();
+        scenario.start().unwrap();
+        let guest = scenario.start_guest(86, 2 << 20).await.unwrap();
+        scenario.wait_consistent().await.unwrap();
+        let most = tunnel_bytes - HEADER_BYTES;
+        // The search ends when less than 20 bytes are at stake.
+        let found = |link: &Link| (most - 20..=most).contains(&link.mtu_bytes);
+        let link = wait_link(&scenario, "the MTU's discovery", found).await;
+        assert_eq!(link.mtu_black_holes, 0, "{link:?}");
+        scenario.fail_over().await.unwrap();
+        guest.await.unwrap().unwrap();
+        scenario.compare().unwrap();
+    }
+}
+
+/// The route changes in the middle of a transfer, and the new one takes smaller packets only.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_whose_mtu_shrinks_goes_on_and_says_so() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(32 << 20, |spec| {
+        spec.link = Some("200mbit,5ms,mtu=1420".parse().unwrap());
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(87, 4 << 20).await.unwrap();
+    let wide = |link: &Link| link.mtu_bytes > 1300;
+    wait_link(&scenario, "the MTU's discovery", wide).await;
+    scenario.rig.set_link("200mbit,5ms,mtu=1420,blackhole=1300".parse().unwrap()).unwrap();
+    let narrow = |link: &Link| link.mtu_black_holes > 0 && link.mtu_bytes <= 1300 - HEADER_BYTES;
+    let link = wait_link(&scenario, "the black hole's discovery", narrow).await;
+    let sent_bytes = link.sent_bytes + (4 << 20);
+    wait_link(&scenario, "more data", |link| link.sent_bytes > sent_bytes).await;
+    scenario.wait_consistent().await.unwrap();
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert_eq!(log.matches("connected target=").count(), 1, "{log}");
+    scenario.fail_over().await.unwrap();
+    let written = guest.await.unwrap().unwrap();
+    assert!(written.longest.as_secs() < 5, "the guest waited {:?}", written.longest);
+    scenario.compare().unwrap();
+}
+
+/// The target hangs, for less and for more time than the transport waits: the guest goes on, memory
+/// stays bounded, and when the target is back so is the stream, with what was not acknowledged only.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_hangs_is_gone_on_with_when_it_is_back() {
+    const GUEST_RATE_BYTES: u64 = 24 << 20;
+    for (seed, connection_survives) in [(88, true), (89, false)] {
+        let mut scenario = Scenario::prepare(64 << 20, |_| {}).unwrap();
+        scenario.start().unwrap();
+        let ready = scenario.wait_consistent().await.unwrap();
+        let client = scenario.rig.connect(0).await.unwrap();
+        let workload = WorkloadSpec {
+            ranges: vec![0..64 << 20],
+            rate_bytes_per_second: Some(GUEST_RATE_BYTES),
+            flush_every: 16,
+            seed,
+        };
+        scenario.rig.freeze_target();
+        let guest = scenario.rig.start_guest(client, workload, Some(1500)).unwrap();
+        // All of it while nobody is there.
+        let written = guest.await.unwrap().unwrap();
+        assert!(written.longest.as_secs() < 5, "the guest waited {:?}", written.longest);
+        if !connection_survives {
+            scenario.rig.wait_log("agent", "no connection to the target").await.unwrap();
+        }
+        scenario.rig.thaw_target();
+        let back = Instant::now();
+        scenario.wait_received(ready.received_plain_bytes + 1).await.unwrap();
+        println!("data came {:.1} s after the target was back", back.elapsed().as_secs_f64());
+        assert!(back.elapsed().as_secs() < 2, "{:?}", back.elapsed());
+        scenario.wait_consistent().await.unwrap();
+        let (agent, target) = scenario.rig.memory_bytes_max();
+        assert!(agent <= 256 << 20 && target <= 512 << 20, "{agent} {target}");
+        let done = scenario.fail_over().await.unwrap();
+        // Zeroes travel without data: the guest wrote more than came.
+        let (came, most) = (done.received_plain_bytes, ready.received_plain_bytes + written.bytes);
+        assert!(came < most + (1 << 20), "{came} bytes came where {most} were enough");
+        let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+        let connections = log.matches("connected target=").count();
+        assert_eq!(connections == 1, connection_survives, "{log}");
+        scenario.compare().unwrap();
+    }
 }
 
 /// Blackouts shorter than the transport's patience, while the line is full: the transport's own probes

@@ -1,15 +1,21 @@
 //! What both ends of a probe do: send noise for a while, and count what comes.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::task::JoinSet;
 
 use crate::batch::{Compression, Compressor, PlainBatch};
 use crate::id::{BatchSeq, Generation, MachineIndex};
-use crate::link::{Connection, StreamError};
+use crate::link::{BatchStream, Connection, StreamError};
 
 /// Data of one batch of noise, in bytes.
 const NOISE_BYTES: usize = 256 << 10;
+
+/// What is taken of a batch in one piece, in bytes.
+const DRAIN_BYTES: usize = 16 << 10;
 
 /// Under way at first, and always on top of what the way carries.
 const AHEAD_BYTES_MIN: f64 = (2 << 20) as f64;
@@ -34,7 +40,7 @@ fn noise() -> Vec<Bytes> {
 /// Sends noise as fast as the connection takes it, for so long.
 pub async fn flood(connection: &Connection, time: Duration) -> Result<(), StreamError> {
     let (began, chunks) = (Instant::now(), noise());
-    let mut sending = tokio::task::JoinSet::new();
+    let mut sending = JoinSet::new();
     let mut sent_bytes = 0.0;
     while began.elapsed() < time {
         let rate = sent_bytes / began.elapsed().as_secs_f64().max(1e-3);
@@ -58,20 +64,31 @@ pub async fn flood(connection: &Connection, time: Duration) -> Result<(), Stream
     Ok(())
 }
 
-/// Takes batches and throws them away, telling `counted` of the bytes as they come, until the
-/// connection ends.
-pub async fn drain(connection: &Connection, counted: impl Fn(u64)) -> Result<(), StreamError> {
-    let mut buffer = vec![0; 256 << 10];
+/// Takes batches and throws them away, counting their bytes as they come, until the connection ends.
+/// They are read side by side: all of them share one window, and the one that is waited for may be
+/// the one that has none of it.
+pub async fn drain(connection: &Connection, received: Arc<AtomicU64>) -> Result<(), StreamError> {
+    let mut reading = JoinSet::new();
     loop {
-        let mut stream = connection.accept_batch().await?;
-        let header = stream.read_header().await?;
-        let mut left = header.wire_bytes as usize;
-        while left > 0 {
-            let part = left.min(buffer.len());
-            stream.read_exact(&mut buffer[..part]).await?;
-            counted(part as u64);
-            left -= part;
+        let stream = connection.accept_batch().await?;
+        reading.spawn(drain_one(stream, Arc::clone(&received)));
+        while let Some(read) = reading.try_join_next() {
+            if let Ok(read) = read {
+                read?;
+            }
         }
-        stream.read_end().await?;
     }
+}
+
+async fn drain_one(mut stream: BatchStream, received: Arc<AtomicU64>) -> Result<(), StreamError> {
+    let header = stream.read_header().await?;
+    let mut buffer = vec![0; DRAIN_BYTES];
+    let mut left = header.wire_bytes as usize;
+    while left > 0 {
+        let part = left.min(buffer.len());
+        stream.read_exact(&mut buffer[..part]).await?;
+        received.fetch_add(part as u64, Ordering::Relaxed);
+        left -= part;
+    }
+    stream.read_end().await
 }

@@ -4,27 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use quinn::{RecvStream, SendStream, VarInt};
-use tokio::sync::Semaphore;
 
-use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
 use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
 use crate::quic::SocketFacts;
+use crate::quic::bulk::Bulk;
 use crate::quic::congestion::{self, CongestionStats};
+use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
 
 /// Control goes before everything, hashes before batches.
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
-
-/// What batches leave free of the transport's window. quinn gives the window to whoever writes first,
-/// whatever the priority: batches that fill it would keep a control message out of the transport
-/// until they are acknowledged, ten seconds on a slow line.
-const CONTROL_RESERVE_BYTES: u32 = 2 << 20;
-
-/// The window is counted out in pieces of this size.
-const BULK_UNIT_BYTES: usize = 4 << 10;
 
 /// How long the peer is silent before the first knock, and how long until the next: heartbeats, which
 /// are answered, come as often.
@@ -36,8 +28,8 @@ pub struct Connection {
     quinn: quinn::Connection,
     peer: PeerName,
     socket: SocketFacts,
-    /// What batches may take of the transport's window, in units of [`BULK_UNIT_BYTES`].
-    bulk: Arc<Semaphore>,
+    /// What batches may take of the transport's window.
+    bulk: Arc<Bulk>,
     /// Batches sent so far.
     batches: Arc<AtomicU32>,
 }
@@ -50,8 +42,7 @@ impl Connection {
         socket: SocketFacts,
         window_bytes: u32,
     ) -> Self {
-        let bulk_bytes = window_bytes.saturating_sub(CONTROL_RESERVE_BYTES);
-        let bulk = Arc::new(Semaphore::new(bulk_bytes as usize / BULK_UNIT_BYTES));
+        let bulk = Arc::new(Bulk::new(window_bytes));
         Self { quinn, peer, socket, bulk, batches: Arc::default() }
     }
 
@@ -89,7 +80,7 @@ impl Connection {
         let (mut send, recv) = self.quinn.open_bi().await.map_err(ended)?;
         let _ = send.set_priority(priority);
         send.write_all(&[kind]).await.map_err(|error| StreamError::Stream(error.to_string()))?;
-        Ok((SendHalf(send), ReceiveHalf(recv)))
+        Ok(self.halves(kind, send, recv))
     }
 
     async fn accept(
@@ -104,7 +95,16 @@ impl Connection {
         if kind[0] != expected {
             return Err(StreamError::Kind { found: kind[0], expected });
         }
-        Ok((SendHalf(send), ReceiveHalf(recv)))
+        Ok(self.halves(expected, send, recv))
+    }
+
+    fn halves(&self, kind: u8, send: SendStream, recv: RecvStream) -> (SendHalf, ReceiveHalf) {
+        match kind {
+            CONTROL_STREAM => {
+                (SendHalf::copied(send, &self.quinn), ReceiveHalf::copied(recv, &self.quinn))
+            }
+            _ => (SendHalf::plain(send), ReceiveHalf::plain(recv)),
+        }
     }
 
     /// Sends a batch on a stream of its own; returns when the peer's transport has all of it. The
@@ -112,14 +112,15 @@ impl Connection {
     pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
-        let units = bytes.div_ceil(BULK_UNIT_BYTES) as u32;
-        // Never closed, so this cannot fail.
-        let _place = self.bulk.acquire_many(units).await;
+        self.bulk.follow(self.quinn.stats().path.cwnd);
+        let _place = self.bulk.place(bytes).await;
         let mut stream = self.quinn.open_uni().await.map_err(ended)?;
         let _ = stream.set_priority(self.next_priority());
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
         stream.finish().map_err(|error| broken(error.to_string()))?;
-        stream.stopped().await.map(drop).map_err(|error| broken(error.to_string()))
+        let acknowledged = stream.stopped().await;
+        self.bulk.follow(self.quinn.stats().path.cwnd);
+        acknowledged.map(drop).map_err(|error| broken(error.to_string()))
     }
 
     /// Batches go in their order, below control and hashes, and so do the parts of them that were
@@ -134,7 +135,7 @@ impl Connection {
 
     /// The next batch stream that the peer opens.
     pub async fn accept_batch(&self) -> Result<BatchStream, StreamError> {
-        Ok(BatchStream(self.quinn.accept_uni().await.map_err(ended)?))
+        Ok(BatchStream::new(self.quinn.accept_uni().await.map_err(ended)?))
     }
 
     /// What the transport knows of the link.
@@ -191,66 +192,6 @@ impl Connection {
             quinn::ConnectionError::TimedOut => "the link fell silent".into(),
             quinn::ConnectionError::LocallyClosed => "it was closed here".into(),
             other => other.to_string(),
-        }
-    }
-}
-
-fn ended(error: quinn::ConnectionError) -> StreamError {
-    StreamError::Connection(error.to_string())
-}
-
-/// The sending half of a stream.
-#[derive(Debug)]
-pub struct SendHalf(SendStream);
-
-impl SendHalf {
-    pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<(), StreamError> {
-        self.0.write_chunk(bytes).await.map_err(|error| StreamError::Stream(error.to_string()))
-    }
-}
-
-/// The receiving half of a stream.
-#[derive(Debug)]
-pub struct ReceiveHalf(RecvStream);
-
-impl ReceiveHalf {
-    /// Appends what has come in; 0 when the peer finished the stream. Cancel safe.
-    pub(crate) async fn read(&mut self, into: &mut BytesMut) -> Result<usize, StreamError> {
-        match self.0.read_chunk(64 << 10, true).await {
-            Ok(Some(chunk)) => {
-                into.extend_from_slice(&chunk.bytes);
-                Ok(chunk.bytes.len())
-            }
-            Ok(None) => Ok(0),
-            Err(error) => Err(StreamError::Stream(error.to_string())),
-        }
-    }
-}
-
-/// A batch on its way in.
-#[derive(Debug)]
-pub struct BatchStream(RecvStream);
-
-impl BatchStream {
-    /// Reads the header, which comes first.
-    pub async fn read_header(&mut self) -> Result<BatchHeader, StreamError> {
-        let mut bytes = [0; HEADER_BYTES];
-        self.read_exact(&mut bytes).await?;
-        Ok(BatchHeader::decode(&bytes)?)
-    }
-
-    /// Fills `buf`: the one copy between the datagram and the buffer that is journalled.
-    pub async fn read_exact(&mut self, buf: &mut [u8]) -> Result<(), StreamError> {
-        self.0.read_exact(buf).await.map_err(|error| StreamError::Stream(error.to_string()))
-    }
-
-    /// Checks that nothing follows.
-    pub async fn read_end(&mut self) -> Result<(), StreamError> {
-        let mut more = [0];
-        match self.0.read(&mut more).await {
-            Ok(None) => Ok(()),
-            Ok(Some(_)) => Err(StreamError::Stream("more bytes follow a batch".into())),
-            Err(error) => Err(StreamError::Stream(error.to_string())),
         }
     }
 }

@@ -4,14 +4,18 @@
 //! a sync stream (bidirectional), and one unidirectional stream for each batch. `SPEC.md` has the
 //! rules. Nothing in here knows what the messages mean.
 
+mod bulk;
 mod congestion;
 mod connection;
+mod copies;
 mod endpoint;
 mod socket;
+mod streams;
 mod transport;
 
 pub use congestion::{CongestionStats, RateLimit};
-pub use connection::{BatchStream, Connection, ReceiveHalf, SendHalf};
+pub use connection::Connection;
 pub use endpoint::{AcceptError, BindError, ConnectError, Handshake, Listener, connect};
 pub use socket::SocketFacts;
+pub use streams::{BatchStream, ReceiveHalf, SendHalf};
 pub use transport::{Congestion, TransportOptions};

@@ -12,6 +12,10 @@ use crate::quic::congestion::{Limited, Method, RateLimit};
 /// times more than this exceeds what one UDP send can carry: the packets would vanish.
 const UDP_PAYLOAD_BYTES_MAX: u16 = 6500;
 
+/// Copies of control frames that wait to leave, or to be read, in bytes; older ones give way. The
+/// stream has them all, so this only has to reach a moment.
+const COPIES_BYTES: usize = 64 << 10;
+
 /// How the sending rate is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Congestion {
@@ -46,8 +50,9 @@ pub struct TransportOptions {
     /// A ceiling on what is sent, changed through any clone while connections run (default: none).
     /// It holds for each connection that is made with these options.
     pub rate_limit: RateLimit,
-    /// Bytes that may be under way in each direction (default 48 MiB). It must reach bandwidth ×
-    /// delay for a link to be filled; it bounds the memory that unread data takes.
+    /// Most bytes that may be under way in each direction (default 48 MiB), a bound on memory: batches
+    /// take of it what the path is measured to carry. A link whose bandwidth × delay is more than a
+    /// fifth of it may not be filled.
     pub window_bytes: u32,
     /// Batch streams that may be open at a time (default 256).
     pub streams_max: u32,
@@ -90,7 +95,8 @@ impl TransportOptions {
         config.keep_alive_interval(Some(self.idle_timeout / 5));
         // Whole batches one after the other: the target can use none of them before it is complete.
         config.send_fairness(false);
-        config.datagram_receive_buffer_size(None);
+        config.datagram_receive_buffer_size(Some(COPIES_BYTES));
+        config.datagram_send_buffer_size(COPIES_BYTES);
         let mut mtu = MtuDiscoveryConfig::default();
         mtu.upper_bound(UDP_PAYLOAD_BYTES_MAX);
         config.mtu_discovery_config(Some(mtu));

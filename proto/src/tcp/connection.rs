@@ -14,6 +14,7 @@ use tokio_rustls::TlsStream;
 use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
 use crate::link::{LinkStats, StreamError};
+use crate::message::split_frame;
 use crate::tcp::GOODBYE;
 
 /// A peer that says nothing on the control connection for this long is gone: agents send a
@@ -118,7 +119,10 @@ impl Connection {
         let half = half.ok_or_else(|| StreamError::Stream("it was opened before".into()))?;
         let shared = Arc::clone(&self.0);
         let send = SendHalf { writer: Arc::clone(&shared.control), shared: Arc::clone(&shared) };
-        Ok((send, ReceiveHalf { half, shared, silence_max: Some(SILENCE_MAX) }))
+        Ok((
+            send,
+            ReceiveHalf { half, buffer: BytesMut::new(), shared, silence_max: Some(SILENCE_MAX) },
+        ))
     }
 
     pub(crate) fn take_sync(&self) -> Result<(SendHalf, ReceiveHalf), StreamError> {
@@ -127,7 +131,7 @@ impl Connection {
             halves.ok_or_else(|| StreamError::Stream("it was opened before".into()))?;
         let shared = Arc::clone(&self.0);
         let send = SendHalf { writer: Arc::new(Mutex::new(writer)), shared: Arc::clone(&shared) };
-        Ok((send, ReceiveHalf { half, shared, silence_max: None }))
+        Ok((send, ReceiveHalf { half, buffer: BytesMut::new(), shared, silence_max: None }))
     }
 
     /// Batches are sent whole, one after the other, in the order of the calls.
@@ -193,7 +197,7 @@ pub struct SendHalf {
 }
 
 impl SendHalf {
-    pub(crate) async fn write(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+    pub(crate) async fn write_frame(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
         let mut writer = self.writer.lock().await;
         let work = async {
             writer.write_all(bytes).await?;
@@ -207,14 +211,32 @@ impl SendHalf {
 #[derive(Debug)]
 pub struct ReceiveHalf {
     half: ReadHalf<Stream>,
+    buffer: BytesMut,
     shared: Arc<Shared>,
     silence_max: Option<Duration>,
 }
 
 impl ReceiveHalf {
-    /// Appends what has come in; 0 when the peer ended the connection. Cancel safe.
-    pub(crate) async fn read(&mut self, into: &mut BytesMut) -> Result<usize, StreamError> {
-        let read = self.shared.during(self.half.read_buf(into));
+    /// The next frame's content; `None` when the peer ended the connection. Cancel safe.
+    pub(crate) async fn read_frame(&mut self) -> Result<Option<Bytes>, StreamError> {
+        loop {
+            if self.buffer.starts_with(&GOODBYE) {
+                return Err(self.read_goodbye().await);
+            }
+            if let Some(content) = split_frame(&mut self.buffer)? {
+                return Ok(Some(content));
+            }
+            if self.read().await? == 0 {
+                return match self.buffer.is_empty() {
+                    true => Ok(None),
+                    false => Err(StreamError::Stream("it ended inside a message".into())),
+                };
+            }
+        }
+    }
+
+    async fn read(&mut self) -> Result<usize, StreamError> {
+        let read = self.shared.during(self.half.read_buf(&mut self.buffer));
         let read = match self.silence_max {
             None => read.await?,
             Some(most) => match tokio::time::timeout(most, read).await {
@@ -231,8 +253,9 @@ impl ReceiveHalf {
         Ok(read)
     }
 
-    /// Reads the rest of a goodbye, of which `buffer` holds the beginning, and ends the session.
-    pub(crate) async fn read_goodbye(&mut self, buffer: &mut BytesMut) -> StreamError {
+    /// Reads the rest of a goodbye, of which the buffer holds the beginning, and ends the session.
+    async fn read_goodbye(&mut self) -> StreamError {
+        let buffer = &mut self.buffer;
         let wanted = |buffer: &BytesMut| match buffer.get(4..6) {
             Some(len) => {
                 6 + usize::from(u16::from_le_bytes([len[0], len[1]])).min(REASON_BYTES_MAX)

@@ -235,6 +235,15 @@ impl Rig {
         self.link.as_ref()
     }
 
+    /// Changes the emulated link while it runs.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or it refuses.
+    pub fn set_link(&mut self, spec: LinkSpec) -> anyhow::Result<()> {
+        Ok(self.link.as_mut().context("the rig has no link")?.set_spec(spec)?)
+    }
+
     fn spawn(&self, program: &str, configuration: &str, log: &str) -> anyhow::Result<Daemon> {
         let path = self.spec.programs.join(program);
         let mut command = match &self.link {
@@ -309,6 +318,20 @@ impl Rig {
     pub fn reload_agent(&self) {
         if let Some(Daemon { child, .. }) = &self.agent {
             signal(child, rustix::process::Signal::HUP);
+        }
+    }
+
+    /// Stops the target's clock, as a hung disk or hypervisor would, until [`Rig::thaw_target`].
+    pub fn freeze_target(&self) {
+        if let Some(Daemon { child, .. }) = &self.target {
+            signal(child, rustix::process::Signal::STOP);
+        }
+    }
+
+    /// Lets the target go on.
+    pub fn thaw_target(&self) {
+        if let Some(Daemon { child, .. }) = &self.target {
+            signal(child, rustix::process::Signal::CONT);
         }
     }
 

@@ -74,6 +74,7 @@ impl ControllerFactory for Limited {
             limit: self.limit.clone(),
             mtu: current_mtu,
             lost_bytes: 0,
+            in_flight_bytes: 0,
             knocks: Arc::default(),
         })
     }
@@ -104,6 +105,8 @@ struct Adapter {
     limit: RateLimit,
     mtu: u16,
     lost_bytes: u64,
+    /// What was under way when the peer was last heard, and what was sent since, before any knock.
+    in_flight_bytes: u64,
     /// Knocks since the last acknowledgement; shared with the clones that are made of this.
     knocks: Arc<AtomicU32>,
 }
@@ -147,6 +150,9 @@ impl Adapter {
 impl Controller for Adapter {
     fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
         self.ceiling.on_sent(now, bytes);
+        if self.knocks.load(Ordering::Relaxed) == 0 {
+            self.in_flight_bytes += bytes;
+        }
         match &mut self.inner {
             Inner::Auto(flow) => flow.on_sent(now, bytes),
             Inner::Cubic(cubic) => cubic.on_sent(now, bytes, last_packet_number),
@@ -179,6 +185,7 @@ impl Controller for Adapter {
         app_limited: bool,
         largest_packet_num_acked: Option<u64>,
     ) {
+        self.in_flight_bytes = in_flight;
         let limited = app_limited || self.is_capped();
         match &mut self.inner {
             Inner::Auto(flow) => flow.on_end_acks(now, in_flight, limited),
@@ -217,8 +224,15 @@ impl Controller for Adapter {
     }
 
     fn window(&self) -> u64 {
-        let knocks = self.knocks.load(Ordering::Relaxed).saturating_mul(KNOCK_PACKETS);
-        self.ceiling.lower(self.inner_window()) + u64::from(knocks) * u64::from(self.mtu)
+        let window = self.ceiling.lower(self.inner_window());
+        match self.knocks.load(Ordering::Relaxed) {
+            0 => window,
+            // The window may have shrunk below what is under way, or lost, since that was sent.
+            knocks => {
+                let packets = u64::from(knocks.saturating_mul(KNOCK_PACKETS));
+                window.max(self.in_flight_bytes) + packets * u64::from(self.mtu)
+            }
+        }
     }
 
     fn metrics(&self) -> ControllerMetrics {
@@ -242,6 +256,7 @@ impl Controller for Adapter {
             limit: self.limit.clone(),
             mtu: self.mtu,
             lost_bytes: self.lost_bytes,
+            in_flight_bytes: self.in_flight_bytes,
             knocks: Arc::clone(&self.knocks),
         })
     }
