@@ -335,7 +335,9 @@ async fn a_target_that_hangs_is_gone_on_with_when_it_is_back() {
 }
 
 /// Blackouts shorter than the transport's patience, while the line is full: the transport's own probes
-/// come ever more rarely, so after five seconds of dark data came four seconds late.
+/// come ever more rarely, so after five seconds of dark data came four seconds late. And after the target
+/// had been heard first, which acknowledges what it had received before the dark, its round-trip time
+/// of six seconds put the next probe off by seven.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_short_blackout_in_the_middle_of_a_sync_data_comes_at_once() {
     if !is_root() {

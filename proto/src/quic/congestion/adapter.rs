@@ -76,6 +76,7 @@ impl ControllerFactory for Limited {
             lost_bytes: 0,
             in_flight_bytes: 0,
             knocks: Arc::default(),
+            knock_sent: None,
         })
     }
 }
@@ -107,8 +108,11 @@ struct Adapter {
     lost_bytes: u64,
     /// What was under way when the peer was last heard, and what was sent since, before any knock.
     in_flight_bytes: u64,
-    /// Knocks since the last acknowledgement; shared with the clones that are made of this.
+    /// Knocks that were not answered yet; shared with the clones that are made of this.
     knocks: Arc<AtomicU32>,
+    /// When the first packet after them was sent. A peer that knocks itself acknowledges first what it
+    /// had received before the dark: that is no answer.
+    knock_sent: Option<Instant>,
 }
 
 impl Adapter {
@@ -152,6 +156,8 @@ impl Controller for Adapter {
         self.ceiling.on_sent(now, bytes);
         if self.knocks.load(Ordering::Relaxed) == 0 {
             self.in_flight_bytes += bytes;
+        } else {
+            self.knock_sent.get_or_insert(now);
         }
         match &mut self.inner {
             Inner::Auto(flow) => flow.on_sent(now, bytes),
@@ -168,7 +174,10 @@ impl Controller for Adapter {
         app_limited: bool,
         rtt: &RttEstimator,
     ) {
-        self.knocks.store(0, Ordering::Relaxed);
+        if self.knock_sent.is_some_and(|knock_sent| sent >= knock_sent) {
+            self.knocks.store(0, Ordering::Relaxed);
+            self.knock_sent = None;
+        }
         self.ceiling.on_ack(now, rtt.get());
         let limited = app_limited || self.is_capped();
         match &mut self.inner {
@@ -258,6 +267,7 @@ impl Controller for Adapter {
             lost_bytes: self.lost_bytes,
             in_flight_bytes: self.in_flight_bytes,
             knocks: Arc::clone(&self.knocks),
+            knock_sent: self.knock_sent,
         })
     }
 
