@@ -302,7 +302,7 @@ async fn a_target_that_hangs_is_gone_on_with_when_it_is_back() {
         let ready = scenario.wait_consistent().await.unwrap();
         let client = scenario.rig.connect(0).await.unwrap();
         let workload = WorkloadSpec {
-            ranges: vec![0..64 << 20],
+            ranges: std::iter::once(0..64 << 20).collect(),
             rate_bytes_per_second: Some(GUEST_RATE_BYTES),
             flush_every: 16,
             seed,
