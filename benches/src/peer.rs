@@ -44,6 +44,7 @@ impl Peer {
         while !ready() {
             ensure!(self.is_running()?, "a peer ended before it was ready");
             ensure!(began.elapsed() < START_TIME_MAX, "a peer did not become ready");
+            // A foreign process tells nobody when it is ready: it can only be asked again.
             std::thread::sleep(POLL);
         }
         Ok(())

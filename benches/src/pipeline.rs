@@ -74,6 +74,7 @@ pub async fn bytes_per_second(
 ) -> anyhow::Result<f64> {
     let mut rig = prepare(dir, disk, spec, format!("congestion = \"{congestion}\"")).await?;
     begin(&mut rig).await?;
+    // The first seconds of a transfer are not part of the measurement.
     tokio::time::sleep(span.settle).await;
     let began = Instant::now();
     let before = rig.client().machine(MACHINE).await?.received_plain_bytes;

@@ -145,7 +145,7 @@ pub fn wait_for_port(peer: &mut Peer, link: &Link, port: u16) -> anyhow::Result<
 
 /// What the link delivers of payload while `sender` runs.
 fn delivered(link: &Link, sender: &mut Peer, span: &Span) -> anyhow::Result<f64> {
-    // The measurement itself: what the link delivers in this time.
+    // The first seconds are not counted; the second wait is the measurement itself.
     std::thread::sleep(span.settle);
     let before = link.stats().up;
     std::thread::sleep(span.measure);

@@ -12,7 +12,8 @@ use crate::sample::Sample;
 use crate::transfer::Transfer;
 use crate::{Span, links, pipeline, plot, rivals};
 
-/// How long the first of the two has the link for itself: long enough to have filled it.
+/// How long the first of the two has the link for itself: long enough to have filled it. The wait is
+/// part of what is measured, so nothing announces its end.
 const LEAD: Duration = Duration::from_secs(5);
 /// Starvation is judged over so many seconds.
 const HUNGER_SECONDS: f64 = 5.0;

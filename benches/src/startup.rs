@@ -106,6 +106,7 @@ async fn from_idle(folder: &Path, spec: &LinkSpec) -> anyhow::Result<Record> {
     let ready = |machine: &Machine| machine.consistency == Consistency::Consistent;
     rig.wait("the sync", START_TIME_MAX, ready).await?;
     let client = Arc::new(rig.connect(0).await?);
+    // The idle time is what is measured from.
     tokio::time::sleep(IDLE).await;
     let (next, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
     let writers: Vec<_> = (0..WRITERS)

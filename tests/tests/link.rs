@@ -355,6 +355,7 @@ async fn after_a_short_blackout_in_the_middle_of_a_sync_data_comes_at_once() {
     scenario.wait_received(4 << 20).await.unwrap();
     for dark_seconds in [2, 6] {
         scenario.rig.link().unwrap().blackout(true);
+        // The length of the dark is the input of this test, not a wait for something to happen.
         let lasted = tokio::time::Duration::from_secs(dark_seconds);
         let end = tokio::time::Instant::now() + lasted;
         tokio::time::sleep_until(end).await;

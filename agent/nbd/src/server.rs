@@ -203,7 +203,8 @@ async fn accept_all(
                 });
             }
             Err(error) => {
-                // Out of descriptors, usually. Trying again at once would spin.
+                // Out of descriptors, usually, and nothing tells when there are some again. Trying at
+                // once would spin.
                 tracing::warn!(%error, "an NBD connection could not be accepted");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
