@@ -24,7 +24,7 @@ pub struct CongestionStats {
     pub state: &'static str,
     /// Estimated rate of the path in bytes a second, 0 where the method makes no estimate.
     pub bandwidth_bytes_per_second: u64,
-    /// Smallest round-trip time of the last ten seconds, if one was measured.
+    /// Smallest round-trip time of the last twenty seconds, if one was measured.
     pub min_rtt: Option<Duration>,
     /// Bytes that may be in flight, the ceiling considered.
     pub window_bytes: u64,

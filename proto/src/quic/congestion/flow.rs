@@ -11,6 +11,7 @@ use crate::quic::congestion::loss::LossBase;
 use crate::quic::congestion::phase::Phase;
 use crate::quic::congestion::rival::Rival;
 use crate::quic::congestion::round::{Round, RoundEnd};
+use crate::quic::congestion::share::Share;
 
 /// The model of one path, and what may be in flight on it.
 #[derive(Debug, Clone)]
@@ -39,12 +40,14 @@ pub(super) struct Flow {
     pub(super) probed_rtt_at: Instant,
     /// Rounds in a row that were slower than the model and had a queue.
     pub(super) slow_rounds: u32,
+    /// Rounds in a row of a cruise that were congested.
+    pub(super) congested_rounds: u32,
     /// The window beside somebody else who yields.
     pub(super) rival: Option<Rival>,
-    /// Cuts of `rival` in the last rounds, as a share of them.
-    pub(super) cut_share: f64,
-    /// Nobody else yields: until then, neither do we.
-    defied_until: Option<Instant>,
+    /// How much of a shared path is ours.
+    pub(super) share: Share,
+    /// Mean round-trip time of the last whole round.
+    pub(super) round_rtt: Duration,
     /// Highest round-trip time that was seen lately: with it, the queue is full.
     peak_rtt: Duration,
     pub(super) clump_epoch: (Instant, f64),
@@ -71,9 +74,10 @@ impl Flow {
             smoothed_rtt: Duration::from_millis(100),
             probed_rtt_at: now,
             slow_rounds: 0,
+            congested_rounds: 0,
             rival: None,
-            cut_share: 0.0,
-            defied_until: None,
+            share: Share::default(),
+            round_rtt: Duration::ZERO,
             peak_rtt: Duration::ZERO,
             clump_epoch: (now, 0.0),
             window_bytes: WINDOW_PACKETS_INITIAL * f64::from(mtu),
@@ -173,7 +177,7 @@ impl Flow {
 
     /// Mean wait behind the packets of one of quinn's bursts: a delay of our own making that no
     /// drain takes away.
-    fn burst_time(&self) -> Duration {
+    pub(super) fn burst_time(&self) -> Duration {
         let seconds = BURST_PACKETS / 2.0 * self.mtu_bytes / self.rate().max(self.mtu_bytes);
         Duration::from_secs_f64(seconds.min(BURST_TIME_MAX.as_secs_f64()))
     }
@@ -195,7 +199,8 @@ impl Flow {
         self.phase = Phase::startup();
         self.max_rate = MaxRate::default();
         self.min_rtt = MinRtt::default();
-        (self.rate_lo, self.inflight_hi, self.slow_rounds) = (None, None, 0);
+        (self.rate_lo, self.inflight_hi) = (None, None);
+        (self.slow_rounds, self.congested_rounds) = (0, 0);
         (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();
         self.probed_rtt_at = now;
@@ -295,36 +300,26 @@ impl Flow {
         let above = self.peak_rtt.saturating_sub(base).mul_f64(PEAK_KEPT);
         self.peak_rtt = end.rtt_max.max(base + above);
         let full = end.rtt_max >= base + above.mul_f64(PEAK_FULL);
+        self.share.add_loss(lost - self.loss.share() * total, total);
         self.follow_rival(now, end, congested || (full && self.loss.is_noticed(lost, total)));
         self.turn(now, end, queued, congested);
+        self.round_rtt = end.rtt_mean;
     }
 
     /// Takes up, follows or gives up Cubic's law.
     fn follow_rival(&mut self, now: Instant, end: &RoundEnd, congested: bool) {
-        if self.defied_until.is_some_and(|until| now >= until) {
-            (self.rival, self.cut_share, self.defied_until) = (None, 0.0, None);
-        }
-        if !self.is_shared() || self.is_defied() {
-            self.rival = None;
+        if !self.is_shared() {
+            (self.rival, self.share) = (None, Share::default());
             return;
         }
         let start = self.window_bytes / self.mtu_bytes;
         let rival = self.rival.get_or_insert_with(|| Rival::new(now, start));
-        let cut = rival.end_round(now, congested);
-        self.cut_share += (f64::from(u8::from(cut)) - self.cut_share) / CUT_ROUNDS;
-        if self.cut_share > CUT_DEFIED || rival.falling_cuts() >= CUTS_FALLING {
-            self.defied_until = Some(now + DEFIED);
-        }
+        rival.end_round(now, congested && !self.share.is_wronged());
         let probing = matches!(self.phase, Phase::Down { .. } | Phase::ProbeRtt { .. });
         if !probing && !end.app_limited {
             let packets = (end.total_bytes - end.lost_bytes) / self.mtu_bytes;
             rival.grow(now, packets, self.smoothed_rtt);
         }
-    }
-
-    /// Somebody shares the path and does not yield when we do.
-    pub(super) fn is_defied(&self) -> bool {
-        self.defied_until.is_some()
     }
 }
 
@@ -345,16 +340,6 @@ const RTT_MIN: Duration = Duration::from_millis(1);
 const CUSHION: Duration = Duration::from_millis(2);
 /// Most that is held on account of clumped acknowledgements.
 const CLUMP_MAX: Duration = Duration::from_millis(6);
-/// Rounds over which cuts are counted.
-const CUT_ROUNDS: f64 = 32.0;
-/// Cubic cuts once in twenty rounds or more; who has to cut more often has met somebody who does
-/// not yield.
-const CUT_DEFIED: f64 = 0.06;
-/// Cuts in a row, each at a smaller window than the one before: two or three bring us to half the
-/// link beside somebody who yields, more only beside somebody who does not.
-const CUTS_FALLING: u32 = 4;
-/// How long that is believed before yielding is tried again.
-const DEFIED: Duration = Duration::from_secs(30);
 /// How much of the highest queue is remembered from round to round.
 const PEAK_KEPT: f64 = 0.99;
 /// From this share of it on the queue counts as full.

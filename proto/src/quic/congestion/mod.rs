@@ -12,6 +12,7 @@
 //! | [`loss`] | chance told from congestion |
 //! | [`round`] | what one round trip brought |
 //! | [`rival`] | the window beside somebody who yields |
+//! | [`share`] | how much of a shared path is ours |
 //! | [`flow`], [`phase`] | the model: its window, its states |
 //! | [`ceiling`] | a rate limit that changes live, for any controller |
 //! | [`fixed`] | a line whose rate is known |
@@ -27,6 +28,7 @@ mod loss;
 mod phase;
 mod rival;
 mod round;
+mod share;
 #[cfg(test)]
 mod sim;
 

@@ -23,8 +23,36 @@ pub(super) enum Phase {
     Refill,
     /// A little more in flight, to see whether more comes out: `add_bytes` more than a cruise.
     Up { add_bytes: f64, rounds: u32, best_rate: f64 },
-    /// Half in flight until `until`, to see the path without our queue.
-    ProbeRtt { until: Option<Instant>, rtt: Duration },
+    /// Half in flight, to see the path without our queue. Once that is all, round-trip times count
+    /// from the first instant of `span`, a round trip later, to the second.
+    ProbeRtt { span: Option<(Instant, Instant)>, seen: RoundTrips },
+}
+
+/// Round-trip times while a path is probed. Their mean is compared with the least: a few
+/// acknowledgements are always late, as receivers wait for a second packet.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct RoundTrips {
+    least: Duration,
+    sum: Duration,
+    count: u32,
+}
+
+impl RoundTrips {
+    fn add(&mut self, rtt: Duration) {
+        self.least = self.least.min(rtt);
+        self.sum += rtt;
+        self.count += 1;
+    }
+
+    fn mean(&self) -> Duration {
+        self.sum / self.count.max(1)
+    }
+}
+
+impl Default for RoundTrips {
+    fn default() -> Self {
+        Self { least: Duration::MAX, sum: Duration::ZERO, count: 0 }
+    }
 }
 
 impl Phase {
@@ -67,12 +95,12 @@ impl Flow {
                     self.refill();
                 }
             }
-            Phase::ProbeRtt { until, rtt } => self.probe_rtt(now, sample, until, rtt),
+            Phase::ProbeRtt { span, seen } => self.probe_rtt(now, sample, span, seen),
             _ => {}
         }
         let probing = matches!(self.phase, Phase::Startup { .. } | Phase::ProbeRtt { .. });
         if !probing && self.min_rtt.unconfirmed_for(now) > PROBE_RTT_INTERVAL {
-            self.phase = Phase::ProbeRtt { until: None, rtt: Duration::MAX };
+            self.enter_probe_rtt();
         }
     }
 
@@ -110,6 +138,9 @@ impl Flow {
             }
             Phase::Cruise { .. } | Phase::Refill => {
                 self.judge(end, queued, congested);
+                if self.congested_rounds == BURST_ROUNDS {
+                    return self.enter_down();
+                }
                 if self.phase == Phase::Refill {
                     let best_rate = self.max_rate.get();
                     let add_bytes = self.probe_bytes();
@@ -136,9 +167,13 @@ impl Flow {
             if self.is_shared() {
                 return;
             }
-            self.rate_lo = Some(end.rate.max(rate * LOSS_BETA));
+            self.congested_rounds += 1;
+            let floor = if self.congested_rounds <= BURST_ROUNDS { BURST_FLOOR } else { 0.0 };
+            let floor = self.max_rate.get() * floor;
+            self.rate_lo = Some(end.rate.max(rate * LOSS_BETA).max(floor));
             return;
         }
+        self.congested_rounds = 0;
         let slow = !self.is_shared() && queued && !end.app_limited && end.rate < rate * SLOW;
         self.slow_rounds = if slow { self.slow_rounds + 1 } else { 0 };
         if self.slow_rounds >= SLOW_ROUNDS {
@@ -183,7 +218,14 @@ impl Flow {
     fn enter_down(&mut self) {
         self.max_rate.advance();
         self.clump.advance();
-        let window_bytes = self.bdp() * GAIN_DOWN;
+        let window_bytes = if self.rival.is_some() {
+            self.share.begin_dip(self.window_bytes, self.round_rtt);
+            let empty = self.base_rtt().as_secs_f64() / self.round_rtt.as_secs_f64().max(1e-6);
+            let least = if self.share.is_alone() { 0.0 } else { DIP_MIN };
+            self.window_bytes * (empty * GAIN_DOWN).clamp(least, 1.0)
+        } else {
+            self.bdp() * GAIN_DOWN
+        };
         self.phase = Phase::Down { window_bytes, drained_rounds: None };
     }
 
@@ -191,25 +233,31 @@ impl Flow {
     fn leave_down(&mut self, now: Instant, end: &RoundEnd) {
         let was_shared = self.is_shared();
         let base = self.base_rtt();
+        if let Some(rival) = &mut self.rival
+            && let Phase::Down { window_bytes, .. } = self.phase
+            && !end.app_limited
+        {
+            rival.raise(now, self.share.end_dip(window_bytes, end.rtt_mean));
+        }
         self.floor = end.rtt_mean.saturating_sub(base);
         let [_, second, third] = self.company;
         self.company = [second, third, end.rtt_min.saturating_sub(base)];
         self.cruise(now);
         // Somebody came, or the route is longer than it was: only an empty path can tell.
         let recent = now.saturating_duration_since(self.probed_rtt_at) < PROBE_RTT_INTERVAL / 2;
-        let risen = end.rtt_min > self.base_rtt().mul_f64(1.25) + FLOOR_SUSPECT;
-        if risen && !was_shared && !recent {
-            self.phase = Phase::ProbeRtt { until: None, rtt: Duration::MAX };
+        if self.is_clearly_longer(end.rtt_min) && !was_shared && !recent {
+            self.enter_probe_rtt();
         }
+    }
+
+    fn is_clearly_longer(&self, rtt: Duration) -> bool {
+        rtt > self.base_rtt().mul_f64(1.25) + FLOOR_SUSPECT
     }
 
     fn cruise(&mut self, now: Instant) {
         let wait = CRUISE.mul_f64(1.0 + self.random() / 2.0);
-        let wait = if self.is_defied() {
-            wait.min(self.smoothed_rtt.mul_f64(CRUISE_DEFIED * (1.0 + self.random() / 2.0)))
-        } else {
-            wait.max(6 * self.smoothed_rtt)
-        };
+        let wait = if self.share.is_wronged() { wait / 2 } else { wait };
+        let wait = wait.max(6 * self.smoothed_rtt);
         self.phase = Phase::Cruise { until: now + wait };
         self.clump_epoch = (now, 0.0);
     }
@@ -223,33 +271,52 @@ impl Flow {
         self.round.ends_at_bytes = self.delivery.delivered_bytes();
     }
 
-    fn probe_rtt(&mut self, now: Instant, sample: &Sample, until: Option<Instant>, rtt: Duration) {
+    fn enter_probe_rtt(&mut self) {
+        self.phase = Phase::ProbeRtt { span: None, seen: RoundTrips::default() };
+    }
+
+    fn probe_rtt(
+        &mut self,
+        now: Instant,
+        sample: &Sample,
+        span: Option<(Instant, Instant)>,
+        mut seen: RoundTrips,
+    ) {
         let low = self.delivery.in_flight_bytes() as f64 <= self.window_bytes + self.mtu_bytes;
-        match until {
+        match span {
             None if low => {
-                let wait = PROBE_RTT_TIME.max(self.smoothed_rtt);
-                self.phase = Phase::ProbeRtt { until: Some(now + wait), rtt };
-                self.round.rtt_max = Duration::ZERO;
+                let rtt = self.smoothed_rtt;
+                let span = Some((now + rtt, now + PROBE_RTT_TIME.max(2 * rtt)));
+                self.phase = Phase::ProbeRtt { span, seen };
             }
             None => {}
-            Some(until) if now < until => {
-                self.phase = Phase::ProbeRtt { until: Some(until), rtt: rtt.min(sample.rtt) };
-            }
-            Some(_) => {
-                let before = self.base_rtt();
-                let rtt = rtt.min(sample.rtt);
-                if self.round.rtt_max.saturating_sub(rtt) < PROBE_RTT_STILL || before >= rtt {
-                    self.min_rtt.set(now, rtt);
-                } else {
-                    self.min_rtt.confirm(now);
+            Some((from, _)) if now < from => {}
+            Some((_, until)) => {
+                seen.add(sample.rtt);
+                self.phase = Phase::ProbeRtt { span, seen };
+                if now >= until {
+                    self.leave_probe_rtt(now, seen);
                 }
-                let longer = self.base_rtt().saturating_sub(before);
-                self.company = self.company.map(|delay| delay.saturating_sub(longer));
-                self.floor = self.floor.saturating_sub(longer);
-                self.probed_rtt_at = now;
-                self.cruise(now);
             }
         }
+    }
+
+    /// Stillness is the path's own, so a clearly longer route is believed; others' queues move.
+    fn leave_probe_rtt(&mut self, now: Instant, seen: RoundTrips) {
+        let before = self.base_rtt();
+        let is_still =
+            seen.mean().saturating_sub(seen.least) < PROBE_RTT_STILL.max(self.burst_time());
+        let is_longer = is_still && self.is_clearly_longer(seen.least);
+        if is_longer || before >= seen.least {
+            self.min_rtt.set(now, seen.least);
+        } else {
+            self.min_rtt.confirm(now);
+        }
+        let longer = self.base_rtt().saturating_sub(before);
+        self.company = self.company.map(|delay| delay.saturating_sub(longer));
+        self.floor = self.floor.saturating_sub(longer);
+        self.probed_rtt_at = now;
+        self.cruise(now);
     }
 }
 
@@ -265,10 +332,14 @@ const PROBE_QUEUE: Duration = Duration::from_millis(15);
 const GAIN_DOWN: f64 = 0.97;
 /// Shortest time between probes; up to half of it is added by chance (draft: 2 to 3 s).
 const CRUISE: Duration = Duration::from_secs(2);
-/// Round trips between probes beside somebody who does not yield: as often as the first BBR.
-const CRUISE_DEFIED: f64 = 8.0;
+/// Beside others a dip leaves this share of the window: it is for measuring, not for yielding.
+const DIP_MIN: f64 = 0.5;
 /// Draft: Beta, the most that one congested round takes.
 const LOSS_BETA: f64 = 0.7;
+/// Somebody's slow start ends within so many rounds. It may cost us half of what we had, or it would
+/// take all; and it is over before a link that has become so slow is drowned.
+const BURST_ROUNDS: u32 = 8;
+const BURST_FLOOR: f64 = 0.5;
 /// A round below this share of the modelled rate, with a queue, is slow.
 const SLOW: f64 = 0.8;
 /// That many slow rounds in a row say that the link is slower than it was.

@@ -13,9 +13,6 @@ const BETA: f64 = 0.7;
 /// A congested round this soon after a cut tells of the same full queue.
 const SAME_ROUNDS: u32 = 2;
 
-/// Share of the window at the last cut below which the next counts as fallen.
-const FELL: f64 = 0.95;
-
 /// The window Cubic would have here, in packets.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rival {
@@ -24,8 +21,6 @@ pub(super) struct Rival {
     reno: f64,
     epoch: Instant,
     rounds_since_cut: u32,
-    last_cut_at: f64,
-    falling_cuts: u32,
 }
 
 impl Rival {
@@ -36,8 +31,6 @@ impl Rival {
             reno: window_packets,
             epoch: now,
             rounds_since_cut: u32::MAX,
-            last_cut_at: 0.0,
-            falling_cuts: 0,
         }
     }
 
@@ -45,9 +38,13 @@ impl Rival {
         self.window
     }
 
-    /// Cuts in a row that came before the window of the last was regained.
-    pub(super) fn falling_cuts(&self) -> u32 {
-        self.falling_cuts
+    /// Has `gain` times as much in flight from now on, as if it had just been cut to that.
+    pub(super) fn raise(&mut self, now: Instant, gain: f64) {
+        if gain > 1.0 {
+            self.window *= gain;
+            self.w_max = self.w_max.max(self.window);
+            (self.reno, self.epoch) = (self.window, now);
+        }
     }
 
     /// `packets` were acknowledged while the window was in use.
@@ -69,9 +66,6 @@ impl Rival {
         }
         self.rounds_since_cut = 0;
         let before = self.window;
-        let fell = before < self.last_cut_at * FELL;
-        self.falling_cuts = if fell { self.falling_cuts + 1 } else { 0 };
-        self.last_cut_at = before;
         // Fast convergence: who has less than before leaves room for who came.
         self.w_max = if before < self.w_max { before * (1.0 + BETA) / 2.0 } else { before };
         self.window = before * BETA;

@@ -58,7 +58,7 @@ impl Control for Ours {
 
     fn state(&self) -> String {
         format!(
-            "{} rate {:.1} Mbit/s base {:?} floor {:?} cushion {:?} base loss {:.4} lo {:?} hi {:?}",
+            "{} rate {:.1} Mbit/s base {:?} floor {:?} cushion {:?} base loss {:.4} lo {:?} hi {:?} share {:?} {}",
             self.flow.phase.name(),
             self.flow.rate() * 8e-6,
             self.flow.base_rtt(),
@@ -67,6 +67,8 @@ impl Control for Ours {
             self.flow.loss.share(),
             self.flow.rate_lo.map(|rate| (rate * 8e-6) as u64),
             self.flow.inflight_hi.map(|bytes| bytes as u64),
+            self.flow.share.estimate(),
+            if self.flow.rival.is_some() { "shared" } else { "alone" },
         )
     }
 }
