@@ -325,7 +325,7 @@ impl Flow {
 
 const WINDOW_PACKETS_MIN: f64 = 4.0;
 /// The draft's initial window is ten packets; a pacer spreads ours over the first round trip.
-pub(super) const WINDOW_PACKETS_INITIAL: f64 = 32.0;
+pub(super) const WINDOW_PACKETS_INITIAL: f64 = 48.0;
 /// Doubles what is in flight each round trip (draft: StartupCwndGain).
 const GAIN_STARTUP: f64 = 2.0;
 /// Most a probe has in flight (draft: ProbeBW_UP cwnd_gain).

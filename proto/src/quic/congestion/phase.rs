@@ -200,6 +200,8 @@ impl Flow {
         } else if grew {
             let (add_bytes, best_rate) = (add_bytes.max(self.probe_bytes()) * 2.0, end.rate);
             let add_bytes = add_bytes.min(self.bdp());
+            // More came out, and nothing was lost by it: the link is no longer what set this bound.
+            self.inflight_hi = self.inflight_hi.map(|hi| hi.max(self.window_bytes + add_bytes));
             self.phase = Phase::Up { add_bytes, rounds: 0, best_rate };
         } else if queued || rounds >= UP_ROUNDS {
             self.enter_down();
