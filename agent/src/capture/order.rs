@@ -175,19 +175,16 @@ impl Order {
         }
         let (first, end) = (offset_bytes / BLOCK, (offset_bytes + len_bytes).div_ceil(BLOCK));
         let map = &self.dirty[usize::from(disk.0)];
-        let clean_bytes = if map.dirty_blocks() == 0 {
-            len_bytes
+        let clean_blocks = if map.dirty_blocks() == 0 {
+            end - first
         } else {
-            map.runs(first, end)
-                .filter(|run| !run.dirty)
-                .map(|run| (run.end - run.first) * BLOCK)
-                .sum()
+            map.runs(first, end).filter(|run| !run.dirty).map(|run| run.end - run.first).sum()
         };
-        if clean_bytes == 0 {
+        if clean_blocks == 0 {
             return;
         }
         let cost = match &change {
-            Change::Data(_) => clean_bytes.min(len_bytes),
+            Change::Data(_) => (clean_blocks * BLOCK).min(len_bytes),
             Change::Zero { .. } => 0,
         };
         if self.queued_bytes + cost > self.options.queue_bytes_max {
@@ -195,7 +192,9 @@ impl Order {
             return;
         }
         let before = self.pending_bytes();
-        if clean_bytes >= len_bytes {
+        // Counted in blocks: a write that is no multiple of them may have more clean bytes around
+        // it than it has itself, and still touch a dirty block.
+        if clean_blocks == end - first {
             self.push(now_us, disk, offset_bytes, change);
         } else {
             self.push_clean_parts(now_us, disk, offset_bytes, change);
@@ -398,6 +397,26 @@ mod tests {
         assert_eq!(kinds(&order.take_sealed(true)), [expected]);
         order.handle_write(2, DISK, 8192, Change::Data(Bytes::from(vec![3; 4096])));
         assert!(order.take_sealed(true).is_empty(), "the sync will read it");
+    }
+
+    /// A write of 1 KiB over the border of a clean and a dirty block entered the stream whole,
+    /// because the clean block alone is larger than it. The guest then put back what was in the
+    /// dirty block, which changes nothing here, and the sync found that the target, asked before
+    /// both, had that very content: nothing was sent, and the target kept the first write.
+    #[test]
+    fn a_write_over_the_border_of_a_dirty_block_leaves_its_part_of_it_to_the_sync() {
+        let mut order = order(1 << 20);
+        order.take_sealed(true);
+        order.handle_synced(1, DISK, 0..1, Vec::new(), Vec::new());
+        order.handle_write(2, DISK, 4096 - 512, Change::Data(Bytes::from(vec![3; 1024])));
+        let zeroes = Change::Zero { len_bytes: 1024, may_unmap: true };
+        order.handle_write(2, DISK, 4096 - 512, zeroes);
+        let (offset_bytes, len_bytes) = (4096 - 512, 512);
+        let expected = [
+            RecordKind::Data { offset_bytes, len_bytes },
+            RecordKind::Zero { offset_bytes, len_bytes, may_unmap: true },
+        ];
+        assert_eq!(kinds(&order.take_sealed(true)), expected);
     }
 
     #[test]
