@@ -27,27 +27,33 @@ pub struct JobContext {
 /// Does a job. Every kind can be done again: a fence that is up stays up, a hook that ran is run
 /// again (hooks must bear that, as the documentation says), a new point is set after the first.
 pub async fn execute(context: JobContext, job: Job) -> JobReply {
-    let mut reply = JobReply { job: job.job, machine: job.machine, ..JobReply::default() };
     let result = match job.kind() {
-        JobKind::Tag | JobKind::FinalPoint => set_point(&context),
+        JobKind::FinalPoint => set_point(&context),
         JobKind::Shutdown => shut_down(&context).await,
         JobKind::Unfence => protect(&context, Protection::Active, Fence::Down).await,
         JobKind::Remove => remove(&context).await,
-        // A resync replaces the generation, which is the owner loop's; it never comes here.
-        JobKind::Resync | JobKind::Unknown => Err(Refusal {
+        // A tag is done on the spot, and a resync replaces the generation, which is the owner
+        // loop's; they never come here.
+        JobKind::Tag | JobKind::Resync | JobKind::Unknown => Err(Refusal {
             code: Code::Protocol.into(),
             sentence: format!("the agent does not know job kind {}; update it", job.kind),
         }),
     };
+    reply(job, result)
+}
+
+/// Sets a point that an operator asks for. It takes no time, and ends no job that does.
+pub fn tag(context: &JobContext, job: Job) -> JobReply {
+    reply(job, set_point(context))
+}
+
+fn reply(job: Job, result: JobResult) -> JobReply {
+    let reply = JobReply { job: job.job, machine: job.machine, ..JobReply::default() };
     match result {
-        Ok(Some((point, batch))) => {
-            reply.point = point;
-            reply.point_batch = batch;
-        }
-        Ok(None) => {}
-        Err(refusal) => reply.failure = Some(refusal),
+        Ok(Some((point, point_batch))) => JobReply { point, point_batch, ..reply },
+        Ok(None) => reply,
+        Err(refusal) => JobReply { failure: Some(refusal), ..reply },
     }
-    reply
 }
 
 /// Refuses the machine's writes from now on: it was failed over without its shutdown.

@@ -179,9 +179,8 @@ async fn converse(
     connection_reason(connection, &reason).await
 }
 
-/// Closes the connection; if it was closed by the peer with a reason, that says more than `reason`.
+/// Closes the connection; if it was closed before, that reason says more than `reason`.
 async fn connection_reason(connection: &Connection, reason: &str) -> String {
     connection.close(reason);
-    let closed = connection.closed().await;
-    if closed.contains("closed here") { reason.to_owned() } else { closed }
+    connection.closed().await
 }

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use backhaul_agent::agent::Agent;
+use backhaul_agent::capture::Device;
 use backhaul_agent::config::Config;
 use backhaul_agent::link;
 use backhaul_agent::metrics::Metrics;
@@ -86,10 +87,12 @@ fn main() -> ExitCode {
 
 fn check(path: &std::path::Path) -> anyhow::Result<()> {
     let config = Config::load(path)?;
-    Identity::load(&config.identity, Role::Agent)?;
+    let identity = Identity::load(&config.identity, Role::Agent);
+    let mut wrong: Vec<String> = identity.err().iter().map(ToString::to_string).collect();
     for disk in config.machines.iter().flat_map(|machine| &machine.disks) {
-        backhaul_agent::capture::Device::open(&disk.path)?;
+        wrong.extend(Device::open(&disk.path).err().map(|error| error.to_string()));
     }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     println!("{} is good: {} machine(s)", path.display(), config.machines.len());
     Ok(())
 }

@@ -136,10 +136,9 @@ pub async fn run(
         Ok(()) => "the agent ended the session".to_owned(),
         Err(error) => error.to_string(),
     };
+    // If it was closed before, that reason says more.
     connection.close(&reason);
-    let closed = connection.closed().await;
-    let reason = if closed.contains("closed here") { reason } else { closed };
-    let _ = events.send((id, LinkEvent::Down(reason)));
+    let _ = events.send((id, LinkEvent::Down(connection.closed().await)));
 }
 
 async fn converse(

@@ -282,6 +282,13 @@ impl Machine {
             };
             self.note(generation, *batch, kind);
         }
+        // The journal was full, and the process ended before it could note that the disks went on.
+        let gone_past = |point: &mut RecoveryPoint| {
+            point.generation == generation.0 && point.batch() < recovered.applied
+        };
+        if self.state.point.take_if(gone_past).is_some() {
+            tracing::warn!(machine = %self.config.name, "the disks have gone past the newest point, which is given up");
+        }
         if let Some(sentence) = &recovered.torn_tail {
             tracing::info!(machine = %self.config.name, "{sentence}");
         }
@@ -329,7 +336,7 @@ impl Machine {
             consistent: self.state.consistency == Consistency::Consistent,
             sync_percent: self
                 .sync_view()
-                .map(|sync| sync.done_bytes * 100 / sync.total_bytes.max(1)),
+                .map(|sync| sync.done_bytes.saturating_mul(100) / sync.total_bytes.max(1)),
             point: self.state.point,
             durable: self.open.as_ref().map_or(BatchSeq(0), |open| open.receiver.durable()),
             rpo: self.watermark.rpo(now),
@@ -434,4 +441,48 @@ pub fn point_view(id: PointId) -> Point {
 pub fn now_us() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| since.as_micros() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use backhaul_proto::id::{BatchSeq, Generation, PointId, WriteSeq};
+
+    use super::Machine;
+    use crate::config::MachineConfig;
+    use crate::machine_state::Consistency;
+    use crate::recovery_point::RecoveryPoint;
+    use crate::store::Recovered;
+
+    /// The journal was full, so the disks went past the newest point; the store was full too, so
+    /// the target could not note it, and was killed. The point was listed again afterwards, and
+    /// could not be failed over to.
+    #[test]
+    fn a_point_that_the_disks_have_gone_past_is_not_listed_after_a_restart() {
+        let store = tempfile::tempdir().unwrap();
+        let (name, agent) = ("web01".parse().unwrap(), "ps1".parse().unwrap());
+        let point_period = Duration::from_secs(300);
+        let config = MachineConfig { name, agent, point_period, disks: Vec::new() };
+        let recovered = |applied| Recovered {
+            generation: Some(Generation(1)),
+            durable: BatchSeq(9),
+            durable_write: WriteSeq(9),
+            applied: BatchSeq(applied),
+            applied_write: WriteSeq(applied),
+            consistent: true,
+            marks: Vec::new(),
+            torn_tail: None,
+            damage: None,
+        };
+        let mut machine = Machine::load(config, store.path()).unwrap();
+        machine.state.consistency = Consistency::Consistent;
+        let point = RecoveryPoint::new(PointId(5), Generation(1), BatchSeq(5));
+        machine.state.point = Some(point);
+        machine.handle_recovered(&recovered(5)).unwrap();
+        assert_eq!(machine.state.point, Some(point));
+        machine.handle_recovered(&recovered(6)).unwrap();
+        assert_eq!(machine.state.point, None);
+        assert_eq!(Machine::load(machine.config, store.path()).unwrap().state.point, None);
+    }
 }

@@ -32,7 +32,12 @@ pub enum Command {
     Begin(Generation),
     /// Bring the disks to the end of a batch of a generation, or of the journal, and make them
     /// durable; then hold.
-    Prepare(Option<(Generation, BatchSeq)>),
+    Prepare {
+        /// Of which failover: comes back with the answer.
+        failover: u64,
+        /// Where to; `None` for the end of the journal.
+        through: Option<(Generation, BatchSeq)>,
+    },
     /// Make everything durable and end.
     Close,
 }
@@ -53,8 +58,8 @@ pub enum Report {
     Applied(Generation, BatchSeq),
     /// The generation began, after everything of the one before was applied.
     Begun(Generation),
-    /// The disks are durable at the end of this batch, or why not.
-    Prepared(Result<BatchSeq, String>),
+    /// For this failover the disks are durable at the end of this batch, or why not.
+    Prepared(u64, Result<BatchSeq, String>),
     /// The journal is over its bound: the hold was given up.
     HoldReleased,
     /// Sizes, now and then.
@@ -149,7 +154,9 @@ impl Running {
                     Ok(())
                 }
                 Ok(Command::Begin(generation)) => self.begin(generation),
-                Ok(Command::Prepare(through)) => self.prepare(through),
+                Ok(Command::Prepare { failover, through }) => self.prepare(through).map(|result| {
+                    (self.report)(Report::Prepared(failover, result));
+                }),
                 Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) => {
                     if let Err(error) = self.store.close() {
                         tracing::error!(%error, "a store could not be closed in good order");
@@ -283,7 +290,10 @@ impl Running {
         Ok(())
     }
 
-    fn prepare(&mut self, goal: Option<(Generation, BatchSeq)>) -> Result<(), StoreError> {
+    fn prepare(
+        &mut self,
+        goal: Option<(Generation, BatchSeq)>,
+    ) -> Result<Result<BatchSeq, String>, StoreError> {
         let durable = self.store.durable().durable;
         let (generation, through) = goal.unwrap_or((self.generation, durable));
         if generation != self.generation || through > durable {
@@ -291,14 +301,12 @@ impl Running {
                 "the point is not in the journal any more: it is batch {through} of generation {generation}, the journal has generation {} up to batch {durable}",
                 self.generation
             );
-            (self.report)(Report::Prepared(Err(sentence)));
-            return Ok(());
+            return Ok(Err(sentence));
         }
         if self.store.applied().through > through {
             let sentence =
                 "the disks have gone past that point, because the journal was full".into();
-            (self.report)(Report::Prepared(Err(sentence)));
-            return Ok(());
+            return Ok(Err(sentence));
         }
         self.hold = Some(through);
         while self.store.applied().through < through {
@@ -306,8 +314,7 @@ impl Running {
             (self.report)(Report::Applied(generation, applied.through));
         }
         self.checkpoint()?;
-        (self.report)(Report::Prepared(Ok(through)));
-        Ok(())
+        Ok(Ok(through))
     }
 
     fn tell_usage(&mut self) {

@@ -115,6 +115,7 @@ async fn another_sites_identity_and_another_targets_name_are_refused() {
         let error = connect(&address, &agent, &options(choice, Some("t2"))).await.unwrap_err();
         let sentence = "it is target `t1`, but `t2` is expected";
         assert!(error.to_string().contains(sentence), "{choice:?}: {error}");
+        assert!(matches!(error, ConnectError::Certificate { .. }), "{choice:?}: {error}");
     }
     let (failures, _listener) = accepting.await.unwrap();
     assert!(failures.iter().all(|error| matches!(error, AcceptError::Handshake { .. })));
@@ -161,6 +162,23 @@ async fn tcp_is_taken_when_udp_is_silent_and_reasons_travel() {
     let error = receiver.recv::<AgentMessage>().await.unwrap_err();
     assert!(error.to_string().contains("the target is tired"), "{error}");
     assert_eq!(ours.closed().await, "the target is tired");
+}
+
+/// An agent that closed its connection logged that "the stream ended: connection lost".
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_closes_a_connection_knows_why() {
+    let dir = site();
+    let (listener, address) = listener(dir.path()).await;
+    let agent = identity(dir.path(), "a1", Role::Agent);
+    for choice in BOTH {
+        let options = options(choice, Some("t1"));
+        let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+        let (ours, _theirs) = tokio::join!(connect(&address, &agent, &options), accepting);
+        let ours = ours.unwrap();
+        ours.close("a machine begins a new generation");
+        ours.close("the stream ended: connection lost");
+        assert_eq!(ours.closed().await, "a machine begins a new generation", "{choice:?}");
+    }
 }
 
 /// A batch that is dropped half-way leaves the stream of batches where nobody can find the next:

@@ -94,6 +94,25 @@ async fn a_disk_that_changed_its_size_is_refused_with_both_sizes() {
     assert!(!scenario.fail_over().await.unwrap().failover.unwrap().source_drained);
 }
 
+/// What the configuration names was looked at one thing after the other, and only the first that is
+/// missing was said.
+#[test]
+fn everything_that_a_configuration_names_and_is_missing_is_shown_at_once() {
+    let scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    let folder = scenario.folder.path();
+    std::fs::remove_file(&scenario.protected).unwrap();
+    std::fs::remove_file(folder.join("pki/lab-agent.key")).unwrap();
+    let output = Command::new(backhaul_tests::programs().join("backhaul-agent"))
+        .args(["check", "--config"])
+        .arg(folder.join("agent.toml"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(said.contains("lab-agent.key"), "{said}");
+    assert!(said.contains("protected.raw"), "{said}");
+}
+
 #[test]
 fn every_mistake_of_a_configuration_is_shown_at_once() {
     let scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();

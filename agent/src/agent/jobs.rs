@@ -10,7 +10,15 @@ use crate::job::{self, JobContext};
 impl Agent {
     pub(super) fn handle_job(&mut self, job: Job) {
         let index = job.machine as usize;
-        let Some(machine) = self.machines.get_mut(index) else { return };
+        if index >= self.machines.len() {
+            return;
+        }
+        // No step of a failover: it overtakes none, and two tags do not overtake each other.
+        if job.kind() == JobKind::Tag {
+            let reply = job::tag(&self.job_context(index), job);
+            return self.say(agent_message::Kind::JobReply(reply));
+        }
+        let machine = &mut self.machines[index];
         if let Some(reply) = machine.last_reply.as_ref().filter(|reply| reply.job == job.job) {
             let reply = JobReply { machine: job.machine, ..reply.clone() };
             return self.say(agent_message::Kind::JobReply(reply));

@@ -151,6 +151,9 @@ impl Agent {
         machine.encoded.clear();
         machine.replicating = None;
         machine.sync_sent_bytes = 0;
+        // A point of the old generation is none of the new one: a target that asks for it again
+        // would take the batch of that number for the end of the machine's writes.
+        machine.last_reply.take_if(|reply| reply.point_batch > 0);
         machine.sync.send(SyncInput::Disconnected);
         if let Some(link) = &self.link {
             link.connection.close("a machine begins a new generation");

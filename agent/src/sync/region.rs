@@ -8,6 +8,7 @@ use backhaul_proto::id::Generation;
 use backhaul_proto::limits::{BLOCK_BYTES, LEAF_BYTES, REGION_BYTES};
 use bytes::{Bytes, BytesMut};
 
+use crate::batch::{alone, is_zero};
 use crate::capture::{CapturedDisk, MachineCapture, now_us};
 use crate::sync::{Known, RegionRef};
 
@@ -117,6 +118,7 @@ fn send(
             runs.filter(|run| run.dirty).map(|run| run.first * BLOCK..run.end * BLOCK).collect()
         };
         let (records, data) = piece.records(disk, &dirty, &bad);
+        let data = alone(data, (end - at) as usize);
         sent_bytes += data.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
         machine.with_order(|order| {
             if order.generation() != now.0 {
@@ -171,7 +173,7 @@ struct Piece<'a> {
 
 impl Piece<'_> {
     /// The records of the dirty blocks that the target does not have. Neighbouring blocks of one
-    /// sort become one record; data is sliced from the piece, not copied.
+    /// sort become one record; data is sliced from the piece.
     fn records(
         &mut self,
         disk: &CapturedDisk,
@@ -215,7 +217,7 @@ impl Piece<'_> {
     fn is_zero(&self, from: u64, to: u64) -> bool {
         let Some(content) = &self.content else { return true };
         let slice = &content[(from - self.start) as usize..(to - self.start) as usize];
-        crate::batch::is_zero(slice)
+        is_zero(slice)
     }
 
     /// Whether the target is known to hold this block's content.
@@ -248,4 +250,48 @@ fn same_leaves(
             leaves.get(first + index as usize).is_some_and(|hash| blake3::hash(leaf) == *hash)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use backhaul_proto::id::{DiskIndex, Generation, PointId};
+
+    use super::{Outcome, deal_with};
+    use crate::capture::{CapturedDisk, Device, Fence, MachineCapture, Order, OrderOptions};
+    use crate::sync::{Known, RegionRef};
+
+    /// A queue had overflowed over a slow link, and one block in every MiB was dirty. Each held the
+    /// MiB that it had been read with: with 2 MiB in the queue the agent took 460 MiB.
+    #[test]
+    fn a_dirty_block_does_not_hold_the_piece_around_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![7; 4 << 20]).unwrap();
+        let index = DiskIndex(0);
+        let disk = CapturedDisk {
+            index,
+            name: "disk0".parse().unwrap(),
+            device: Device::open(file.path()).unwrap(),
+            ranges: Arc::default(),
+        };
+        let options = OrderOptions { queue_bytes_max: 1 << 20 };
+        let mut order = Order::new(options, Generation(1), &[4 << 20], PointId(0), 0);
+        order.handle_synced(0, index, 0..1024, Vec::new(), Vec::new());
+        order.finish_sync(0).unwrap();
+        order.handle_uncaptured(0, index, 8192, 4096);
+        order.take_sealed(true);
+        let epoch = order.epoch();
+        let name = "web01".parse().unwrap();
+        let machine = MachineCapture::new(name, vec![Arc::new(disk)], order, Fence::Down);
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let region = RegionRef { disk: index, region: 0 };
+        let outcome = deal_with(&machine, region, (&Known::Nothing, epoch), runtime.handle());
+        assert!(matches!(outcome, Outcome::Done { sent_bytes: 4096 }), "{outcome:?}");
+        let batches = machine.order().take_sealed(true);
+        let mut data = batches.into_iter().flat_map(|batch| batch.data);
+        let held = data.next().unwrap().try_into_mut().unwrap().capacity();
+        assert!(held < 64 << 10, "{held} bytes for one block");
+        assert!(data.next().is_none());
+    }
 }

@@ -25,8 +25,8 @@ pub(crate) async fn run(arguments: &LabArguments, output: &Output) -> anyhow::Re
             std::fs::canonicalize(dir)?
         }
         None => {
-            temporary = temporary_folder()?;
-            temporary.path().to_owned()
+            temporary = TemporaryFolder::make()?;
+            temporary.0.path().to_owned()
         }
     };
     let story = Failback {
@@ -50,8 +50,10 @@ pub(crate) async fn run(arguments: &LabArguments, output: &Output) -> anyhow::Re
         }
     });
     let report = tokio::select! {
-        report = story => Some(report),
+        // First, so that the signals are waited for before anything is there to be removed.
+        biased;
         () = lifecycle::asked_to_stop() => None,
+        report = story => Some(report),
     };
     view.finish();
     let report = report.context("the lab was interrupted; its daemons are stopped")??;
@@ -63,12 +65,33 @@ pub(crate) async fn run(arguments: &LabArguments, output: &Output) -> anyhow::Re
     Ok(if report.verified { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// A folder in the place that TMPDIR names.
-fn temporary_folder() -> anyhow::Result<tempfile::TempDir> {
-    tempfile::Builder::new()
-        .prefix("backhaul-lab-")
-        .tempdir()
-        .context("no folder for the lab can be made; name one with --keep")
+/// How often the removal of the folder is tried.
+const REMOVALS_MAX: usize = 1000;
+
+/// A folder in the place that TMPDIR names, removed with everything in it.
+struct TemporaryFolder(tempfile::TempDir);
+
+impl TemporaryFolder {
+    fn make() -> anyhow::Result<Self> {
+        tempfile::Builder::new()
+            .prefix("backhaul-lab-")
+            .tempdir()
+            .map(Self)
+            .context("no folder for the lab can be made; name one with --keep")
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        // The thread that makes the disk cannot be interrupted, and may add files to a folder that
+        // is being emptied; to one that is gone it cannot.
+        for _ in 0..REMOVALS_MAX {
+            match std::fs::remove_dir_all(self.0.path()) {
+                Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
+                _ => return,
+            }
+        }
+    }
 }
 
 fn summary(report: &Report, kept: bool) {

@@ -268,7 +268,7 @@ impl Output {
     }
 }
 
-fn stage(machine: &Machine) -> String {
+pub(crate) fn stage(machine: &Machine) -> String {
     let word = match machine.stage {
         Stage::Replicating => "replicating",
         Stage::FailingOver => "failing over",

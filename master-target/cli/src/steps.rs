@@ -8,7 +8,7 @@ use anyhow::bail;
 use backhaul_api::{Client, Machine, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::show::Output;
+use crate::show::{Output, stage};
 
 /// How often the target is asked.
 const POLL: Duration = Duration::from_millis(100);
@@ -31,6 +31,13 @@ pub(crate) async fn watch(
         if !machine.failure.is_empty() {
             view.finish();
             bail!("{}", machine.failure);
+        }
+        if matches!(machine.stage, Stage::Replicating | Stage::FailedOver | Stage::Committed) {
+            view.finish();
+            bail!(
+                "machine {name} is {} now: somebody asked for something else meanwhile",
+                stage(&machine)
+            );
         }
         let waits_for_agent = !machine.connected && machine.stage == Stage::Cancelling;
         let step = if waits_for_agent {

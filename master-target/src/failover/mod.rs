@@ -245,13 +245,39 @@ impl Failover {
         )
     }
 
+    /// Whether batches that come in are kept. Not once the disks are brought to where they stay:
+    /// whatever the agent sent before it heard of that, it sends again after a cancel.
+    pub fn takes_batches(&self) -> bool {
+        self.is_replicating() || matches!(self.stage, Stage::Cancelling { .. })
+    }
+
     /// Whether points that come in become the newest one, up to which the disks are brought. Not
-    /// while a failover goes to one that was named.
+    /// while a failover goes to one that was named, nor to the final one: a source that was left
+    /// running sets others after it.
     pub fn takes_points(&self) -> bool {
         match &self.stage {
             Stage::Replicating => true,
-            Stage::ShuttingDown { plan, .. } | Stage::Draining { plan, .. } => plan.to.is_none(),
+            Stage::ShuttingDown { plan, .. } => plan.to.is_none(),
             _ => false,
+        }
+    }
+
+    /// Whether an agent is still to be asked for `job`: a later decision may have overtaken it.
+    pub fn wants(&self, asked: JobId) -> bool {
+        match &self.stage {
+            Stage::ShuttingDown { job, .. }
+            | Stage::Cancelling { job, .. }
+            | Stage::Removing { job, .. } => *job == asked.0,
+            _ => false,
+        }
+    }
+
+    /// Which failover brings the disks to its point at present, by when it was asked for: what a
+    /// worker says of an earlier one counts no more.
+    pub fn preparing(&self) -> Option<u64> {
+        match &self.stage {
+            Stage::Preparing { plan, .. } => Some(plan.requested_at_us),
+            _ => None,
         }
     }
 
@@ -324,11 +350,14 @@ impl Failover {
                 );
             }
             // Asking again for what is under way is not a mistake, and a failed step is tried anew.
-            Stage::Preparing { goal, .. } => {
+            Stage::Preparing { goal, .. } if !self.failure.is_empty() => {
+                let goal = *goal;
                 self.failure.clear();
-                return Ok(vec![Action::Prepare(*goal)]);
+                return Ok(vec![Action::Persist, Action::Prepare(goal)]);
             }
-            Stage::ShuttingDown { .. } | Stage::Draining { .. } => return Ok(Vec::new()),
+            Stage::Preparing { .. } | Stage::ShuttingDown { .. } | Stage::Draining { .. } => {
+                return Ok(Vec::new());
+            }
             // The source does not come back, so the cancel is taken back: the disks are as they were.
             Stage::Cancelling { outcome: Some(outcome), .. } if !facts.connected => {
                 self.failure.clear();

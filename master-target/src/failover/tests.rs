@@ -198,6 +198,66 @@ fn a_consistent_machine_without_a_point_fails_over_to_the_end_of_its_journal() {
     assert_eq!(actions[2], Action::Prepare(Goal::JournalEnd { loss_seconds: 3.0 }));
 }
 
+/// An operator whose command line was interrupted asks again. The worker then brought the disks to
+/// the end of the journal a second time, after they had been called ready at an earlier one.
+#[test]
+fn asking_again_brings_the_disks_to_the_point_once() {
+    let now = Instant::now();
+    let away = Facts { connected: false, ..facts() };
+    let mut machine = machine();
+    machine.handle_failover(now, &away, None, plan()).unwrap();
+    assert_eq!(machine.handle_failover(now, &away, None, plan()), Ok(Vec::new()));
+    machine.handle_prepared(&away, Err("the disk failed".into()));
+    let goal = Goal::JournalEnd { loss_seconds: 3.0 };
+    let actions = machine.handle_failover(now, &away, None, plan()).unwrap();
+    assert_eq!(actions, [Action::Persist, Action::Prepare(goal)], "what failed is tried anew");
+}
+
+/// A source that was left running sets a point every second, too. One of them came while the final
+/// point was on its way to stable storage, the disks were held at it, and the final point was "gone
+/// past" for every attempt.
+#[test]
+fn points_after_the_final_one_do_not_take_its_place() {
+    let now = Instant::now();
+    let mut machine = machine();
+    let rehearsal = Plan { without_shutdown: true, ..plan() };
+    machine.handle_failover(now, &facts(), None, rehearsal).unwrap();
+    assert!(machine.takes_points() && machine.takes_batches());
+    machine.handle_job_reply(&facts(), JobId(1_000_000), Ok(Some(point(9))));
+    assert!(!machine.takes_points() && machine.takes_batches());
+    machine.handle_durable(&Facts { durable: BatchSeq(9), ..facts() }, 1);
+    assert!(!machine.takes_batches(), "what comes now must not move the disks");
+}
+
+/// The store was full when a shutdown was asked for, and had room again when the cancel was: the
+/// shutdown went out after the cancel, and nobody waited for either.
+#[test]
+fn a_job_that_was_overtaken_is_not_wanted_any_more() {
+    let now = Instant::now();
+    let mut machine = machine();
+    machine.handle_failover(now, &facts(), None, plan()).unwrap();
+    let (shutdown, unfence) = (JobId(1_000_000), JobId(1_000_001));
+    assert!(machine.wants(shutdown));
+    machine.handle_cancel(&Facts { now_us: unfence.0, ..facts() }).unwrap();
+    assert!(machine.wants(unfence) && !machine.wants(shutdown));
+}
+
+/// The disks of a failover that was cancelled take their time; what is said of them then counts for
+/// nothing in the next one.
+#[test]
+fn a_failover_is_told_from_the_one_before_it() {
+    let now = Instant::now();
+    let away = Facts { connected: false, ..facts() };
+    let mut machine = machine();
+    machine.handle_failover(now, &away, None, Plan { requested_at_us: 7, ..plan() }).unwrap();
+    assert_eq!(machine.preparing(), Some(7));
+    machine.handle_cancel(&facts()).unwrap();
+    assert_eq!(machine.preparing(), None);
+    machine.handle_job_reply(&facts(), JobId(1_000_000), Ok(None));
+    machine.handle_failover(now, &away, None, Plan { requested_at_us: 8, ..plan() }).unwrap();
+    assert_eq!(machine.preparing(), Some(8));
+}
+
 /// The agent removed the machine, and was restarted before its answer had arrived.
 #[test]
 fn a_commit_ends_when_the_agent_says_that_it_is_done() {

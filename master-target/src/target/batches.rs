@@ -36,6 +36,9 @@ impl Target {
         machine.received.1 += u64::from(header.plain_bytes);
         machine.referenced_bytes += u64::from(header.referenced_bytes());
         let name = machine.config.name.clone();
+        if !machine.failover.takes_batches() {
+            return Ok(());
+        }
         let Some(open) = &mut machine.open else { return Ok(()) };
         match open.receiver.handle_batch(delivery(header), batch) {
             Ok(()) => {}
@@ -49,6 +52,7 @@ impl Target {
         }
         loop {
             let Some(machine) = self.machines.get_mut(&name) else { return Ok(()) };
+            prepare_delivery(machine)?;
             let Some(open) = &mut machine.open else { return Ok(()) };
             let Some((delivery, batch)) =
                 open.receiver.poll_deliver().map_err(|error| error.to_string())?
@@ -59,7 +63,7 @@ impl Target {
             if open.pending_bytes > 4 * window_bytes {
                 return Err(format!("the agent ignores the window of {window_bytes} bytes"));
             }
-            deliver(machine, delivery.batch, batch)?;
+            deliver(machine, delivery.batch, batch);
         }
     }
 
@@ -100,6 +104,9 @@ impl Target {
         };
         machine.received.0 += u64::from(header.wire_bytes);
         let name = machine.config.name.clone();
+        if !machine.failover.takes_batches() {
+            return Ok(());
+        }
         let Some(open) = &mut machine.open else { return Ok(()) };
         match open.receiver.handle_unresolved(&delivery(header)) {
             Ok(()) => {}
@@ -178,11 +185,15 @@ impl Target {
                 tracing::error!(machine = %name, "{sentence}");
                 machine.trouble = sentence.clone();
                 machine.open = None;
-                if let Some((link, _)) = machine.link {
+                let (link, failover) = (machine.link, machine.failover.preparing());
+                if let Some((link, _)) = link {
                     self.drop_link(link, &sentence);
                 }
+                if let Some(failover) = failover {
+                    self.handle_prepared(name, failover, Err(sentence));
+                }
             }
-            Report::Prepared(result) => self.handle_prepared(name, result),
+            Report::Prepared(failover, result) => self.handle_prepared(name, failover, result),
         }
     }
 
@@ -284,8 +295,23 @@ fn delivery(header: &BatchHeader) -> Delivery {
     }
 }
 
+/// Makes durable what must be so before the next batch goes to the worker. While it cannot be, the
+/// batch is not delivered: the receiver must not count as here what the journal never gets.
+fn prepare_delivery(machine: &mut Machine) -> Result<(), String> {
+    let Some(batch) = machine.open.as_ref().and_then(|open| open.receiver.peek()) else {
+        return Ok(());
+    };
+    if !batch.records().iter().any(|record| record.kind == RecordKind::SyncStart) {
+        return Ok(());
+    }
+    // Before the sync writes to the disks: from then on they are a mixture.
+    machine.state.consistency = Consistency::Syncing;
+    machine.state.point = None;
+    machine.persist().map_err(|error| error.to_string())
+}
+
 /// Hands a batch of the order to the worker, and takes note of its markers.
-fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) -> Result<(), String> {
+fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) {
     let markers: Vec<RecordKind> = content
         .records()
         .iter()
@@ -297,17 +323,13 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) -> Re
         match kind {
             RecordKind::SyncStart => {
                 machine.sync_times.0 = Some(Instant::now());
-                // Durable before the sync writes to the disks: from then on they are a mixture.
-                machine.state.consistency = Consistency::Syncing;
-                machine.state.point = None;
-                machine.persist().map_err(|error| error.to_string())?;
                 hold = Some(None);
             }
             RecordKind::Point(_) if machine.failover.takes_points() => hold = Some(Some(batch)),
             _ => {}
         }
     }
-    let Some(open) = &mut machine.open else { return Ok(()) };
+    let Some(open) = &mut machine.open else { return };
     if hold == Some(None) {
         open.worker.send(Command::Hold(None));
     }
@@ -316,5 +338,4 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) -> Re
         open.worker.send(Command::Hold(Some(point)));
     }
     machine.marks.extend(markers.into_iter().map(|kind| (batch, kind)));
-    Ok(())
 }

@@ -16,8 +16,12 @@ use crate::recovery_point::{PointText, RecoveryPoint};
 use crate::worker::Command;
 
 impl Target {
+    /// Does what was decided, after whatever of earlier decisions is left to be done.
     pub(super) fn carry_out(&mut self, name: &MachineName, actions: Vec<Action>) {
-        let mut actions = actions.into_iter();
+        let Some(machine) = self.machines.get_mut(name) else { return };
+        let mut unfinished = std::mem::take(&mut machine.unfinished);
+        unfinished.extend(actions);
+        let mut actions = unfinished.into_iter();
         while let Some(action) = actions.next() {
             let Some(machine) = self.machines.get_mut(name) else { return };
             match action {
@@ -29,10 +33,12 @@ impl Target {
                         return machine.unfinished.extend(actions);
                     }
                 }
-                Action::SendJob(job, kind) => {
+                Action::SendJob(job, kind) if machine.failover.wants(job) => {
                     let link = machine.link;
                     self.send_job(link, job, kind);
                 }
+                // Overtaken while it waited: a shutdown that was cancelled must not be asked for.
+                Action::SendJob(..) => {}
                 Action::Prepare(goal) => {
                     let through = match goal {
                         Goal::Point { point, .. } => {
@@ -40,12 +46,16 @@ impl Target {
                         }
                         Goal::JournalEnd { .. } => None,
                     };
-                    match &machine.open {
-                        Some(open) => open.worker.send(Command::Prepare(through)),
-                        None => {
-                            let sentence = format!("its disks are not open: {}", machine.trouble);
-                            self.handle_prepared(name, Err(sentence));
-                        }
+                    let Some(failover) = machine.failover.preparing() else { continue };
+                    // They may have failed, and been mended since.
+                    if let Err(sentence) = self.open(name) {
+                        let sentence = format!("its disks are not open: {sentence}");
+                        self.handle_prepared(name, failover, Err(sentence));
+                        continue;
+                    }
+                    let machine = self.machines.get(name);
+                    if let Some(open) = machine.and_then(|machine| machine.open.as_ref()) {
+                        open.worker.send(Command::Prepare { failover, through });
                     }
                 }
                 Action::Announce => self.announce(name),
@@ -74,13 +84,18 @@ impl Target {
             // The agent may have come with a new generation while the machine was failed over.
             standing(machine, index, machine.agent_generation, BatchSeq(0))
         };
+        // What is refused here is tried again when the agent is back.
+        if let Some(refusal) = &message.refusal {
+            let sentence = refusal.sentence.clone();
+            return self.drop_link(id, &sentence);
+        }
         if let Some(link) = self.links.get(&id) {
             link.up.control(target_message::Kind::Machine(message));
         }
     }
 
     /// After a cancel: unless somebody wrote to the disks, replication goes on where it was.
-    fn resume(&mut self, name: &MachineName, was_ready: bool) {
+    pub(super) fn resume(&mut self, name: &MachineName, was_ready: bool) {
         let Some(machine) = self.machines.get_mut(name) else { return };
         let Some(open) = &mut machine.open else { return };
         let touched = was_ready
@@ -116,15 +131,23 @@ impl Target {
         });
     }
 
-    pub(super) fn handle_prepared(&mut self, name: &MachineName, result: Result<BatchSeq, String>) {
+    pub(super) fn handle_prepared(
+        &mut self,
+        name: &MachineName,
+        failover: u64,
+        result: Result<BatchSeq, String>,
+    ) {
         let Some(machine) = self.machines.get_mut(name) else { return };
         let Stage::Preparing { goal, .. } = *machine.failover.stage() else {
             return;
         };
+        if machine.failover.preparing() != Some(failover) {
+            return;
+        }
         let batch = match (result, &machine.open) {
             (Ok(batch), Some(_)) => batch,
             (Ok(_), None) => return,
-            (Err(sentence), _) => return self.handle_ready(name, Err(sentence)),
+            (Err(sentence), _) => return self.handle_ready(name, failover, Err(sentence)),
         };
         let point = match goal {
             Goal::Point { point, .. } => point,
@@ -141,16 +164,21 @@ impl Target {
             let marks = renewed
                 .map_err(|error| error.to_string())
                 .and_then(|()| ImageMark::of_all(&images).map_err(|error| error.to_string()));
-            let _ = events.send(Event::Ready(name, marks.map(|marks| (point, marks))));
+            let _ = events.send(Event::Ready(name, failover, marks.map(|marks| (point, marks))));
         });
     }
 
     pub(super) fn handle_ready(
         &mut self,
         name: &MachineName,
+        failover: u64,
         result: Result<(RecoveryPoint, Vec<ImageMark>), String>,
     ) {
         let Some(machine) = self.machines.get_mut(name) else { return };
+        // A cancel has overtaken it, and the disks may have gone on since.
+        if machine.failover.preparing() != Some(failover) {
+            return;
+        }
         let result = result.map(|(point, marks)| {
             machine.state.ready = marks;
             machine.state.point = Some(point);

@@ -71,8 +71,9 @@ pub enum MachineRequest {
 enum Event {
     Link(LinkId, LinkEvent),
     Worker(MachineName, Report),
-    /// New content ids were written after the disks were brought to a point, or not.
-    Ready(MachineName, Result<(RecoveryPoint, Vec<ImageMark>), String>),
+    /// New content ids were written after the disks were brought to a point for this failover, or
+    /// not.
+    Ready(MachineName, u64, Result<(RecoveryPoint, Vec<ImageMark>), String>),
     Api(ApiRequest),
 }
 
@@ -155,7 +156,6 @@ impl Target {
             && let Err(sentence) = self.open(name)
         {
             tracing::error!(machine = %name, "{sentence}");
-            return;
         }
         if let Some(machine) = self.machines.get(name) {
             let actions = machine.failover.resume_local();
@@ -172,6 +172,9 @@ impl Target {
         let window_bytes = self.window_bytes();
         let journal_bytes_max = self.config.journal_bytes_max;
         let Some(machine) = self.machines.get_mut(name) else { return Ok(()) };
+        if machine.open.is_some() {
+            return Ok(());
+        }
         let (events, worker_of) = (self.events.clone(), name.clone());
         let report = move |report| drop(events.send(Event::Worker(worker_of.clone(), report)));
         machine.trouble.clear();
@@ -179,7 +182,12 @@ impl Target {
         opened.map_err(|error| {
             machine.trouble = error.to_string();
             machine.trouble.clone()
-        })
+        })?;
+        // A process that ended in the middle of a cancel has not looked at the disks.
+        if *machine.failover.stage() == Stage::Replicating && !machine.state.ready.is_empty() {
+            self.resume(name, true);
+        }
+        Ok(())
     }
 
     /// Where connections send their events.
@@ -256,7 +264,7 @@ impl Target {
             }
             Event::Link(id, LinkEvent::Down(reason)) => self.handle_down(id, &reason),
             Event::Worker(name, report) => self.handle_report(&name, report),
-            Event::Ready(name, result) => self.handle_ready(&name, result),
+            Event::Ready(name, failover, result) => self.handle_ready(&name, failover, result),
             Event::Api(request) => self.handle_api(request),
         }
     }
@@ -267,8 +275,7 @@ impl Target {
         for name in names {
             let Some(machine) = self.machines.get_mut(&name) else { continue };
             let facts = machine.facts(now);
-            let mut actions = std::mem::take(&mut machine.unfinished);
-            actions.extend(machine.failover.handle_timeout(now, &facts));
+            let actions = machine.failover.handle_timeout(now, &facts);
             self.carry_out(&name, actions);
         }
         if now.duration_since(self.last_opening) >= OPEN_PERIOD {

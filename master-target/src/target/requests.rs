@@ -7,7 +7,7 @@ use backhaul_proto::id::{JobId, MachineName};
 use backhaul_proto::message::JobKind;
 
 use super::{Answer, ApiRequest, Link, MachineRequest, Tag, Target, printable};
-use crate::failover::Plan;
+use crate::failover::{Plan, Stage};
 use crate::machine::{Machine, now_us};
 use crate::machine_state::Consistency;
 use crate::recovery_point::PointText;
@@ -126,11 +126,11 @@ impl Target {
                     "machine {name} has no agent connected, so no point can be set; start its agent"
                 ),
             ))
-        } else if !machine.failover.is_replicating() {
+        } else if *machine.failover.stage() != Stage::Replicating {
             Some((
                 "failed-over",
                 format!(
-                    "machine {name} is failed over, so no point can be set; cancel or commit first"
+                    "machine {name} is being failed over, or is so already, and no point can be set; cancel or commit first"
                 ),
             ))
         } else if !consistent {

@@ -135,6 +135,24 @@ impl fmt::Display for Size {
     }
 }
 
+/// A value that can be out of bounds, as a person would write the bound.
+pub trait Bound {
+    /// The value in words.
+    fn in_words(&self) -> String;
+}
+
+impl Bound for Size {
+    fn in_words(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Bound for Duration {
+    fn in_words(&self) -> String {
+        format!("{self:?}")
+    }
+}
+
 impl FromValue for String {
     const EXPECTED: &'static str = "a text in quotes";
     fn from_value(value: &DeValue<'_>) -> Option<Result<Self, String>> {
@@ -270,14 +288,14 @@ impl<'d> Table<'d> {
     /// [`Table::or`] with bounds.
     pub fn within<T>(&self, key: &str, default: T, bounds: RangeInclusive<T>) -> Option<T>
     where
-        T: FromValue + PartialOrd + Copy + fmt::Debug,
+        T: FromValue + PartialOrd + Copy + Bound,
     {
         let value = self.or(key, default)?;
         if bounds.contains(&value) {
             return Some(value);
         }
-        let (low, high) = (bounds.start(), bounds.end());
-        self.report(key, format!("`{}` must lie between {low:?} and {high:?}", self.name(key)));
+        let (low, high) = (bounds.start().in_words(), bounds.end().in_words());
+        self.report(key, format!("`{}` must lie between {low} and {high}", self.name(key)));
         None
     }
 
@@ -395,7 +413,7 @@ mod tests {
         let expected = "\
 x.toml:1:1: `name` is missing; it must be a text in quotes
 x.toml:1:1: `nane` is not a known key; did you mean `name`?
-x.toml:2:9: `queue` must lie between Size(4096) and Size(1073741824)
+x.toml:2:9: `queue` must lie between 4.0 KiB and 1.0 GiB
 x.toml:3:10: `period` must be a time such as \"5 min\"
 x.toml:5:8: `disk.size` must be a whole number
 x.toml:6:1: `disk.colour` is not a known key; known here: `size`";

@@ -196,7 +196,7 @@ impl Connection {
         }
     }
 
-    /// Closes the connection, telling the peer why.
+    /// Closes the connection, telling the peer why. The first reason counts.
     pub fn close(&self, reason: &str) {
         match self {
             Self::Quic(connection) => connection.close(reason),
@@ -213,7 +213,7 @@ impl Connection {
         }
     }
 
-    /// Waits until the connection has ended, and says why.
+    /// Waits until the connection has ended, and says why: in the words of whoever closed it.
     pub async fn closed(&self) -> String {
         match self {
             Self::Quic(connection) => connection.closed().await,

@@ -1,7 +1,7 @@
 //! A connection between an agent and a target, and the streams on it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,6 +32,8 @@ pub struct Connection {
     bulk: Arc<Bulk>,
     /// Batches sent so far.
     batches: Arc<AtomicU32>,
+    /// Why it was closed here, if it was.
+    closing: Arc<OnceLock<String>>,
 }
 
 impl Connection {
@@ -43,7 +45,8 @@ impl Connection {
         window_bytes: u32,
     ) -> Self {
         let bulk = Arc::new(Bulk::new(window_bytes));
-        Self { quinn, peer, socket, bulk, batches: Arc::default() }
+        let (batches, closing) = (Arc::default(), Arc::default());
+        Self { quinn, peer, socket, bulk, batches, closing }
     }
 
     /// The name in the peer's certificate.
@@ -178,8 +181,9 @@ impl Connection {
         }
     }
 
-    /// Closes the connection, telling the peer why.
+    /// Closes the connection, telling the peer why. The first reason counts.
     pub fn close(&self, reason: &str) {
+        let _ = self.closing.set(reason.to_owned());
         self.quinn.close(VarInt::from_u32(0), reason.as_bytes());
     }
 
@@ -190,7 +194,9 @@ impl Connection {
                 String::from_utf8_lossy(&close.reason).into_owned()
             }
             quinn::ConnectionError::TimedOut => "the link fell silent".into(),
-            quinn::ConnectionError::LocallyClosed => "it was closed here".into(),
+            quinn::ConnectionError::LocallyClosed => {
+                self.closing.get().cloned().unwrap_or_else(|| "it was closed here".into())
+            }
             other => other.to_string(),
         }
     }

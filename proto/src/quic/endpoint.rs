@@ -235,7 +235,8 @@ fn explain(address: SocketAddr, error: &ConnectionError) -> ConnectError {
     };
     let alert = code.checked_sub(0x100).filter(|alert| *alert < 0x100);
     match alert {
-        Some(42..=49 | 51 | 80 | 113 | 116) => {
+        // 40 is what a certificate brings that is sound, and of somebody else.
+        Some(40 | 42..=49 | 51 | 80 | 113 | 116) => {
             let reason =
                 if reason.is_empty() { format!("TLS alert {}", code - 0x100) } else { reason };
             ConnectError::Certificate { address, reason }

@@ -184,6 +184,12 @@ impl<T> Receiver<T> {
         Ok(())
     }
 
+    /// What [`Receiver::poll_deliver`] would return next, if its records continue the order.
+    pub fn peek(&self) -> Option<&T> {
+        let (batch, (_, content)) = self.waiting.first_key_value()?;
+        (*batch == self.delivered.next()).then_some(content)
+    }
+
     /// The next batch of the order, once it is here.
     ///
     /// # Errors
@@ -242,5 +248,35 @@ impl<T> Receiver<T> {
             AckState::Idle => None,
             AckState::Due(at) => Some(at),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Delivery, Receiver, ReceiverConfig};
+    use crate::id::{BatchSeq, Generation, WriteSeq};
+
+    fn delivery(batch: u64) -> Delivery {
+        let (generation, write) = (Generation(1), WriteSeq(batch));
+        let batch = BatchSeq(batch);
+        Delivery { generation, batch, first_write: write, last_write: write, wire_bytes: 1 }
+    }
+
+    /// The state that has to be durable before a batch could not be written, because the store was
+    /// full. The batch had been taken out by then: it counted as received, was never sent again,
+    /// and the journal stumbled over the one after it.
+    #[test]
+    fn a_batch_that_was_only_looked_at_is_asked_for_again() {
+        let config = ReceiverConfig::default();
+        let mut receiver = Receiver::new(config, Generation(1), BatchSeq(0), WriteSeq(0));
+        receiver.handle_batch(delivery(2), "second").unwrap();
+        assert_eq!(receiver.peek(), None);
+        receiver.handle_batch(delivery(1), "first").unwrap();
+        assert_eq!(receiver.peek(), Some(&"first"));
+        receiver.handle_disconnected();
+        assert_eq!((receiver.received(), receiver.peek()), (BatchSeq(0), None));
+        receiver.handle_batch(delivery(1), "first").unwrap();
+        assert_eq!(receiver.poll_deliver().unwrap(), Some((delivery(1), "first")));
+        assert_eq!(receiver.received(), BatchSeq(1));
     }
 }

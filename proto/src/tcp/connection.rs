@@ -171,7 +171,7 @@ impl Connection {
         if self.0.ended.borrow().is_some() {
             return;
         }
-        self.0.end("it was closed here");
+        self.0.end(reason);
         let writer = Arc::clone(&self.0.control);
         let end = reason.floor_char_boundary(REASON_BYTES_MAX);
         let mut message = GOODBYE.to_vec();

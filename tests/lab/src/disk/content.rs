@@ -99,10 +99,20 @@ impl Filler<'_> {
     }
 
     fn prepare(&self, path: &str) -> Result<PathBuf, DiskError> {
-        let target = self.folder.join(path);
-        let folder = super::folder_of(&target);
-        fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
-        Ok(target)
+        let path = Path::new(path);
+        // One by one: the folder that all of it is in may be gone, because the lab was interrupted,
+        // and must not be made again.
+        let mut folder = self.folder.to_path_buf();
+        for part in path.parent().into_iter().flat_map(Path::components) {
+            folder.push(part);
+            match fs::create_dir(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(io_error(&folder, error));
+                }
+                _ => {}
+            }
+        }
+        Ok(self.folder.join(path))
     }
 
     fn record(&mut self, path: String, target: &Path) -> Result<u64, DiskError> {
