@@ -292,6 +292,10 @@ fn an_image_is_replaced_only_by_force_and_only_by_a_whole_one() {
     assert_eq!(backhaul(&split).status.code(), Some(1));
     assert_eq!(names(), files, "nothing is left behind");
     judge(&image, "vmfs", &raw);
+    // An extent without its descriptor is what is named: it is what has to be moved away.
+    std::fs::remove_file(&image).unwrap();
+    let orphan = backhaul(&["convert", "-O", "vmfs", text(&raw), text(&image)]);
+    assert!(said(&orphan).contains("image-flat.vmdk: exists already"), "{}", said(&orphan));
 }
 
 #[test]

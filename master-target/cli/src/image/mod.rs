@@ -128,7 +128,8 @@ fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> 
 
 fn told_of_force(error: anyhow::Error, target: &Path) -> anyhow::Error {
     let exists = |error: &ImageError| error.kind() == ErrorKind::Exists;
-    if !error.downcast_ref().is_some_and(exists) {
+    // An extent that lies there without its descriptor is named by the error itself.
+    if !error.downcast_ref().is_some_and(exists) || target.symlink_metadata().is_err() {
         return error;
     }
     let sentence =
