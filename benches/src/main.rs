@@ -17,7 +17,7 @@ use clap::{Parser, Subcommand};
 /// measures bare transports. Run nothing else meanwhile.
 #[derive(Parser)]
 struct Arguments {
-    /// Where disks and images are put; it needs room for three times the disk
+    /// Where disks and images are put; it needs room for five times the disk
     #[arg(long, default_value = "/var/tmp")]
     dir: PathBuf,
     /// Runs of each contender

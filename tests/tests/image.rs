@@ -292,6 +292,10 @@ fn an_image_is_replaced_only_by_force_and_only_by_a_whole_one() {
     assert_eq!(backhaul(&split).status.code(), Some(1));
     assert_eq!(names(), files, "nothing is left behind");
     judge(&image, "vmfs", &raw);
+    // An extent without its descriptor is what is named: it is what has to be moved away.
+    std::fs::remove_file(&image).unwrap();
+    let orphan = backhaul(&["convert", "-O", "vmfs", text(&raw), text(&image)]);
+    assert!(said(&orphan).contains("image-flat.vmdk: exists already"), "{}", said(&orphan));
 }
 
 #[test]
@@ -314,7 +318,27 @@ fn what_is_wrong_is_said_in_one_sentence() {
         let (code, failure) = json(words);
         assert_eq!(code, Some(1));
         assert!(failure["sentence"].as_str().unwrap().contains(expected), "{failure}");
+        assert_eq!(failure["code"], "failed");
         assert!(!image.exists(), "{words:?}");
+    }
+}
+
+#[test]
+fn what_was_created_is_told_to_programs() {
+    let dir = tempfile::tempdir().unwrap();
+    for (number, kind) in KINDS.into_iter().enumerate() {
+        let folder = dir.path().join(number.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let image = image_path(&folder, kind);
+        let (code, info) = json(&["create", "-O", kind, "--size", "3MiB", text(&image)]);
+        assert_eq!((code, info["kind"].as_str()), (Some(0), Some(kind)), "{info}");
+        assert_eq!(info["size_bytes"], 3 << 20, "{info}");
+        assert_eq!(info["path"].as_str(), image.canonicalize().unwrap().to_str(), "{info}");
+        let extents = info["extents"].as_array().unwrap();
+        assert!(extents.iter().all(|extent| extent["path"].as_str().is_some()), "{info}");
+        let (code, failure) = json(&["create", "-O", kind, "--size", "3MiB", text(&image)]);
+        assert_eq!((code, &failure["code"]), (Some(1), &"failed".into()), "{failure}");
+        assert!(failure["sentence"].as_str().unwrap().contains(text(&image)), "{failure}");
     }
 }
 

@@ -195,6 +195,10 @@ pub(crate) struct ConvertArguments {
     /// Replace the image that is there, once the new one is whole
     #[arg(long)]
     pub(crate) force: bool,
+    /// Do not wait for the disk, as qemu-img does not by default: a power cut soon after may leave
+    /// an image that looks whole and is not
+    #[arg(long)]
+    pub(crate) no_sync: bool,
 }
 
 #[derive(Debug, Args)]

@@ -13,6 +13,11 @@ use serde_json::json;
 
 use crate::print::say;
 
+/// How a program is told of a failure.
+pub(crate) fn failure(code: &str, sentence: &str) -> serde_json::Value {
+    json!({ "code": code, "sentence": sentence })
+}
+
 /// Where answers go, and in which form.
 pub(crate) struct Output {
     json: bool,
@@ -40,7 +45,7 @@ impl Output {
 
     pub(crate) fn failure(&self, code: &str, sentence: &str) {
         if self.json {
-            self.json(&json!({ "code": code, "sentence": sentence }));
+            self.json(&failure(code, sentence));
         } else {
             eprintln!("{sentence}");
         }

@@ -233,6 +233,15 @@ impl Disk {
         Ok(())
     }
 
+    /// Fills a new image, which nothing is layered on: it keeps its content id, and its files are
+    /// written in bulk.
+    pub(crate) fn fill_in_bulk(&self, durable: bool) {
+        *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        for store in self.extents.iter().filter_map(|placed| placed.extent.store()) {
+            store.write_in_bulk(durable);
+        }
+    }
+
     fn latching(&self, result: Result<()>) -> Result<()> {
         if result.is_err() {
             self.latched.store(true, Ordering::SeqCst);

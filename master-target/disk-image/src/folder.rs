@@ -23,6 +23,8 @@ use crate::identity::random_bytes;
 pub(crate) struct Folder {
     file: File,
     path: PathBuf,
+    /// What appears in it is on stable storage first.
+    durable: bool,
 }
 
 impl Folder {
@@ -30,7 +32,12 @@ impl Folder {
         // The parent of a bare file name is the empty path.
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let path = path.canonicalize()?;
-        Ok(Self { file: File::open(&path)?, path })
+        Ok(Self { file: File::open(&path)?, path, durable: true })
+    }
+
+    /// Lets files appear that a power cut may still take away, where `durable` is not.
+    pub(crate) fn made_durable(self, durable: bool) -> Self {
+        Self { durable, ..self }
     }
 
     pub(crate) fn path_of(&self, name: impl AsRef<Path>) -> PathBuf {
@@ -80,7 +87,11 @@ impl Folder {
     /// error (`AlreadyExists`).
     pub(crate) fn rename_new(&self, old: &OsStr, name: &OsStr) -> io::Result<()> {
         self.rename_to_new(old, name)?;
-        self.file.sync_all()
+        self.sync(&self.file)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        if self.durable { file.sync_all() } else { Ok(()) }
     }
 
     fn rename_to_new(&self, old: &OsStr, name: &OsStr) -> rustix::io::Result<()> {
@@ -124,9 +135,9 @@ impl Folder {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = File::from(openat(&self.file, &staged, flags, Mode::from_raw_mode(0o666))?);
         let result = fill(&file)
-            .and_then(|()| file.sync_all())
+            .and_then(|()| self.sync(&file))
             .and_then(|()| Ok(appear(&staged)?))
-            .and_then(|()| self.file.sync_all());
+            .and_then(|()| self.sync(&self.file));
         if result.is_err() {
             // Gone already where the failure came after the rename.
             let _ = self.remove(&staged);

@@ -26,6 +26,7 @@
 //! extent outside the descriptor's folder is refused unless asked for. `FORMATS.md` describes every
 //! kind, with the published source of each field.
 
+mod bulk;
 mod create;
 mod delta;
 pub mod descriptor;

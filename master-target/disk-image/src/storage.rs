@@ -5,7 +5,7 @@ use std::{
     io,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use rustix::{
@@ -13,7 +13,10 @@ use rustix::{
     io::Errno,
 };
 
-use crate::error::{ErrorKind, ImageError, Result};
+use crate::{
+    bulk::Bulk,
+    error::{ErrorKind, ImageError, Result},
+};
 
 /// A file of an image. Offsets and lengths are bytes from its start.
 pub trait Storage: Send + Sync {
@@ -237,6 +240,7 @@ impl Storage for MemoryStorage {
 pub(crate) struct Store {
     pub(crate) path: PathBuf,
     storage: Box<dyn Storage>,
+    bulk: OnceLock<Bulk>,
 }
 
 impl std::fmt::Debug for Store {
@@ -247,7 +251,12 @@ impl std::fmt::Debug for Store {
 
 impl Store {
     pub(crate) fn new(path: &Path, storage: Box<dyn Storage>) -> Self {
-        Self { path: path.to_owned(), storage }
+        Self { path: path.to_owned(), storage, bulk: OnceLock::new() }
+    }
+
+    /// From now on the file is filled at once: see [`Bulk`]. Without `durable` no sync is one.
+    pub(crate) fn write_in_bulk(&self, durable: bool) {
+        self.bulk.get_or_init(|| Bulk::new(self.storage.file(), durable));
     }
 
     pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -272,10 +281,17 @@ impl Store {
     }
 
     pub(crate) fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.storage.write_at(buf, offset).map_err(|source| self.failed("write", source).at(offset))
+        let written = match self.bulk.get() {
+            Some(bulk) => bulk.write(self.storage.as_ref(), buf, offset),
+            None => self.storage.write_at(buf, offset),
+        };
+        written.map_err(|source| self.failed("write", source).at(offset))
     }
 
     pub(crate) fn sync(&self) -> Result<()> {
+        if self.bulk.get().is_some_and(|bulk| !bulk.durable) {
+            return Ok(());
+        }
         self.storage.sync().map_err(|source| self.failed("sync", source))
     }
 

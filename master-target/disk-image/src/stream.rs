@@ -202,8 +202,68 @@ fn deflate_with(compress: &mut Compress, grain: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, path::Path, process::Command};
+
     use super::*;
-    use crate::sparse::inflate::inflate;
+    use crate::{
+        kind::Kind,
+        open::{OpenOptions, open},
+        sparse::inflate::inflate,
+    };
+
+    impl StreamWriter<'_> {
+        /// Goes on at another place of the file, as after so many bytes of grains.
+        fn jump(&mut self, at: u64) {
+            self.store.write(&self.buffer, self.buffer_at).unwrap();
+            self.buffer.clear();
+            self.buffer_at = at;
+        }
+    }
+
+    /// A file of which the places are beyond 32 bits of bytes, as that of a disk with more than 4 GiB
+    /// of data is. What is between is a hole, so nothing needs to be compressed for it.
+    #[test]
+    fn a_stream_beyond_4_gib_is_read_by_us_and_by_qemu() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, oracle) = (dir.path().join("s.vmdk"), dir.path().join("oracle.raw"));
+        let options = CreateOptions::new(Kind::StreamOptimized, 96 << 20);
+        let store = Store::new(&path, Box::new(File::create_new(&path).unwrap()));
+        let mut writer = StreamWriter::start(&store, "s.vmdk", &options).unwrap();
+        let (mut deflater, mut model) = (Deflater::new(6), vec![0; 96 << 20]);
+        // Before 4 GiB, a table across it, whole tables behind it.
+        for (grain, jump) in [(3, None), (700, None), (701, Some(5 << 30)), (1030, Some(9 << 30))] {
+            if let Some(at) = jump {
+                writer.jump(at);
+            }
+            let bytes = vec![(grain % 251) as u8; GRAIN_BYTES];
+            model[grain * GRAIN_BYTES..][..GRAIN_BYTES].copy_from_slice(&bytes);
+            writer.append(grain as u64, &deflater.deflate(&bytes)).unwrap();
+        }
+        writer.finish().unwrap();
+        assert!(store.length().unwrap() > 9 << 30);
+        let image = open(&path, &OpenOptions::read_only().of_kind(Kind::StreamOptimized)).unwrap();
+        let mut found = vec![1; model.len()];
+        image.read_at(&mut found, 0).unwrap();
+        assert!(found == model);
+        std::fs::write(&oracle, &model).unwrap();
+        let compare = ["compare", "-f", "vmdk", "-F", "raw"];
+        let compared = Command::new("qemu-img").args(compare).args([&path, &oracle]).output();
+        let compared =
+            compared.expect("qemu-img is missing: install the Debian package qemu-utils");
+        assert!(compared.status.success(), "{compared:?}");
+    }
+
+    #[test]
+    fn a_stream_beyond_2_tib_is_refused() {
+        let file = File::options().write(true).open("/dev/null").unwrap();
+        let store = Store::new(Path::new("s.vmdk"), Box::new(file));
+        let options = CreateOptions::new(Kind::StreamOptimized, 1 << 40);
+        let mut writer = StreamWriter::start(&store, "s.vmdk", &options).unwrap();
+        writer.jump((2 << 40) - SECTOR_BYTES);
+        writer.append(0, &[0; 100]).unwrap();
+        let error = writer.append(1, &[0; 100]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Full, "{error}");
+    }
 
     #[test]
     fn every_level_can_be_inflated_and_noise_hardly_grows() {

@@ -445,3 +445,19 @@ fn a_stream_of_a_disk_beyond_4_gib_is_read_by_qemu_and_back() {
     convert(opened.as_ref(), &back, &ConvertOptions::new(Kind::Raw), &mut Silent).unwrap();
     qemu(&["compare", "-f", "raw", "-F", "raw", text(&back), text(&oracle)]);
 }
+
+/// Without a sync, an image goes the other way through the page cache; it must be the same.
+#[test]
+fn a_conversion_that_need_not_be_durable_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let oracle = dir.path().join("oracle.raw");
+    let source = raw_disk(&oracle, (66 << 20) + 1024);
+    for kind in CREATABLE {
+        let image = dir.path().join(format!("{kind}.vmdk"));
+        let options = ConvertOptions { durable: false, ..ConvertOptions::new(kind) };
+        convert(source.as_ref(), &image, &options, &mut Silent).unwrap();
+        qemu(&["compare", "-f", format(kind), "-F", "raw", text(&image), text(&oracle)]);
+        let opened = open(&image, &OpenOptions::read_only().of_kind(kind)).unwrap();
+        assert!(opened.check(Deep::Yes, &mut Silent).unwrap().is_clean(), "{kind}");
+    }
+}

@@ -176,3 +176,29 @@ fn a_thick_disk_takes_its_space_and_a_thin_one_says_that_it_is_thin() {
         assert!(descriptor.contains("ddb.longContentID"), "{descriptor}");
     }
 }
+
+/// The tables name places of up to 2 TiB in the file: what goes beyond is refused, and what was
+/// written before stays.
+#[test]
+fn a_sparse_file_of_2_tib_is_full_and_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, oracle) = (dir.path().join("full.vmdk"), dir.path().join("oracle.raw"));
+    let grain = 65_536;
+    create(&path, &CreateOptions::new(Kind::MonolithicSparse, 64 << 20)).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len((2 << 40) - 3 * grain).unwrap();
+    let image = open(&path, &OpenOptions::writable()).unwrap();
+    let mut model = vec![0; 64 << 20];
+    let mut refused = Vec::new();
+    for number in 0..4_u64 {
+        let bytes = vec![number as u8 + 1; grain as usize];
+        match image.write_at(&bytes, number * 2 * grain) {
+            Ok(()) => model[(number * 2 * grain) as usize..][..bytes.len()].copy_from_slice(&bytes),
+            Err(error) => refused.push(error.kind()),
+        }
+    }
+    assert_eq!(refused, [ErrorKind::Full, ErrorKind::Full]);
+    image.flush().unwrap();
+    drop(image);
+    std::fs::write(&oracle, model).unwrap();
+    qemu(&["compare", "-f", "vmdk", "-F", "raw", text(&path), text(&oracle)]);
+}

@@ -9,6 +9,7 @@ use backhaul_disk_image::Progress;
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::interrupt;
 use crate::show::Output;
 
 /// How often a log hears of progress; what takes less says nothing.
@@ -40,7 +41,7 @@ impl Bar {
     pub(super) fn advance(&self) -> impl Progress + '_ {
         |done_bytes, total_bytes| {
             self.show(done_bytes, total_bytes);
-            true
+            !interrupt::came()
         }
     }
 

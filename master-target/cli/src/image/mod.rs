@@ -1,8 +1,10 @@
 //! `backhaul image`: the disk-image library at work on files, without a target.
 
 mod bar;
+mod interrupt;
 mod replace;
 mod show;
+mod staging;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -32,7 +34,7 @@ pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode>
     match verb {
         ImageVerb::Info { input } => output.image_info(&ops::info(&input.image, &input.options())?),
         ImageVerb::Check { input, deep } => return check(input, *deep, output),
-        ImageVerb::Map { input } => map(input, output)?,
+        ImageVerb::Map { input } => return map(input, output),
         ImageVerb::Convert(arguments) => convert(arguments, output)?,
         ImageVerb::Compare { one, other, from, other_from, allow_outside } => {
             let options = |kind| {
@@ -87,7 +89,7 @@ fn check(input: &ImageInput, deep: bool, output: &Output) -> anyhow::Result<Exit
     Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DAMAGED) })
 }
 
-fn map(input: &ImageInput, output: &Output) -> anyhow::Result<()> {
+fn map(input: &ImageInput, output: &Output) -> anyhow::Result<ExitCode> {
     let image = open(&input.image, &input.options())?;
     if output.is_json() {
         return output.map_json(&*image);
@@ -100,7 +102,7 @@ fn map(input: &ImageInput, output: &Output) -> anyhow::Result<()> {
         true
     })?;
     output.mapped(&runs, &totals);
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> {
@@ -109,12 +111,16 @@ fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> 
     options.create.adapter = arguments.adapter;
     options.create.thin = !arguments.thick;
     options.deflate_level = arguments.deflate_level;
+    options.durable = !arguments.no_sync;
+    interrupt::watch();
     let bar = Bar::new(output, "converting");
     let make = |target: &Path| Ok(ops::convert(&*source, target, &options, &mut bar.advance())?);
+    let output_path = &arguments.output;
     let report = match arguments.force {
-        true => replace::replace(&*source, &arguments.output, make),
-        false => make(&arguments.output).map_err(|error| told_of_force(error, &arguments.output)),
-    }?;
+        true => replace::replace(&*source, output_path, make),
+        false => make(output_path).map_err(|error| told_of_force(error, output_path)),
+    };
+    let report = report.map_err(|error| interrupt::told(error, output_path))?;
     bar.finish();
     output.converted(&report);
     Ok(())
@@ -122,7 +128,8 @@ fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> 
 
 fn told_of_force(error: anyhow::Error, target: &Path) -> anyhow::Error {
     let exists = |error: &ImageError| error.kind() == ErrorKind::Exists;
-    if !error.downcast_ref().is_some_and(exists) {
+    // An extent that lies there without its descriptor is named by the error itself.
+    if !error.downcast_ref().is_some_and(exists) || target.symlink_metadata().is_err() {
         return error;
     }
     let sentence =

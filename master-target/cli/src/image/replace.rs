@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, bail, ensure};
 use backhaul_disk_image::ops::ConvertReport;
 use backhaul_disk_image::{DiskImage, ErrorKind, ImageInfo, OpenOptions, open};
+
+use super::staging::{self, Staging};
 
 /// Makes an image with `make` in a hidden folder beside `target`, and puts it in the place of what is
 /// at `target` only when it is whole: whatever fails before that leaves the old image as it was.
@@ -30,7 +33,10 @@ pub(super) fn replace(
     ensure!(!read.contains(&target), in_use());
     let old = Old::open(&target)?;
     ensure!(old.files.is_disjoint(&read), in_use());
-    let staging = tempfile::Builder::new().prefix(STAGING_PREFIX).tempdir_in(folder)?;
+    if old.image.is_some() {
+        staging::clear(folder, name, &old.files)?;
+    }
+    let staging = Staging::make(folder, name)?;
     let report = make(&staging.path().join(name))?;
     let mut extents = Vec::new();
     for entry in fs::read_dir(staging.path())? {
@@ -43,16 +49,19 @@ pub(super) fn replace(
         );
         extents.extend((file != name).then_some(file));
     }
-    let exchange = Exchange { folder, staging: &staging.keep(), name, extents, old: &old.files };
-    exchange.run(&mut || Ok(())).map_err(|error| {
-        let kept = exchange.staging.display();
-        anyhow!("{shown} cannot be replaced: {error}; the new image is in {kept}, do not remove it")
-    })?;
+    let exchange = Exchange { folder, staging: staging.path(), name, extents, old: &old.files };
+    if let Err(error) = exchange.run(&mut || Ok(())) {
+        let same = target.metadata().is_ok_and(|now| now.ino() == metadata.ino());
+        ensure!(!same, "{shown} cannot be replaced and is as it was: {error}");
+        let kept = staging.path().display().to_string();
+        staging.keep();
+        bail!(
+            "{shown} was not replaced to the end: {error}; run this again, and until then do not \
+             remove {kept}"
+        );
+    }
     Ok(ConvertReport { path: target, ..report })
 }
-
-/// What begins the names of folders in which new images are made.
-const STAGING_PREFIX: &str = ".backhaul-";
 
 /// An old image, the new one in its hidden folder, and where they are to be exchanged.
 struct Exchange<'a> {
@@ -75,9 +84,10 @@ impl Exchange<'_> {
     fn run(&self, step: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         let (target, staged) = (self.folder.join(self.name), self.staging.join(self.name));
         let sync = || File::open(self.folder)?.sync_all();
+        step()?;
+        staging::note(self.staging, self.old)?;
         if !self.extents.is_empty() {
             let interim = self.staging.join(".interim");
-            step()?;
             self.write_interim(&staged, &interim)?;
             File::open(self.staging)?.sync_all()?;
             step()?;
@@ -96,12 +106,11 @@ impl Exchange<'_> {
         if self.extents.is_empty() {
             self.remove_old(step)?;
         }
-        for extent in &self.extents {
-            step()?;
-            fs::remove_file(self.staging.join(extent))?;
-        }
         step()?;
-        fs::remove_dir(self.staging)?;
+        fs::remove_dir_all(self.staging)?;
+        step()?;
+        let new = self.extents.iter().map(|extent| self.folder.join(extent));
+        staging::clear(self.folder, self.name, &new.chain([target]).collect())?;
         sync()
     }
 
@@ -117,21 +126,11 @@ impl Exchange<'_> {
         File::open(interim)?.sync_all()
     }
 
-    /// Removes the old image's files but the one at the target, and the hidden folder in which a
-    /// replacement that was cut short left them.
+    /// Removes the old image's files but the one at the target.
     fn remove_old(&self, step: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         for file in self.old.iter().filter(|file| **file != self.folder.join(self.name)) {
             step()?;
             fs::remove_file(file)?;
-            let Some(parent) = file.parent().filter(|parent| *parent != self.folder) else {
-                continue;
-            };
-            let hidden = parent.file_name().and_then(OsStr::to_str);
-            if hidden.is_some_and(|name| name.starts_with(STAGING_PREFIX)) {
-                // The descriptor that was to come last; then nothing is left in it.
-                let _ = fs::remove_file(parent.join(self.name));
-                let _ = fs::remove_dir(parent);
-            }
         }
         Ok(())
     }
@@ -141,7 +140,7 @@ impl Exchange<'_> {
 struct Old {
     files: BTreeSet<PathBuf>,
     /// Locks them. What no longer opens is one file: which others belonged to it, nobody knows.
-    _image: Option<Box<dyn DiskImage>>,
+    image: Option<Box<dyn DiskImage>>,
 }
 
 impl Old {
@@ -155,7 +154,7 @@ impl Old {
         if let Some(image) = &image {
             files.extend(link_files(&image.info()?));
         }
-        Ok(Self { files, _image: image })
+        Ok(Self { files, image })
     }
 }
 
@@ -196,6 +195,10 @@ mod tests {
         bytes[0]
     }
 
+    fn info(path: &Path) -> ImageInfo {
+        open(path, &OpenOptions::read_only()).unwrap().info().unwrap()
+    }
+
     /// Replaces an image of one kind by one of another, cut at a step; says whether it came so far.
     fn cut(kinds: [Kind; 2], cut_at: usize) -> bool {
         let dir = tempfile::tempdir().unwrap();
@@ -207,7 +210,7 @@ mod tests {
         let elsewhere = tempfile::tempdir().unwrap();
         let sources = [1, 2].map(|byte| raw(&elsewhere.path().join(byte.to_string()), byte));
         make(&*sources[0], &target, kinds[0]);
-        let staging = folder.join(".backhaul-test");
+        let staging = folder.join(".backhaul-d.vmdk-killed");
         fs::create_dir(&staging).unwrap();
         make(&*sources[1], &staging.join("d.vmdk"), kinds[1]);
         let names = fs::read_dir(&staging).unwrap().map(|entry| entry.unwrap().file_name());
@@ -224,16 +227,13 @@ mod tests {
         drop(old);
         let found = content(&target, &story);
         assert!(ended.is_err() || found == 2, "{story}");
-        // What is left over is named when it stands in the way of the next replacement; else that
-        // leaves nothing behind but what a cut left before it.
-        match replace(&*sources[1], &target, |path| Ok(make(&*sources[1], path, kinds[1]))) {
-            Ok(_) => assert_eq!(content(&target, &story), 2),
-            Err(error) => {
-                assert!(error.to_string().contains("is in the way"), "{story}: {error}");
-                assert_eq!(content(&target, &story), found);
-            }
-        }
-        assert!(ended.is_err() || !staging.exists(), "{story}");
+        // The next replacement finds whatever the cut left, and leaves nothing but its image.
+        replace(&*sources[1], &target, |path| Ok(make(&*sources[1], path, kinds[1])))
+            .unwrap_or_else(|error| panic!("{story}: {error:#}"));
+        assert_eq!(content(&target, &story), 2);
+        let used: BTreeSet<_> = chain_files(&info(&target)).into_iter().collect();
+        let there = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+        assert_eq!(there.collect::<BTreeSet<_>>(), used, "{story}");
         ended.is_err()
     }
 
@@ -244,6 +244,7 @@ mod tests {
             [Kind::Vmfs, Kind::MonolithicSparse],
             [Kind::MonolithicSparse, Kind::TwoGbMaxExtentSparse],
             [Kind::TwoGbMaxExtentSparse, Kind::Vmfs],
+            [Kind::MonolithicSparse, Kind::StreamOptimized],
         ];
         for kinds in pairs {
             let steps = (1..50).take_while(|step| cut(kinds, *step)).count();

@@ -1,15 +1,17 @@
 //! What people and programs are shown of images.
 
 use std::io::{BufWriter, ErrorKind, Write};
+use std::process::ExitCode;
 
-use anyhow::ensure;
+use anyhow::Context;
 use backhaul_disk_image::ops::{self, CompareReport, ConvertReport, MapTotals, RepairPlan};
 use backhaul_disk_image::{CheckReport, ImageInfo, MapDisk, Run, RunState, Severity};
 use bytesize::ByteSize;
 use comfy_table::{Cell, Color};
+use serde_json::json;
 
 use crate::print::say;
-use crate::show::Output;
+use crate::show::{Output, failure};
 
 /// Runs and findings that a table shows; `--json` has all of them.
 pub(super) const ROWS_MAX: usize = 100;
@@ -99,27 +101,19 @@ impl Output {
         }
     }
 
-    /// Tells the runs as they are found, so that the memory it takes does not grow with them.
-    pub(crate) fn map_json(&self, image: &dyn MapDisk) -> anyhow::Result<()> {
+    /// Tells the runs as they are found, so that the memory it takes does not grow with them. An
+    /// error in the middle takes the place of the totals.
+    pub(crate) fn map_json(&self, image: &dyn MapDisk) -> anyhow::Result<ExitCode> {
         let mut out = BufWriter::new(std::io::stdout().lock());
-        let mut separator = "{\"runs\":[";
-        let mut said = Ok(());
-        let walked = ops::map(image, &mut |run| {
-            said = write!(out, "{separator}")
-                .and_then(|()| Ok(serde_json::to_writer(&mut out, &run)?));
-            separator = ",";
-            said.is_ok()
+        let written = write_map(image, &mut out).and_then(|code| {
+            out.flush()?;
+            Ok(code)
         });
-        if let Err(error) = said {
+        match written {
             // Whoever read this went away.
-            ensure!(error.kind() == ErrorKind::BrokenPipe, "cannot print the map: {error}");
-            return Ok(());
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
+            written => written.context("cannot print the map"),
         }
-        // An error's JSON stands on a line of its own, behind a map that is not whole.
-        let totals = walked.inspect_err(|_| drop(writeln!(out)))?;
-        writeln!(out, "],\"totals\":{}}}", serde_json::to_string(&totals)?)?;
-        out.flush()?;
-        Ok(())
     }
 
     pub(crate) fn mapped(&self, runs: &[Run], totals: &MapTotals) {
@@ -198,4 +192,22 @@ impl Output {
         }
         say!("{} fixes; {} of the disk are lost", plan.fixes.len(), size(plan.lost_bytes));
     }
+}
+
+fn write_map(image: &dyn MapDisk, out: &mut impl Write) -> std::io::Result<ExitCode> {
+    write!(out, "{{\"runs\":[")?;
+    let (mut separator, mut said) = ("", Ok(()));
+    let walked = ops::map(image, &mut |run| {
+        said =
+            write!(out, "{separator}").and_then(|()| Ok(serde_json::to_writer(&mut *out, &run)?));
+        separator = ",";
+        said.is_ok()
+    });
+    said?;
+    let (name, value, code) = match walked {
+        Ok(totals) => ("totals", json!(totals), ExitCode::SUCCESS),
+        Err(error) => ("error", failure("failed", &error.to_string()), ExitCode::FAILURE),
+    };
+    writeln!(out, "],\"{name}\":{value}}}")?;
+    Ok(code)
 }

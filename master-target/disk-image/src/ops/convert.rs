@@ -11,21 +11,18 @@ use std::{
 use serde::Serialize;
 
 use crate::{
+    bulk::aligned,
     create::{CreateOptions, create_as},
     error::{ErrorKind, ImageError, Result},
     folder::{Folder, staged_name},
     image::{MapDisk, WriteDisk},
     kind::Kind,
-    open::{OpenOptions, open},
+    open::{OpenOptions, open, open_disk},
     ops::pipeline::{self, Chunk, data_chunks, threads_or_all},
     report::{Progress, advance},
     storage::Store,
     stream::{Deflater, GRAIN_BYTES, StreamWriter},
 };
-
-/// Bytes that are written to a flat image before they are synced, so that the disk is busy from the
-/// start and the last flush is short.
-const SYNC_BYTES: u64 = 128 << 20;
 
 /// How to convert.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,12 +34,15 @@ pub struct ConvertOptions {
     pub deflate_level: u32,
     /// Threads that read, look for zeros, and compress. Default: one for each core.
     pub threads: Option<NonZeroUsize>,
+    /// The image is on stable storage when the conversion is done. Default: yes. Without, a power
+    /// cut in the next minute may leave an image that looks whole and is not.
+    pub durable: bool,
 }
 
 impl ConvertOptions {
     /// The defaults for a new image of this kind.
     pub const fn new(kind: Kind) -> Self {
-        Self { create: CreateOptions::new(kind, 0), deflate_level: 6, threads: None }
+        Self { create: CreateOptions::new(kind, 0), deflate_level: 6, threads: None, durable: true }
     }
 }
 
@@ -61,7 +61,8 @@ pub struct ConvertReport {
     pub padding_bytes: u64,
 }
 
-/// Copies `source`'s disk into a new image at `target`, which appears when it is whole and durable.
+/// Copies `source`'s disk into a new image at `target`, which appears when it is whole, and durable unless
+/// the options say otherwise.
 /// Zeros are not stored where the kind can leave them out.
 ///
 /// # Errors
@@ -108,7 +109,7 @@ struct Job<'a> {
 impl Job<'_> {
     /// Makes the image under a hidden name, fills it, and renames it.
     fn copy(&self, target: &Path, progress: &mut dyn Progress) -> Result<u64> {
-        let (folder, name) = place_of(target)?;
+        let (folder, name) = self.place_of(target)?;
         let fail = |source| ImageError::io("create", target, source);
         let staged = staged_name(&name).map_err(fail)?;
         let staged_path = folder.path_of(&staged);
@@ -131,7 +132,8 @@ impl Job<'_> {
     }
 
     fn fill(&self, path: &Path, progress: &mut dyn Progress) -> Result<u64> {
-        let image = open(path, &OpenOptions::writable().of_kind(self.create.kind))?;
+        let image = open_disk(path, &OpenOptions::writable().of_kind(self.create.kind), 1)?;
+        image.fill_in_bulk(self.options.durable);
         // Smaller than a grain, zeros save nothing; a flat file can leave out pages.
         let block = match self.create.kind {
             Kind::MonolithicSparse | Kind::TwoGbMaxExtentSparse => GRAIN_BYTES,
@@ -139,20 +141,12 @@ impl Job<'_> {
         };
         let (total, mut written) = (self.source.size_bytes(), 0);
         let work = |chunk: Chunk, bytes: &mut Vec<u8>| {
-            bytes.resize(chunk.length as usize, 0);
+            let bytes = aligned(bytes, chunk.length as usize);
             self.source.read_at(bytes, chunk.offset)?;
-            write_data(image.as_ref(), bytes, chunk.offset, block)
+            write_data(&image, bytes, chunk.offset, block)
         };
-        let is_flat = image.flat().is_some();
-        let mut unsynced = 0;
         let take = |chunk: Chunk, bytes: u64| {
             written += bytes;
-            unsynced += bytes;
-            if is_flat && unsynced >= SYNC_BYTES {
-                // The disk writes while the other threads go on; a sparse image would stop them.
-                image.flush()?;
-                unsynced = 0;
-            }
             advance(progress, path, chunk.end(), total)
         };
         pipeline::run(path, data_chunks(self.source), self.threads, work, take)?;
@@ -162,7 +156,7 @@ impl Job<'_> {
     }
 
     fn stream(&self, target: &Path, progress: &mut dyn Progress) -> Result<u64> {
-        let (folder, name) = place_of(target)?;
+        let (folder, name) = self.place_of(target)?;
         let text = name.to_str().unwrap_or("disk.vmdk").replace(['"', '\n', '\r'], "_");
         let (mut failed, mut written) = (None, 0);
         let published = folder.publish_new(&name, |file: &File| {
@@ -200,6 +194,19 @@ impl Job<'_> {
         writer.finish()?;
         advance(progress, &store.path, total, total)?;
         Ok(written)
+    }
+
+    fn place_of(&self, target: &Path) -> Result<(Folder, OsString)> {
+        let fail = |source| ImageError::io("create", target, source);
+        let name = target.file_name().ok_or_else(|| {
+            ImageError::new(ErrorKind::Invalid, target, "it is not the name of a file")
+        })?;
+        let folder = Folder::open(target.parent().unwrap_or(Path::new(""))).map_err(fail)?;
+        let folder = folder.made_durable(self.options.durable);
+        if folder.path_of(name).symlink_metadata().is_ok() {
+            return Err(fail(io::Error::from(io::ErrorKind::AlreadyExists)));
+        }
+        Ok((folder, name.to_owned()))
     }
 
     /// The grains of a chunk that are not zeros, compressed.
@@ -265,16 +272,4 @@ fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, tail) = bytes.as_chunks::<64>();
     tail.iter().all(|byte| *byte == 0)
         && blocks.iter().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
-fn place_of(target: &Path) -> Result<(Folder, OsString)> {
-    let fail = |source| ImageError::io("create", target, source);
-    let name = target.file_name().ok_or_else(|| {
-        ImageError::new(ErrorKind::Invalid, target, "it is not the name of a file")
-    })?;
-    let folder = Folder::open(target.parent().unwrap_or(Path::new(""))).map_err(fail)?;
-    if folder.path_of(name).symlink_metadata().is_ok() {
-        return Err(fail(io::Error::from(io::ErrorKind::AlreadyExists)));
-    }
-    Ok((folder, name.to_owned()))
 }

@@ -63,8 +63,9 @@ pub(super) fn threads_or_all(threads: Option<NonZeroUsize>) -> usize {
     threads.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
 }
 
-/// Runs `work` on all chunks in `threads` threads, each with memory that it keeps from chunk to chunk, and `take` on the results, in order, in this
-/// one. The first error, of a chunk, of the work or of the taking, ends everything.
+/// Runs `work` on all chunks in `threads` threads, each with memory that it keeps from chunk to
+/// chunk, and `take` on the results, in order, in this one. The first error, of a chunk, of the work
+/// or of the taking, ends everything.
 pub(super) fn run<T: Send>(
     path: &Path,
     chunks: impl Iterator<Item = Result<Chunk>> + Send,
