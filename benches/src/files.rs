@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use backhaul_api::{Consistency, Machine};
 use backhaul_lab::disk::{DiskSpec, make_disk};
-use backhaul_lab::link::{Link, LinkSpec};
+use backhaul_lab::link::{Link, LinkSpec, Site};
 
 use crate::sample::Sample;
 use crate::{links, pipeline, rivals};
@@ -99,8 +99,8 @@ async fn measure(
     let link = Link::start(what.link.clone())?;
     if let Some(tcp) = &what.tcp {
         for site in [link.site_a(), link.site_b()] {
-            site.run_inside(|| std::fs::write(TCP_CONGESTION, tcp))?
-                .with_context(|| format!("this kernel has no congestion control \"{tcp}\""))?;
+            choose_tcp(site, tcp)
+                .with_context(|| format!("the congestion control \"{tcp}\" cannot be chosen"))?;
         }
     }
     match contender {
@@ -111,8 +111,18 @@ async fn measure(
     }
 }
 
-/// Each network namespace has its own.
-const TCP_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+/// The kernel's congestion control for what leaves a site. It goes with the route: a namespace's own
+/// default may only be one of those that are open to everybody.
+fn choose_tcp(site: &Site, tcp: &str) -> anyhow::Result<()> {
+    let routes = site.command_in("ip").args(["-4", "route", "show"]).output()?;
+    for route in String::from_utf8(routes.stdout)?.lines() {
+        let mut replace = site.command_in("ip");
+        replace.args(["route", "replace"]).args(route.split_whitespace()).args(["congctl", tcp]);
+        let replaced = replace.output()?;
+        ensure!(replaced.status.success(), "{}", String::from_utf8_lossy(&replaced.stderr).trim());
+    }
+    Ok(())
+}
 
 /// How much of a disk is worth sending.
 #[derive(Debug, Default)]

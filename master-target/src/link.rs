@@ -28,6 +28,14 @@ const REFUSAL_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 /// more than these wait in the transport, whose windows bound them.
 const READING_MAX: usize = 256;
 
+/// Memory for the batches of one connection that are being read, in KiB: an agent may announce batches
+/// of the largest size and send none of them. More wait in the transport, too.
+const READING_KIB_MAX: usize = 64 << 10;
+
+/// Questions of one connection that are not answered yet. Beyond it the connection is closed: an agent
+/// asks for some dozens at a time.
+const QUESTIONS_MAX: usize = 1024;
+
 /// Connections that one identity may hold: its session, one that is about to replace it, and probes.
 /// More are closed with a sentence, so that one agent's certificate cannot take the target's memory.
 const CONNECTIONS_PER_AGENT_MAX: usize = 8;
@@ -74,8 +82,8 @@ pub enum LinkEvent {
     Hello(LinkUp, Hello),
     /// An agent said something else.
     Message(agent_message::Kind),
-    /// An agent asks what a disk holds.
-    Question(HashRequest),
+    /// An agent asks what a disk holds. It keeps its place among the questions until it is answered.
+    Question(HashRequest, OwnedSemaphorePermit),
     /// A batch came in whole and sound.
     Batch(BatchHeader, IncomingBatch),
     /// A batch came in whose references are to be resolved. It keeps its place among those that are
@@ -88,14 +96,14 @@ pub enum LinkEvent {
 }
 
 /// A live connection, as the owner loop uses it. The channels hold what the agent's transport has
-/// no room for: acknowledgements, at most one a machine and group, and answers to its questions,
-/// whose number the agent bounds and the connection's end clears.
+/// no room for: acknowledgements, at most one a machine and group, and answers to its questions, at
+/// most `QUESTIONS_MAX`.
 #[derive(Debug, Clone)]
 pub struct LinkUp {
     /// The connection.
     pub connection: Connection,
     control: mpsc::UnboundedSender<TargetMessage>,
-    sync: mpsc::UnboundedSender<HashReply>,
+    sync: mpsc::UnboundedSender<(HashReply, OwnedSemaphorePermit)>,
 }
 
 impl LinkUp {
@@ -104,9 +112,9 @@ impl LinkUp {
         let _ = self.control.send(TargetMessage { kind: Some(kind) });
     }
 
-    /// Answers a question.
-    pub fn answer(&self, reply: HashReply) {
-        let _ = self.sync.send(reply);
+    /// Answers a question, and gives back its place once the answer is sent.
+    pub fn answer(&self, reply: HashReply, place: OwnedSemaphorePermit) {
+        let _ = self.sync.send((reply, place));
     }
 
     /// Refuses the session in words, then closes it.
@@ -165,7 +173,7 @@ async fn converse(
         _ => return Err(StreamError::Stream("the agent's first message is not a hello".into())),
     };
     let (control, mut control_queue) = mpsc::unbounded_channel::<TargetMessage>();
-    let (sync, mut sync_queue) = mpsc::unbounded_channel::<HashReply>();
+    let (sync, mut sync_queue) = mpsc::unbounded_channel();
     let link = LinkUp { connection: connection.clone(), control, sync };
     let _ = events.send((id, LinkEvent::Hello(link, hello)));
 
@@ -182,7 +190,7 @@ async fn converse(
         Ok::<_, StreamError>(())
     };
     let answers = async {
-        while let Some(reply) = sync_queue.recv().await {
+        while let Some((reply, _place)) = sync_queue.recv().await {
             sync_out.send(&reply).await?;
         }
         // The owner loop let go of the link; a refusal may still be on its way.
@@ -197,8 +205,13 @@ async fn converse(
         Ok::<_, StreamError>(())
     };
     let questions = async {
+        let places = Arc::new(Semaphore::new(QUESTIONS_MAX));
         while let Some(request) = sync_in.recv::<HashRequest>().await? {
-            let _ = events.send((id, LinkEvent::Question(request)));
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                let sentence = format!("the agent asked {QUESTIONS_MAX} questions at a time");
+                return Err(StreamError::Stream(sentence));
+            };
+            let _ = events.send((id, LinkEvent::Question(request, place)));
         }
         Ok::<_, StreamError>(())
     };
@@ -218,12 +231,14 @@ async fn batches(
     events: &mpsc::UnboundedSender<(LinkId, LinkEvent)>,
 ) -> Result<(), StreamError> {
     let places = Arc::new(Semaphore::new(READING_MAX));
+    let memory_kib = Arc::new(Semaphore::new(READING_KIB_MAX));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
         let mut stream = connection.accept_batch().await?;
         let (events, connection) = (events.clone(), connection.clone());
+        let memory_kib = Arc::clone(&memory_kib);
         tokio::spawn(async move {
-            match read_batch(&mut stream).await {
+            match read_batch(&mut stream, &memory_kib).await {
                 Ok((header, Received::Whole(batch))) => {
                     let _ = events.send((id, LinkEvent::Batch(header, batch)));
                 }

@@ -17,6 +17,7 @@ use backhaul_proto::id::{BatchSeq, Generation, MachineIndex, PointId};
 use backhaul_proto::message::{HashRequest, Progress};
 use backhaul_proto::session::{Receiver, ReceiverConfig, Watermark};
 use thiserror::Error;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::batch_buffer::IncomingBatch;
 use crate::config::MachineConfig;
@@ -60,7 +61,7 @@ pub struct Machine {
     /// Markers that are delivered and not durable yet.
     pub marks: VecDeque<(BatchSeq, RecordKind)>,
     /// Questions that wait for batches to be applied.
-    pub questions: Vec<(LinkId, HashRequest)>,
+    pub questions: Vec<(LinkId, HashRequest, OwnedSemaphorePermit)>,
     /// What its worker or its disks complain of; empty when nothing.
     pub trouble: String,
     /// Bytes received as they travelled, and plain.

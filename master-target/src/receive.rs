@@ -12,6 +12,7 @@ use backhaul_proto::batch::{BatchHeader, BodyError, Codec, FoldedBody, Reference
 use backhaul_proto::id::DiskIndex;
 use backhaul_proto::link::{BatchStream, StreamError};
 use thiserror::Error;
+use tokio::sync::Semaphore;
 
 use crate::batch_buffer::{BatchBuffer, IncomingBatch};
 use crate::hashing::ReadableDisk;
@@ -100,9 +101,15 @@ fn read(
 
 /// Reads one batch whole and returns it with its header as it travelled. The content of one without
 /// references is checked against its hash. The only copies of the data: out of the datagrams, and
-/// out of the decompressor.
-pub async fn read_batch(stream: &mut BatchStream) -> Result<(BatchHeader, Received), ReceiveError> {
+/// out of the decompressor. It waits for its part of `memory_kib`, and gives that back when it is read.
+pub async fn read_batch(
+    stream: &mut BatchStream,
+    memory_kib: &Semaphore,
+) -> Result<(BatchHeader, Received), ReceiveError> {
     let header = stream.read_header().await?;
+    let kib = (header.plain_bytes + header.wire_bytes).div_ceil(1024);
+    // Never closed, so this cannot fail.
+    let _memory = memory_kib.acquire_many(kib).await;
     let broken = |source| ReceiveError::Body { batch: header.batch.0, source };
     if header.folded.is_some() {
         let packed = read_packed(stream, &header).await?;

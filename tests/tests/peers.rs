@@ -11,8 +11,8 @@ use backhaul_proto::link::{
     ConnectOptions, Connection, FrameReceiver, FrameSender, Listener, TransportChoice, connect,
 };
 use backhaul_proto::message::{
-    AgentMessage, Code, DiskHello, Hello, MachineHello, Refusal, Standing, TargetMessage,
-    agent_message, target_message,
+    AgentMessage, Code, DiskHello, HashRequest, Hello, MachineHello, Refusal, Standing,
+    TargetMessage, agent_message, target_message,
 };
 use backhaul_proto::quic::TransportOptions;
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN};
@@ -42,7 +42,7 @@ struct FakeAgent {
     connection: Connection,
     sender: FrameSender,
     receiver: FrameReceiver,
-    _sync: (FrameSender, FrameReceiver),
+    sync: (FrameSender, FrameReceiver),
 }
 
 impl FakeAgent {
@@ -57,7 +57,7 @@ impl FakeAgent {
         let connection = connect(&address, &identity, &options).await.unwrap();
         let (sender, receiver) = connection.open_control().await.unwrap();
         let sync = connection.open_sync().await.unwrap();
-        Self { connection, sender, receiver, _sync: sync }
+        Self { connection, sender, receiver, sync }
     }
 
     async fn hello(&mut self, versions: (u32, u32)) -> target_message::Kind {
@@ -156,4 +156,25 @@ async fn a_corrupt_batch_is_named_and_not_journalled() {
         let whole = |machine: &Machine| machine.received_plain_bytes > 8192;
         scenario.rig.wait("the batch", STEP_TIME_MAX, whole).await.unwrap();
     }
+}
+
+/// Every question took a task and an answer that nobody read, as many as an agent cared to send, of an
+/// agent that the target trusts no further than its machines.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_asks_without_end_is_sent_away() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    scenario.rig.start_target().unwrap();
+    scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
+    let mut agent = FakeAgent::connect(&scenario).await;
+    agent.hello((VERSION_MIN.0, VERSION_MAX.0)).await;
+    let asking = async {
+        // Of a batch that never comes, so that none of them is answered.
+        let question = HashRequest { regions: 1, after_batch: u64::MAX, ..HashRequest::default() };
+        while agent.sync.0.send(&question).await.is_ok() {}
+    };
+    let (_, reason) = tokio::join!(asking, agent.connection.closed());
+    assert!(reason.contains("asked 1024 questions at a time"), "{reason}");
+    // The target goes on.
+    scenario.rig.start_agent().unwrap();
+    scenario.wait_consistent().await.unwrap();
 }

@@ -18,9 +18,6 @@ use crate::machine_state::Consistency;
 use crate::receive::{FoldedBatch, Unresolved};
 use crate::worker::{Command, Report};
 
-/// Questions of an agent that may wait for batches to be applied; an agent keeps fewer open.
-const QUESTIONS_MAX: usize = 1024;
-
 impl Target {
     pub(super) fn handle_batch(
         &mut self,
@@ -152,8 +149,8 @@ impl Target {
                 }
                 open.applied = open.applied.max(batch);
                 let questions = std::mem::take(&mut machine.questions);
-                for (link, request) in questions {
-                    self.handle_question(link, request);
+                for (link, request, asking) in questions {
+                    self.handle_question(link, request, asking);
                 }
             }
             Report::Begun(generation) => {
@@ -161,8 +158,8 @@ impl Target {
                 let Some(open) = &mut machine.open else { return };
                 open.begun = generation == open.receiver.generation();
                 let questions = std::mem::take(&mut machine.questions);
-                for (link, request) in questions {
-                    self.handle_question(link, request);
+                for (link, request, asking) in questions {
+                    self.handle_question(link, request, asking);
                 }
             }
             Report::HoldReleased => {
@@ -260,16 +257,16 @@ impl Target {
         }
     }
 
-    pub(super) fn handle_question(&mut self, id: LinkId, request: HashRequest) {
+    pub(super) fn handle_question(
+        &mut self,
+        id: LinkId,
+        request: HashRequest,
+        asking: OwnedSemaphorePermit,
+    ) {
         let Some(machine) = self.machine_on(id, request.machine) else { return };
         let Some(open) = &machine.open else { return };
         if !open.begun || open.applied.0 < request.after_batch {
-            if machine.questions.len() < QUESTIONS_MAX {
-                machine.questions.push((id, request));
-            } else {
-                self.drop_link(id, "the agent asks without end");
-            }
-            return;
+            return machine.questions.push((id, request, asking));
         }
         let Some(disk) = open.disks.get(request.disk as usize).cloned() else { return };
         let Some(link) = self.links.get(&id).map(|link| link.up.clone()) else { return };
@@ -278,7 +275,7 @@ impl Target {
             let Ok(_place) = hashers.acquire_owned().await else { return };
             let answer = tokio::task::spawn_blocking(move || hashing::answer(&disk, &request));
             if let Ok(reply) = answer.await {
-                link.answer(reply);
+                link.answer(reply, asking);
             }
         });
     }

@@ -248,7 +248,9 @@ impl Target {
         match event {
             Event::Link(id, LinkEvent::Hello(up, hello)) => self.handle_hello(id, up, &hello),
             Event::Link(id, LinkEvent::Message(message)) => self.handle_message(id, message),
-            Event::Link(id, LinkEvent::Question(request)) => self.handle_question(id, request),
+            Event::Link(id, LinkEvent::Question(request, asking)) => {
+                self.handle_question(id, request, asking);
+            }
             Event::Link(id, LinkEvent::Batch(header, batch)) => {
                 if let Err(reason) = self.handle_batch(id, &header, batch) {
                     self.drop_link(id, &reason);

@@ -37,6 +37,7 @@ pub(super) struct Share {
 
 impl Share {
     /// Our part of the bottleneck's rate, 0 to 1, when a dip was measured.
+    #[cfg(test)]
     pub(super) fn estimate(&self) -> Option<f64> {
         self.estimate
     }

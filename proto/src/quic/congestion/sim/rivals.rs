@@ -165,7 +165,7 @@ impl Bbr {
             self.rates.pop_front();
         }
         self.rounds += 1;
-        if self.rounds % 5 == 0 {
+        if self.rounds.is_multiple_of(5) {
             self.extra = [0.0, self.extra[0]];
         }
         if self.recovery.is_some_and(|(until, _)| self.delivery.delivered_bytes() >= until) {
