@@ -16,8 +16,13 @@ use crate::sample::Sample;
 /// Longest that a run may take.
 const RUN_TIME_MAX: Duration = Duration::from_secs(600);
 
-/// Runs it, `runs` times each, in `dir`; prints a table.
-pub async fn run(dir: &Path, size_bytes: u64, runs: usize) -> anyhow::Result<()> {
+/// Runs it, `runs` times each, in `dir`, ours over `transport`; prints a table.
+pub async fn run(
+    dir: &Path,
+    size_bytes: u64,
+    runs: usize,
+    transport: &str,
+) -> anyhow::Result<()> {
     let disk = dir.join("disk.raw");
     if !disk.exists() {
         eprintln!("making a disk of {} GiB", size_bytes >> 30);
@@ -26,7 +31,7 @@ pub async fn run(dir: &Path, size_bytes: u64, runs: usize) -> anyhow::Result<()>
     let (mut ours, mut nbdcopy, mut convert) = Default::default();
     let (mut agent_max, mut target_max) = (0, 0);
     for _ in 0..runs {
-        let (seconds, agent, target) = backhaul(dir, &disk).await?;
+        let (seconds, agent, target) = backhaul(dir, &disk, transport).await?;
         push(&mut ours, "backhaul", seconds);
         (agent_max, target_max) = (agent_max.max(agent), target_max.max(target));
         push(&mut nbdcopy, "nbdcopy", into_qemu_nbd(dir, &disk)?);
@@ -51,9 +56,11 @@ fn push(sample: &mut Sample, name: &str, seconds: f64) {
     sample.push(seconds);
 }
 
-async fn backhaul(dir: &Path, disk: &Path) -> anyhow::Result<(f64, u64, u64)> {
+async fn backhaul(dir: &Path, disk: &Path, transport: &str) -> anyhow::Result<(f64, u64, u64)> {
     let folder = tempfile::tempdir_in(dir)?;
-    let mut rig = Rig::prepare(RigSpec::new(folder.path(), disk)?)?;
+    let mut spec = RigSpec::new(folder.path(), disk)?;
+    spec.agent_options = format!("transport = \"{transport}\"\n");
+    let mut rig = Rig::prepare(spec)?;
     rig.start_target()?;
     rig.wait("the target", RUN_TIME_MAX, |_| true).await?;
     let began = Instant::now();

@@ -40,6 +40,9 @@ enum What {
         /// Size of the disk, half of which is real files
         #[arg(long, default_value_t = 8)]
         gib: u64,
+        /// What carries it: auto, quic or tcp
+        #[arg(long, default_value = "auto")]
+        transport: String,
     },
     /// 4 KiB random writes through the export against qemu-nbd
     GuestWrites,
@@ -120,7 +123,9 @@ async fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir)?;
     let span = Span { settle: Duration::from_secs(settle), measure: Duration::from_secs(seconds) };
     match what {
-        What::FirstSync { gib } => first_sync::run(&dir, gib << 30, runs).await,
+        What::FirstSync { gib, transport } => {
+            first_sync::run(&dir, gib << 30, runs, &transport).await
+        }
         What::Links { only, contender } => links::run(&dir, runs, &span, &only, &contender).await,
         What::Images { mib, only } => images::run(&dir, mib << 20, runs, &only),
         What::Control { only } => control::run(&dir, runs, &only).await,

@@ -70,7 +70,7 @@ impl BatchBuffer {
     pub fn new(header: &BatchHeader) -> Self {
         let len_bytes =
             data_offset_bytes(header) + header.data_bytes().next_multiple_of(PAGE_BYTES);
-        let mut bytes = AlignedBuf::zeroed(len_bytes);
+        let mut bytes = AlignedBuf::stale(len_bytes);
         let header = BatchHeader {
             machine: MachineIndex(0),
             codec: Codec::Plain,
@@ -78,8 +78,14 @@ impl BatchBuffer {
             wire_bytes: header.plain_bytes,
             ..header.clone()
         };
+        bytes[..FRAME_BYTES].fill(0);
         bytes[FRAME_BYTES..TABLE_OFFSET_BYTES].copy_from_slice(&header.encode());
-        Self { header, bytes }
+        let mut buffer = Self { header, bytes };
+        // The table and the data are filled from outside, whole, or the batch is not taken.
+        let (table, data) = (buffer.table_range(), buffer.data_range());
+        buffer.bytes[table.end..data.start].fill(0);
+        buffer.bytes[data.end..].fill(0);
+        buffer
     }
 
     /// The header as the journal keeps it: plain, and of no connection.
@@ -174,7 +180,7 @@ impl IncomingBatch {
 
     /// Bytes of memory it holds.
     pub fn memory_bytes(&self) -> usize {
-        self.buffer.bytes.len() + self.records.len() * size_of::<Record>()
+        self.buffer.bytes.memory_bytes() + self.records.len() * size_of::<Record>()
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backhaul_proto::limits::DISK_BYTES_MAX;
+use rustix::buffer::spare_capacity;
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
 
@@ -117,6 +118,23 @@ impl Device {
     /// Fills `buf` from `offset_bytes`.
     pub fn read(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.file.read_exact_at(buf, offset_bytes)
+    }
+
+    /// The `len` bytes from `offset_bytes`, in memory that nobody fills with zeroes first: that would
+    /// take half as long again as reading from the page cache.
+    pub fn read_new(&self, len: usize, offset_bytes: u64) -> io::Result<Vec<u8>> {
+        let mut content = Vec::with_capacity(len);
+        while content.len() < len {
+            let at = offset_bytes + content.len() as u64;
+            match rustix::io::pread(&self.file, spare_capacity(&mut content), at) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // The allocator may give more than it is asked for.
+        content.truncate(len);
+        Ok(content)
     }
 
     /// Writes all of `data`.

@@ -71,11 +71,10 @@ fn compare_root(
         drop(locked);
         return send(machine, disk, range, (&Known::Nothing, now), runtime);
     }
-    let mut content = vec![0; len as usize];
-    if disk.device.read(&mut content, range.start).is_err() {
+    let Ok(content) = disk.device.read_new(len as usize, range.start) else {
         // Block by block will tell which sector it is.
         return Outcome::Differs;
-    }
+    };
     let mut hasher = blake3::Hasher::new();
     for leaf in content.chunks(LEAF as usize) {
         hasher.update(blake3::hash(leaf).as_bytes());
@@ -147,10 +146,10 @@ fn read(disk: &CapturedDisk, start: u64, end: u64) -> (Option<Bytes>, Vec<(u64, 
     if hole && run_end >= end {
         return (None, Vec::new());
     }
-    let mut content = BytesMut::zeroed((end - start) as usize);
-    if disk.device.read(&mut content, start).is_ok() {
-        return (Some(content.freeze()), Vec::new());
+    if let Ok(content) = disk.device.read_new((end - start) as usize, start) {
+        return (Some(content.into()), Vec::new());
     }
+    let mut content = BytesMut::zeroed((end - start) as usize);
     let mut bad = Vec::new();
     let mut at = start;
     while at < end {

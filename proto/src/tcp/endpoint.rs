@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
@@ -16,10 +16,14 @@ use crate::id::PeerName;
 use crate::identity::{Identity, Role, holder};
 use crate::link::{CONTROL_STREAM, SYNC_STREAM};
 use crate::quic::{BindError, ConnectError};
+use crate::tcp::connection::Stream;
 use crate::tcp::{BATCHES, Connection, MAGIC, PREFACE_BYTES, WHOLE};
 
 /// Longest that a connection, its TLS handshake and its preface may take.
 const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(8);
+
+/// What is read from the kernel at a time.
+const READ_BYTES: usize = 128 << 10;
 
 /// Handshakes under way at a time; more wait in the kernel's backlog.
 const HANDSHAKES_MAX: usize = 64;
@@ -94,10 +98,11 @@ async fn open(
     connector: &TlsConnector,
     address: SocketAddr,
     preface: [u8; PREFACE_BYTES],
-) -> io::Result<TlsStream<TcpStream>> {
+) -> io::Result<Stream> {
     let stream = TcpStream::connect(address).await?;
     tune(&stream);
     let name = ServerName::try_from("backhaul").map_err(io::Error::other)?;
+    let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut stream = connector.connect(name, stream).await?;
     stream.write_all(&preface).await?;
     stream.flush().await?;
@@ -138,7 +143,7 @@ impl Drop for Listener {
 /// What has come of a session so far.
 struct Pending {
     since: Instant,
-    streams: [Option<TlsStream<TcpStream>>; 3],
+    streams: [Option<Stream>; 3],
 }
 
 type Pendings = Arc<SyncMutex<HashMap<(PeerName, Session), Pending>>>;
@@ -198,6 +203,7 @@ async fn take(
     pendings: &Pendings,
 ) -> io::Result<Option<Connection>> {
     tune(&stream);
+    let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut stream = TlsStream::Server(acceptor.accept(stream).await?);
     let mut bytes = [0; PREFACE_BYTES];
     stream.read_exact(&mut bytes).await?;
@@ -232,8 +238,8 @@ fn join(
     pendings: &Pendings,
     key: (PeerName, Session),
     index: usize,
-    stream: TlsStream<TcpStream>,
-) -> io::Result<Option<[TlsStream<TcpStream>; 3]>> {
+    stream: Stream,
+) -> io::Result<Option<[Stream; 3]>> {
     let mut pendings = pendings.lock().unwrap_or_else(PoisonError::into_inner);
     pendings.retain(|_, pending| pending.since.elapsed() < HANDSHAKE_TIME_MAX);
     if pendings.len() >= PENDING_MAX && !pendings.contains_key(&key) {
