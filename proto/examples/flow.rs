@@ -117,7 +117,8 @@ async fn compare(
 ) -> Result<(), Failure> {
     let agent = Arc::new(identity(keys, "a1", Role::Agent)?);
     let transport = TransportOptions::default();
-    let options = ConnectOptions { choice, expected: Some("t1".parse()?), transport };
+    let expected = Some("t1".parse()?);
+    let options = ConnectOptions { choice, expected, transport, lan_over_tcp: false };
     let mut flows = JoinSet::new();
     let mut connected = Vec::new();
     for _ in 0..connections {

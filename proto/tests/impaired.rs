@@ -30,7 +30,8 @@ async fn pair(
     let any = "127.0.0.1:0".parse().unwrap();
     let listener = Listener::bind(any, &target, &transport, false).await.unwrap();
     let through = relay::start(listener.local_address().unwrap(), delay, ill).await;
-    let options = ConnectOptions { choice: TransportChoice::Quic, expected: None, transport };
+    let (choice, expected) = (TransportChoice::Quic, None);
+    let options = ConnectOptions { choice, expected, transport, lan_over_tcp: false };
     let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
     let (ours, theirs) = tokio::join!(connect(&through, &agent, &options), accepting);
     (dir, listener, ours.unwrap(), theirs)

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use backhaul_proto::id::BatchSeq;
 use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, issue};
-use backhaul_proto::link::{Transport, TransportChoice, connect};
+use backhaul_proto::link::{ConnectOptions, Listener, Transport, TransportChoice, connect};
 use backhaul_proto::message::{AgentMessage, Heartbeat, agent_message};
-use backhaul_proto::quic::{AcceptError, ConnectError};
+use backhaul_proto::quic::{AcceptError, ConnectError, TransportOptions};
 
 use site::{batch, files, identity, listener, options, pair, site};
 
@@ -162,6 +162,38 @@ async fn tcp_is_taken_when_udp_is_silent_and_reasons_travel() {
     let error = receiver.recv::<AgentMessage>().await.unwrap_err();
     assert!(error.to_string().contains("the target is tired"), "{error}");
     assert_eq!(ours.closed().await, "the target is tired");
+}
+
+/// Loopback is as near as can be. A ceiling is a reason to stay with QUIC, as a target without TCP is.
+#[tokio::test(flavor = "multi_thread")]
+async fn within_a_lan_tcp_is_taken_where_it_may_be() {
+    let dir = site();
+    let agent = identity(dir.path(), "a1", Role::Agent);
+    for (lan_over_tcp, with_tcp, expected) in [
+        (true, true, Transport::Tcp),
+        (false, true, Transport::Quic),
+        (true, false, Transport::Quic),
+    ] {
+        let target = identity(dir.path(), "t1", Role::Target);
+        let any = "127.0.0.1:0".parse().unwrap();
+        let knobs = TransportOptions::default();
+        let listener = Listener::bind(any, &target, &knobs, with_tcp).await.unwrap();
+        let address = listener.local_address().unwrap().to_string();
+        let options = ConnectOptions { lan_over_tcp, ..options(TransportChoice::Auto, None) };
+        let accepting = async {
+            loop {
+                let connection = listener.accept().await.unwrap().finish().await.unwrap();
+                if connection.transport() == expected {
+                    break connection;
+                }
+            }
+        };
+        let (ours, theirs) = tokio::join!(connect(&address, &agent, &options), accepting);
+        let ours = ours.unwrap();
+        assert_eq!(ours.transport(), expected, "{lan_over_tcp} {with_tcp}");
+        assert_eq!((ours.peer().as_str(), theirs.peer().as_str()), ("t1", "a1"));
+        assert!(!ours.stats().rtt.is_zero(), "{:?}", ours.stats());
+    }
 }
 
 /// An agent that closed its connection logged that "the stream ended: connection lost".

@@ -42,6 +42,8 @@ impl Scenario {
         let protected = folder.path().join("protected.raw");
         std::fs::File::create(&protected)?.set_len(size_bytes)?;
         let mut spec = RigSpec::new(folder.path(), &protected)?;
+        // What a VPN gets; by itself it would be TCP over loopback.
+        spec.transport = "quic".into();
         adjust(&mut spec);
         Ok(Self { rig: Rig::prepare(spec)?, protected, folder, size_bytes })
     }

@@ -11,8 +11,19 @@ const RATE_BYTES: u64 = 24 << 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_killed_again_and_again_loses_nothing_and_the_guest_never_notices() {
+    kill_the_target_again_and_again("quic", "quic").await;
+}
+
+/// Within a LAN, as loopback is one, the link is TCP's.
+#[tokio::test(flavor = "multi_thread")]
+async fn nor_does_one_in_the_same_lan() {
+    kill_the_target_again_and_again("auto", "tcp").await;
+}
+
+async fn kill_the_target_again_and_again(transport: &str, chosen: &str) {
     let mut scenario = Scenario::prepare(DISK_BYTES, |spec| {
         spec.point_period = Duration::from_secs(1);
+        spec.transport = transport.into();
     })
     .unwrap();
     scenario.start().unwrap();
@@ -24,6 +35,9 @@ async fn a_target_killed_again_and_again_loses_nothing_and_the_guest_never_notic
         scenario.rig.wait_log("master-target", "waiting for agents").await.unwrap();
     }
     scenario.wait_consistent().await.unwrap();
+    let links = scenario.rig.client().links().await.unwrap();
+    assert_eq!(links[0].transport, chosen, "{links:?}");
+    assert!(links[0].rtt_seconds > 0.0 && links[0].window_bytes > 0, "{links:?}");
     let done = scenario.fail_over().await.unwrap();
     assert!(done.failover.unwrap().source_drained);
     let written = guest.await.unwrap().unwrap();

@@ -50,8 +50,8 @@ async fn what_repeats_crosses_the_link_once() {
     let mut wire = Vec::new();
     for (index, transport) in [("32 MiB", "quic"), ("32 MiB", "tcp"), ("0 B", "quic")] {
         let mut scenario = Scenario::prepare(2 * HALF as u64, |spec| {
-            spec.agent_options =
-                format!("reference_index = \"{index}\"\ntransport = \"{transport}\"");
+            spec.agent_options = format!("reference_index = \"{index}\"");
+            spec.transport = transport.into();
         })
         .unwrap();
         write(&scenario.protected, 0, &content);
@@ -143,6 +143,7 @@ impl FakeAgent {
             choice: TransportChoice::Quic,
             expected: Some("lab-target".parse().unwrap()),
             transport: TransportOptions::default(),
+            lan_over_tcp: false,
         };
         let connection = connect(&address(scenario), &identity, &options).await.unwrap();
         let (sender, receiver) = connection.open_control().await.unwrap();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use backhaul_api::{Consistency, Link, Machine};
 use backhaul_lab::random::Random;
+use backhaul_lab::rig::RigSpec;
 use backhaul_lab::workload::WorkloadSpec;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
 
@@ -85,7 +86,8 @@ async fn the_status_of_a_link_tells_what_its_transport_knows() {
 /// works, a killed target in the middle of it included.
 #[tokio::test(flavor = "multi_thread")]
 async fn where_udp_does_not_pass_tcp_brings_the_machine_home() {
-    let mut scenario = Scenario::prepare(48 << 20, |_| {}).unwrap();
+    let auto = |spec: &mut RigSpec| spec.transport = "auto".into();
+    let mut scenario = Scenario::prepare(48 << 20, auto).unwrap();
     let wall = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let through = wall.local_addr().unwrap().to_string();
     let mut behind = String::new();
@@ -112,6 +114,38 @@ async fn where_udp_does_not_pass_tcp_brings_the_machine_home() {
     assert_eq!(links[0].transport, "tcp", "{links:?}");
     let done = scenario.fail_over().await.unwrap();
     assert!(done.failover.unwrap().source_drained);
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
+
+/// A LAN with a bad cable. TCP is chosen for the short way, or not when this host is too busy to tell;
+/// in either case it is QUIC that carries the machine home.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lan_that_loses_packets_is_none_for_tcp() {
+    if !is_root() {
+        return;
+    }
+    let mut scenario = Scenario::prepare(128 << 20, |spec| {
+        spec.link = Some("100mbit,0ms,3%".parse().unwrap());
+        spec.transport = "auto".into();
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(85, 8 << 20).await.unwrap();
+    scenario.wait_received(8 << 20).await.unwrap();
+    let deadline = Instant::now() + STEP_TIME_MAX;
+    loop {
+        let links = scenario.rig.client().links().await.unwrap();
+        if links.first().is_some_and(|link| link.transport == "quic") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{links:?}");
+        scenario.wait_received(1).await.unwrap();
+    }
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    println!("TCP was tried and left: {}", log.contains("QUIC is used instead"));
+    scenario.wait_consistent().await.unwrap();
+    scenario.fail_over().await.unwrap();
     guest.await.unwrap().unwrap();
     scenario.compare().unwrap();
 }
@@ -165,6 +199,7 @@ async fn after_a_blackout_the_stream_goes_on_where_it_was() {
     }
     let mut scenario = Scenario::prepare(48 << 20, |spec| {
         spec.link = Some("200mbit,20ms,0.1%".parse().unwrap());
+        spec.transport = "auto".into();
     })
     .unwrap();
     scenario.start().unwrap();

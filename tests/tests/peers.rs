@@ -53,6 +53,7 @@ impl FakeAgent {
             choice: TransportChoice::Quic,
             expected: Some("lab-target".parse().unwrap()),
             transport: TransportOptions::default(),
+            lan_over_tcp: false,
         };
         let connection = connect(&address, &identity, &options).await.unwrap();
         let (sender, receiver) = connection.open_control().await.unwrap();

@@ -55,7 +55,6 @@ impl Agent {
         self.referenced_bytes = 0;
         self.pool.allow_references(self.references);
         let rtt = self.link.as_ref().map(|link| link.connection.stats().rtt);
-        // Over TCP it is not known.
         let short = rtt.is_some_and(|rtt| !rtt.is_zero() && rtt < SHORT_LINK);
         let limited = self.config.limit.now().is_some();
         self.pool.handle_connected(short && !limited);

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -25,13 +26,20 @@ const QUIC_ANSWER_TIME_MAX: Duration = Duration::from_secs(4);
 /// When TCP answers first, QUIC is given so long to catch up: both are blind during a blackout.
 const QUIC_LATE_TIME_MAX: Duration = Duration::from_millis(1500);
 
+/// A path with a round trip up to this is one within a LAN: there the processors are the limit before
+/// the line is, and TCP takes less of them.
+const LAN_RTT_MAX: Duration = Duration::from_millis(1);
+
+/// How long TCP may take to connect within a LAN.
+const LAN_CONNECT_TIME_MAX: Duration = Duration::from_secs(1);
+
 /// How long an attempt to connect may take in all; the agent begins the next one soon after.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(9);
 
 /// Which transports may be used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TransportChoice {
-    /// QUIC, and TCP when nothing answers over UDP.
+    /// QUIC, and TCP when nothing answers over UDP, or within a LAN.
     #[default]
     Auto,
     /// QUIC only.
@@ -62,6 +70,9 @@ pub struct ConnectOptions {
     pub expected: Option<PeerName>,
     /// Knobs of QUIC.
     pub transport: TransportOptions,
+    /// Whether [`TransportChoice::Auto`] takes TCP within a LAN, where it is the faster one. Not for
+    /// links with a ceiling, which QUIC keeps packet by packet.
+    pub lan_over_tcp: bool,
 }
 
 /// Connects an agent to the target at `address` (`host:port`; the same port for UDP and TCP).
@@ -90,8 +101,15 @@ pub async fn connect(
         attempts.spawn(async move {
             // QUIC's turn: whoever answers over UDP within this needs no TCP.
             tokio::time::sleep(after).await;
-            tcp::connect(&address, &identity, expected).await.map(Connection::Tcp)
+            tcp::connect(&address, &identity, expected, None).await.map(Connection::Tcp)
         });
+    }
+    let lan = options.choice == TransportChoice::Auto && options.lan_over_tcp;
+    // Measured beside QUIC's handshake, which takes longer: nobody waits for it.
+    let mut measuring_near = JoinSet::new();
+    if lan {
+        let address = address.to_owned();
+        measuring_near.spawn(async move { tcp::near(&address, LAN_RTT_MAX).await });
     }
     // Over TCP, when it answered before QUIC.
     let mut second_best: Option<Connection> = None;
@@ -112,7 +130,13 @@ pub async fn connect(
                     second_best = Some(connection);
                     deadline.as_mut().reset(Instant::now() + QUIC_LATE_TIME_MAX);
                 }
-                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Ok(connection)) => {
+                    let near = measuring_near.try_join_next().and_then(|near| near.ok().flatten());
+                    return Ok(match near {
+                        Some(near) => faster(connection, address, identity, near).await,
+                        None => connection,
+                    });
+                }
                 // Only silence speaks for a firewall or a blackout; whoever answered said what is
                 // wrong.
                 Ok(Err(error @ ConnectError::NoAnswer { .. })) => {
@@ -145,6 +169,28 @@ pub async fn connect(
                 },
             })
         }
+    }
+}
+
+/// Within a LAN, where `near` leads to the same target, a TCP session in place of the one over QUIC.
+async fn faster(
+    connection: Connection,
+    address: &str,
+    identity: &Identity,
+    near: TcpStream,
+) -> Connection {
+    let expected = Some(connection.peer().clone());
+    let attempt = tcp::connect(address, identity, expected, Some(near));
+    match tokio::time::timeout(LAN_CONNECT_TIME_MAX, attempt).await {
+        Ok(Ok(over_tcp)) => {
+            connection.close("the path is within a LAN, where TCP is the faster one");
+            Connection::Tcp(over_tcp)
+        }
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "no TCP within this LAN");
+            connection
+        }
+        Err(_) => connection,
     }
 }
 

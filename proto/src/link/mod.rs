@@ -72,7 +72,8 @@ impl fmt::Display for Transport {
     }
 }
 
-/// What the transport knows of the link. Over TCP the kernel keeps most of it to itself: those are 0.
+/// What the transport knows of the link. Over TCP it is what the kernel
+/// says of the connection for batches; what it does not say is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LinkStats {
     /// Smoothed round-trip time.

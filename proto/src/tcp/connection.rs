@@ -1,6 +1,7 @@
 //! The three TCP connections of a session, as one.
 
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
 use crate::link::{LinkStats, StreamError};
 use crate::message::split_frame;
-use crate::tcp::GOODBYE;
+use crate::tcp::{GOODBYE, kernel};
 
 /// A peer that says nothing on the control connection for this long is gone: agents send a
 /// heartbeat every second, and targets answer each.
@@ -43,6 +44,8 @@ struct Shared {
     ended: watch::Sender<Option<String>>,
     control: Writer,
     batches_out: Mutex<WriteHalf<Stream>>,
+    /// The socket of the batches, to ask the kernel about.
+    batches_socket: Option<OwnedFd>,
     batches_in: Arc<Mutex<ReadHalf<Stream>>>,
     /// Halves that nobody has taken yet.
     control_in: SyncMutex<Option<ReadHalf<Stream>>>,
@@ -90,6 +93,7 @@ impl Connection {
         remote_address: SocketAddr,
         [control, sync, batches]: [Stream; 3],
     ) -> Self {
+        let batches_socket = batches.get_ref().0.get_ref().as_fd().try_clone_to_owned().ok();
         let (control_in, control_out) = tokio::io::split(control);
         let (sync_in, sync_out) = tokio::io::split(sync);
         let (batches_in, batches_out) = tokio::io::split(batches);
@@ -99,6 +103,7 @@ impl Connection {
             ended: watch::Sender::new(None),
             control: Arc::new(Mutex::new(control_out)),
             batches_out: Mutex::new(batches_out),
+            batches_socket,
             batches_in: Arc::new(Mutex::new(batches_in)),
             control_in: SyncMutex::new(Some(control_in)),
             sync: SyncMutex::new(Some((sync_out, sync_in))),
@@ -160,9 +165,17 @@ impl Connection {
     }
 
     pub(crate) fn stats(&self) -> LinkStats {
+        let socket = self.0.batches_socket.as_ref();
+        let info = socket.and_then(|socket| kernel::info(socket.as_fd())).unwrap_or_default();
         LinkStats {
+            rtt: info.rtt,
+            congestion_window_bytes: info.window_bytes,
+            mtu_bytes: info.path_mtu_bytes.min(u16::MAX.into()) as u16,
             sent_bytes: self.0.sent_bytes.load(Ordering::Relaxed),
             received_bytes: self.0.received_bytes.load(Ordering::Relaxed),
+            lost_packets: info.repeated_segments,
+            lost_bytes: info.repeated_bytes,
+            sent_packets: info.sent_segments,
             ..LinkStats::default()
         }
     }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use crate::identity::{Identity, Role, holder};
 use crate::link::{CONTROL_STREAM, SYNC_STREAM};
 use crate::quic::{BindError, ConnectError};
 use crate::tcp::connection::Stream;
-use crate::tcp::{BATCHES, Connection, MAGIC, PREFACE_BYTES, WHOLE};
+use crate::tcp::{BATCHES, Connection, MAGIC, PREFACE_BYTES, WHOLE, kernel};
 
 /// Longest that a connection, its TLS handshake and its preface may take.
 const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(8);
@@ -53,18 +54,30 @@ fn tune(stream: &TcpStream) {
     }
 }
 
-/// Connects an agent to the target at `address` (`host:port`), of the given name or of any.
+/// A TCP connection to `address` (`host:port`), when its round trip takes `rtt_max` at most. That is the
+/// kernel's measure of the handshake, whatever this process is busy with.
+pub async fn near(address: &str, rtt_max: Duration) -> Option<TcpStream> {
+    let stream = TcpStream::connect(address).await.ok()?;
+    kernel::info(stream.as_fd()).filter(|info| info.rtt <= rtt_max).map(|_| stream)
+}
+
+/// Connects an agent to the target at `address` (`host:port`), of the given name or of any. `first` is
+/// a connection to it that stands already.
 pub async fn connect(
     address: &str,
     identity: &Identity,
     expected: Option<PeerName>,
+    first: Option<TcpStream>,
 ) -> Result<Connection, ConnectError> {
     let resolve = |source| ConnectError::Resolve { address: address.to_owned(), source };
-    let address = tokio::net::lookup_host(address)
-        .await
-        .map_err(resolve)?
-        .next()
-        .ok_or_else(|| resolve(io::ErrorKind::NotFound.into()))?;
+    let address = match first.as_ref().and_then(|stream| stream.peer_addr().ok()) {
+        Some(address) => address,
+        None => tokio::net::lookup_host(address)
+            .await
+            .map_err(resolve)?
+            .next()
+            .ok_or_else(|| resolve(io::ErrorKind::NotFound.into()))?,
+    };
     let config = identity.client_config(expected);
     let config = config.map_err(|error| ConnectError::Local(error.to_string()))?;
     let connector = TlsConnector::from(Arc::new(config));
@@ -74,9 +87,12 @@ pub async fn connect(
         .fill(&mut session)
         .map_err(|_| ConnectError::Local("the system has no random numbers".into()))?;
     let work = async {
-        let open = |kind| open(&connector, address, preface(kind, session));
-        let (mut control, sync, batches) =
-            tokio::try_join!(open(CONTROL_STREAM), open(SYNC_STREAM), open(BATCHES))?;
+        let open = |stream, kind| open(&connector, address, stream, preface(kind, session));
+        let (mut control, sync, batches) = tokio::try_join!(
+            open(first, CONTROL_STREAM),
+            open(None, SYNC_STREAM),
+            open(None, BATCHES)
+        )?;
         // Under TLS 1.3 a client is done before the server has looked at its certificate.
         let mut whole = [0];
         control.read_exact(&mut whole).await?;
@@ -97,9 +113,13 @@ pub async fn connect(
 async fn open(
     connector: &TlsConnector,
     address: SocketAddr,
+    stream: Option<TcpStream>,
     preface: [u8; PREFACE_BYTES],
 ) -> io::Result<Stream> {
-    let stream = TcpStream::connect(address).await?;
+    let stream = match stream {
+        Some(stream) => stream,
+        None => TcpStream::connect(address).await?,
+    };
     tune(&stream);
     let name = ServerName::try_from("backhaul").map_err(io::Error::other)?;
     let stream = BufReader::with_capacity(READ_BYTES, stream);
@@ -185,6 +205,10 @@ async fn accept_all(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::S
             match tokio::time::timeout(HANDSHAKE_TIME_MAX, work).await {
                 Ok(Ok(Some(connection))) => drop(ready.send(connection).await),
                 Ok(Ok(None)) => {}
+                // Whoever only measured the way has no more to say.
+                Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    tracing::debug!("a TCP connection from {address} ended before it began");
+                }
                 Ok(Err(error)) => {
                     tracing::warn!("a TCP connection from {address} was refused: {error}");
                 }

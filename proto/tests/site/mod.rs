@@ -47,7 +47,8 @@ pub(crate) async fn listener(dir: &Path) -> (Listener, String) {
 
 pub(crate) fn options(choice: TransportChoice, expected: Option<&str>) -> ConnectOptions {
     let expected = expected.map(|name| name.parse().unwrap());
-    ConnectOptions { choice, expected, transport: TransportOptions::default() }
+    let transport = TransportOptions::default();
+    ConnectOptions { choice, expected, transport, lan_over_tcp: false }
 }
 
 pub(crate) async fn pair(

@@ -35,6 +35,8 @@ pub struct RigSpec {
     pub point_period: Duration,
     /// The link between the two, if it is not loopback.
     pub link: Option<LinkSpec>,
+    /// What carries it: `auto`, `quic` or `tcp`.
+    pub transport: String,
     /// The kind of image: `vmfs`, `monolithicFlat` or `raw`.
     pub kind: String,
     /// More lines for the top of the agent's configuration.
@@ -54,6 +56,7 @@ impl RigSpec {
             disks: vec![disk.to_owned()],
             point_period: Duration::from_secs(300),
             link: None,
+            transport: "auto".into(),
             kind: "vmfs".into(),
             agent_options: String::new(),
             target_options: String::new(),
@@ -153,7 +156,8 @@ impl Rig {
             identity("lab-target")
         );
         let mut agent = format!(
-            "target = \"{address}\"\ntarget_name = \"lab-target\"\nstate_dir = \"{dir}/agent\"\n{}\n{}\n[nbd]\nunix = \"{dir}/nbd.sock\"\n[[machine]]\nname = \"{MACHINE}\"\nshutdown_hook = [\"sh\", \"-c\", \"touch {dir}/guest-off; while test -e {dir}/guest-running; do sleep 0.02; done\"]\nremoval_hook = [\"touch\", \"{dir}/guest-removed\"]\n",
+            "target = \"{address}\"\ntarget_name = \"lab-target\"\nstate_dir = \"{dir}/agent\"\ntransport = \"{}\"\n{}\n{}\n[nbd]\nunix = \"{dir}/nbd.sock\"\n[[machine]]\nname = \"{MACHINE}\"\nshutdown_hook = [\"sh\", \"-c\", \"touch {dir}/guest-off; while test -e {dir}/guest-running; do sleep 0.02; done\"]\nremoval_hook = [\"touch\", \"{dir}/guest-removed\"]\n",
+            self.spec.transport,
             self.spec.agent_options,
             identity("lab-agent")
         );

@@ -1,0 +1,102 @@
+//! What the kernel knows of a TCP connection (`TCP_INFO`).
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+/// Length of what is asked for: up to `tcpi_bytes_retrans`. Older kernels give less.
+const INFO_BYTES: usize = 216;
+
+/// What the kernel says; 0 where it is too old to know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Info {
+    /// Smoothed round-trip time.
+    pub(super) rtt: Duration,
+    /// The least that was seen of late (Linux 4.6).
+    pub(super) min_rtt: Duration,
+    /// Bytes that may be in flight.
+    pub(super) window_bytes: u64,
+    /// The path's MTU.
+    pub(super) path_mtu_bytes: u32,
+    /// Segments sent, with those that were sent again (Linux 4.2).
+    pub(super) sent_segments: u64,
+    /// Segments sent again.
+    pub(super) repeated_segments: u64,
+    /// Bytes sent again (Linux 4.19).
+    pub(super) repeated_bytes: u64,
+}
+
+/// Asks the kernel; `None` when `socket` is not a TCP socket.
+pub(super) fn info(socket: BorrowedFd<'_>) -> Option<Info> {
+    let mut bytes = [0_u8; INFO_BYTES];
+    let mut len = INFO_BYTES as libc::socklen_t;
+    // SAFETY: the pointer and the length are those of `bytes`, which outlives the call, and the
+    // kernel writes no more than `len` bytes.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            bytes.as_mut_ptr().cast(),
+            &mut len,
+        )
+    };
+    (failed == 0).then(|| parse(&bytes))
+}
+
+/// The fields by their offsets in `struct tcp_info` of `linux/tcp.h`, which only ever grows.
+fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
+    let word =
+        |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let micros = |at| Duration::from_micros(word(at).into());
+    let mut long = [0; 8];
+    long.copy_from_slice(&bytes[208..216]);
+    Info {
+        rtt: micros(68),
+        min_rtt: micros(148),
+        window_bytes: u64::from(word(80)) * u64::from(word(16)),
+        path_mtu_bytes: word(60),
+        sent_segments: word(136).into(),
+        repeated_segments: word(100).into(),
+        repeated_bytes: u64::from_ne_bytes(long),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    use super::info;
+
+    #[test]
+    fn the_kernel_tells_of_a_loopback_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut there, _) = listener.accept().unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            there.read_to_end(&mut bytes).unwrap();
+            bytes.len()
+        });
+        here.write_all(&vec![7; 10 << 20]).unwrap();
+        here.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(reading.join().unwrap(), 10 << 20);
+        let info = info(here.as_fd()).unwrap();
+        let likely = Duration::from_micros(1)..Duration::from_secs(5);
+        assert!(likely.contains(&info.rtt) && info.min_rtt <= info.rtt, "{info:?}");
+        // The loopback's MTU is 64 KiB, or what somebody set it to.
+        assert!((1280..=65_536).contains(&info.path_mtu_bytes), "{info:?}");
+        let least = (10 << 20) / u64::from(info.path_mtu_bytes);
+        assert!((least..100_000).contains(&info.sent_segments), "{info:?}");
+        assert!(info.window_bytes > u64::from(info.path_mtu_bytes), "{info:?}");
+        assert!(info.repeated_segments < info.sent_segments, "{info:?}");
+    }
+
+    #[test]
+    fn a_socket_that_is_none_of_tcp_has_nothing_to_tell() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert_eq!(info(socket.as_fd()), None);
+    }
+}
