@@ -248,6 +248,82 @@ fn repair_does_nothing_without_being_asked() {
     backhaul_tests::compare(&raw, &image).unwrap();
 }
 
+/// A loop device over a file full of somebody's old data, detached at the end.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(file: &Path) -> Self {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Self(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+/// A block device is the only thing that is overwritten in place: by force, when it is free and large
+/// enough, and with zeros where the disk has none of its own data.
+#[test]
+fn a_disk_is_written_over_a_block_device_by_force() {
+    if !backhaul_tests::is_root() || !Path::new("/dev/loop-control").exists() {
+        println!("skipped: loop devices need root and the kernel's module");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, image) = (dir.path().join("disk.raw"), dir.path().join("image.vmdk"));
+    std::fs::write(&raw, content()).unwrap();
+    good(&["convert", "-f", "raw", "-O", "monolithicSparse", text(&raw), text(&image)]);
+    let backing = dir.path().join("backing");
+    let old = vec![0xaa; DISK_BYTES + (1 << 20)];
+    std::fs::write(&backing, &old).unwrap();
+    let device = LoopDevice::over(&backing);
+    let onto = |more: &[&str]| backhaul(&[&["convert", text(&image), &device.0], more].concat());
+    for (more, words) in [
+        (["-O", "raw"].as_slice(), ["block device", "--force"]),
+        (&["-O", "vmfs", "--force"], ["block device", "-O raw"]),
+    ] {
+        let refused = onto(more);
+        assert_eq!(refused.status.code(), Some(1));
+        let said = said(&refused);
+        assert!(said.contains(&device.0) && words.iter().all(|word| said.contains(word)), "{said}");
+    }
+    assert!(std::fs::read(&device.0).unwrap() == old, "a refusal changes nothing");
+
+    let force = ["-O", "raw", "--force"];
+    let done = onto(&force);
+    assert!(done.status.success(), "{}", said(&done));
+    let now = std::fs::read(&device.0).unwrap();
+    assert!(now[..DISK_BYTES] == content(), "the disk, holes included");
+    assert!(now[DISK_BYTES..] == old[DISK_BYTES..], "what lies behind it is as it was");
+
+    // The way back: what is on the device is the source now.
+    let itself = backhaul(&["convert", "-O", "raw", "--force", &device.0, &device.0]);
+    assert!(said(&itself).contains("holds what is to be converted"), "{}", said(&itself));
+
+    let mounted = dir.path().join("mounted");
+    std::fs::create_dir(&mounted).unwrap();
+    let run = |program: &str, words: &[&str]| {
+        let output = Command::new(program).args(words).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run("mkfs.ext4", &["-q", "-F", &device.0]);
+    run("mount", &[&device.0, text(&mounted)]);
+    let used = onto(&force);
+    run("umount", &[text(&mounted)]);
+    assert!(said(&used).contains("is in use"), "{}", said(&used));
+    drop(device);
+
+    std::fs::write(&backing, vec![0xaa; 1 << 20]).unwrap();
+    let small = LoopDevice::over(&backing);
+    let refused = backhaul(&[&["convert", text(&image), &small.0], &force[..]].concat());
+    assert!(said(&refused).contains("does not fit"), "{}", said(&refused));
+    assert!(std::fs::read(&small.0).unwrap() == vec![0xaa; 1 << 20]);
+}
+
 #[test]
 fn an_image_is_replaced_only_by_force_and_only_by_a_whole_one() {
     let dir = tempfile::tempdir().unwrap();

@@ -181,7 +181,7 @@ pub(crate) struct ConvertArguments {
     pub(crate) to: Kind,
     #[command(flatten)]
     pub(crate) input: ImageInput,
-    /// The new image, which must not exist
+    /// The new image, which must not exist; or, with -O raw and --force, a block device that is free
     pub(crate) output: PathBuf,
     /// The controller that the new descriptor names
     #[arg(long, default_value_t = AdapterType::LsiLogic)]
@@ -192,7 +192,7 @@ pub(crate) struct ConvertArguments {
     /// For vmfs: reserve the space
     #[arg(long)]
     pub(crate) thick: bool,
-    /// Replace the image that is there, once the new one is whole
+    /// Replace the image that is there, once the new one is whole; or overwrite a block device
     #[arg(long)]
     pub(crate) force: bool,
     /// Do not wait for the disk, as qemu-img does not by default: a power cut soon after may leave

@@ -1,6 +1,7 @@
 //! `backhaul image`: the disk-image library at work on files, without a target.
 
 mod bar;
+mod device;
 mod interrupt;
 mod replace;
 mod show;
@@ -116,6 +117,13 @@ fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> 
     let bar = Bar::new(output, "converting");
     let make = |target: &Path| Ok(ops::convert(&*source, target, &options, &mut bar.advance())?);
     let output_path = &arguments.output;
+    if device::is_device(output_path) {
+        let progress = &mut bar.advance();
+        let report = device::overwrite(&*source, output_path, &options, arguments.force, progress)?;
+        bar.finish();
+        output.converted(&report);
+        return Ok(());
+    }
     let report = match arguments.force {
         true => replace::replace(&*source, output_path, make),
         false => make(output_path).map_err(|error| told_of_force(error, output_path)),

@@ -163,7 +163,7 @@ fn link_files(info: &ImageInfo) -> impl Iterator<Item = PathBuf> + '_ {
 }
 
 /// Every file that a disk is read from.
-fn chain_files(info: &ImageInfo) -> Vec<PathBuf> {
+pub(super) fn chain_files(info: &ImageInfo) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut next = Some(info);
     while let Some(info) = next {

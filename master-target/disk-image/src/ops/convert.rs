@@ -15,10 +15,10 @@ use crate::{
     create::{CreateOptions, create_as},
     error::{ErrorKind, ImageError, Result},
     folder::{Folder, staged_name},
-    image::{MapDisk, WriteDisk},
+    image::{MapDisk, ReadDisk, WriteDisk},
     kind::Kind,
     open::{OpenOptions, open, open_disk},
-    ops::pipeline::{self, Chunk, data_chunks, threads_or_all},
+    ops::pipeline::{self, Chunk, all_chunks, data_chunks, threads_or_all},
     report::{Progress, advance},
     storage::Store,
     stream::{Deflater, GRAIN_BYTES, StreamWriter},
@@ -97,6 +97,50 @@ pub fn convert(
     let (path, size_bytes) = (target.to_owned(), create.size_bytes);
     let padding_bytes = size_bytes - source.size_bytes();
     Ok(ConvertReport { path, kind: create.kind, size_bytes, written_bytes, padding_bytes })
+}
+
+/// Copies `source`'s disk over what is at `device`: a block device, which stays where it is and as large
+/// as it is. Of a larger one, what lies behind the source's end is left as it was. `options` say
+/// nothing about the image here; it is durable at the end unless they say otherwise.
+///
+/// Whoever calls this has made sure that nothing else uses the device, and that `source` is not on it.
+///
+/// # Errors
+/// The device cannot be opened, is smaller than the disk, or fails; or reading does. From the first
+/// byte on, what was there is lost.
+pub fn overwrite(
+    source: &dyn MapDisk,
+    device: &Path,
+    options: &ConvertOptions,
+    progress: &mut dyn Progress,
+) -> Result<ConvertReport> {
+    let target = open_disk(device, &OpenOptions::writable().of_kind(Kind::Raw), 1)?;
+    let (total, room) = (source.size_bytes(), target.size_bytes());
+    if room < total {
+        let sentence = format!("a disk of {total} bytes does not fit into its {room}");
+        return Err(ImageError::new(ErrorKind::Invalid, device, sentence));
+    }
+    target.fill_in_bulk(options.durable);
+    let work = |chunk: Chunk, bytes: &mut Vec<u8>| {
+        if chunk.data {
+            let bytes = aligned(bytes, chunk.length as usize);
+            source.read_at(bytes, chunk.offset)?;
+            if !is_zero(bytes) {
+                return target.write_at(bytes, chunk.offset).map(|()| chunk.length);
+            }
+        }
+        // What the device holds here is somebody's old data.
+        target.write_zeroes_at(chunk.offset, chunk.length).map(|()| 0)
+    };
+    let mut written_bytes = 0;
+    let take = |chunk: Chunk, bytes: u64| {
+        written_bytes += bytes;
+        advance(progress, device, chunk.end(), total)
+    };
+    pipeline::run(device, all_chunks(source), threads_or_all(options.threads), work, take)?;
+    target.flush()?;
+    let path = device.to_owned();
+    Ok(ConvertReport { path, kind: Kind::Raw, size_bytes: total, written_bytes, padding_bytes: 0 })
 }
 
 struct Job<'a> {
@@ -238,7 +282,7 @@ fn whole_grains(
         let start = (chunk.offset - chunk.offset % grain).max(done);
         let end = chunk.end().next_multiple_of(grain).min(size_bytes);
         done = done.max(end);
-        (start < end).then_some(Ok(Chunk { offset: start, length: end - start }))
+        (start < end).then_some(Ok(Chunk { offset: start, length: end - start, ..chunk }))
     })
 }
 

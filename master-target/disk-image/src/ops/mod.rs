@@ -8,7 +8,7 @@ mod repair;
 use std::path::Path;
 
 pub use compare::{CompareReport, compare};
-pub use convert::{ConvertOptions, ConvertReport, convert};
+pub use convert::{ConvertOptions, ConvertReport, convert, overwrite};
 pub use repair::{RepairOutcome, RepairPlan, apply_repair, plan_repair};
 use serde::Serialize;
 

@@ -25,11 +25,16 @@ pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 /// chunk does not stop the others at once.
 const AHEAD_PER_THREAD: u64 = 4;
 
-/// Part of a disk; not longer than [`CHUNK_BYTES`], and within one aligned chunk.
+/// Bytes of a chunk in which nothing is stored: nobody reads it.
+const EMPTY_CHUNK_BYTES: u64 = 1 << 30;
+
+/// Part of a disk. With data, not longer than [`CHUNK_BYTES`], and within one aligned chunk.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Chunk {
     pub(super) offset: u64,
     pub(super) length: u64,
+    /// Something is stored here, which may still be zeros.
+    pub(super) data: bool,
 }
 
 impl Chunk {
@@ -40,21 +45,27 @@ impl Chunk {
 
 /// The chunks of a disk in which data is stored.
 pub(super) fn data_chunks(image: &dyn MapDisk) -> impl Iterator<Item = Result<Chunk>> + Send + '_ {
+    all_chunks(image).filter(|chunk| chunk.as_ref().map_or(true, |chunk| chunk.data))
+}
+
+/// All chunks of a disk.
+pub(super) fn all_chunks(image: &dyn MapDisk) -> impl Iterator<Item = Result<Chunk>> + Send + '_ {
     let mut runs = image.extents(0, image.size_bytes());
-    let (mut next, mut end) = (0, 0);
+    let (mut next, mut end, mut data) = (0, 0, false);
     std::iter::from_fn(move || {
         while next >= end {
             match runs.next()? {
-                Ok(run) if run.state == RunState::Data => {
+                Ok(run) => {
                     (next, end) = (run.offset, run.offset + run.length);
+                    data = run.state == RunState::Data;
                 }
-                Ok(_) => {}
                 Err(error) => return Some(Err(error)),
             }
         }
         let offset = next;
-        next = end.min((offset + 1).next_multiple_of(CHUNK_BYTES));
-        Some(Ok(Chunk { offset, length: next - offset }))
+        let most = if data { CHUNK_BYTES } else { EMPTY_CHUNK_BYTES };
+        next = end.min((offset + 1).next_multiple_of(most));
+        Some(Ok(Chunk { offset, length: next - offset, data }))
     })
 }
 
