@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use backhaul_proto::identity::Identity;
-use backhaul_proto::link::{
-    ConnectOptions, Connection, LinkStats, StreamError, Transport, TransportChoice, connect,
-};
+use backhaul_proto::link::{ConnectOptions, Connection, StreamError, connect};
 use backhaul_proto::message::{
     AgentMessage, HashReply, HashRequest, Hello, TargetMessage, Welcome, agent_message,
     target_message,
@@ -20,19 +18,11 @@ use crate::config::Config;
 /// How long the target may take to answer a hello.
 const WELCOME_TIME_MAX: Duration = Duration::from_secs(20);
 
-/// How often TCP's losses within a LAN are looked at.
-const LAN_PERIOD: Duration = Duration::from_secs(5);
-
-/// What TCP may send again of a period's segments. With more the path is not clean, and QUIC, which
-/// random loss does not slow down, is the better one: at a round trip of 1 ms, TCP's own controllers
-/// come to 300 Mbit/s at this loss.
-const LAN_LOSS_MAX: f64 = 0.002;
-
-/// Fewer segments than this say nothing.
-const LAN_SEGMENTS_MIN: u64 = 1000;
-
-/// For so long after that TCP is not tried again within this LAN.
+/// TCP within a LAN that turned out unfit is not tried again for so long.
 const LAN_DOUBT: Duration = Duration::from_secs(3600);
+
+/// How often a session without a ceiling looks whether there is one now.
+const CEILING_PERIOD: Duration = Duration::from_secs(1);
 
 /// What the link tells the owner loop.
 #[derive(Debug)]
@@ -85,14 +75,14 @@ pub async fn run(
     ceiling: RateLimit,
     events: mpsc::UnboundedSender<LinkEvent>,
 ) {
-    // Who asked for a ceiling or a controller asked for QUIC's.
-    let lan_over_tcp = config.limit.is_empty() && config.congestion == Congestion::Auto;
+    // Who asked for another controller asked for QUIC.
+    let lan_over_tcp = config.congestion == Congestion::Auto;
     let mut options = ConnectOptions {
         choice: config.transport,
         expected: config.target_name.clone(),
         transport: TransportOptions {
             congestion: config.congestion,
-            rate_limit: ceiling,
+            rate_limit: ceiling.clone(),
             ..TransportOptions::default()
         },
         lan_over_tcp,
@@ -103,26 +93,20 @@ pub async fn run(
     let identity = Arc::new(identity);
     loop {
         let doubtful = doubted.is_some_and(|since| since.elapsed() < LAN_DOUBT);
-        options.lan_over_tcp = lan_over_tcp && !doubtful;
+        options.lan_over_tcp = lan_over_tcp && !doubtful && ceiling.get().is_none();
         let reason = match connect(&config.target, &identity, &options).await {
             Err(error) => error.to_string(),
-            Ok(connection) => {
-                // Where UDP does not pass this costs one attempt an hour.
-                let chosen = options.lan_over_tcp && options.choice == TransportChoice::Auto;
-                let watched = chosen && connection.transport() == Transport::Tcp;
-                tokio::select! {
-                    reason = converse(&connection, &events, &mut backoff) => reason,
-                    lost = lossy(&connection), if watched => {
-                        doubted = Some(Instant::now());
-                        let reason = format!(
-                            "TCP lost {:.1} % of its segments: QUIC is used instead", lost * 100.0
-                        );
-                        tracing::warn!("{reason}");
-                        connection.close(&reason);
-                        reason
-                    }
+            Ok(connection) => tokio::select! {
+                reason = converse(&connection, &events, &mut backoff) => reason,
+                reason = connection.unfit() => {
+                    doubted = Some(Instant::now());
+                    connection_reason(&connection, &reason).await
                 }
-            }
+                () = limited(&ceiling), if connection.is_within_lan() => {
+                    let reason = "the link has a ceiling now, which QUIC keeps";
+                    connection_reason(&connection, reason).await
+                }
+            },
         };
         if events.send(LinkEvent::Down(reason)).is_err() {
             return;
@@ -132,24 +116,12 @@ pub async fn run(
     }
 }
 
-/// Returns once too much of what is sent over TCP is lost, with the share that is.
-async fn lossy(connection: &Connection) -> f64 {
-    let mut before = connection.stats();
-    loop {
-        tokio::time::sleep(LAN_PERIOD).await;
-        let now = connection.stats();
-        if let Some(lost) = lost_share(&before, &now).filter(|lost| *lost > LAN_LOSS_MAX) {
-            return lost;
-        }
-        before = now;
+/// Returns once there is a ceiling.
+async fn limited(ceiling: &RateLimit) {
+    let mut period = tokio::time::interval(CEILING_PERIOD);
+    while ceiling.get().is_none() {
+        period.tick().await;
     }
-}
-
-/// What was lost of what was sent in between, unless it is too little to tell.
-fn lost_share(before: &LinkStats, now: &LinkStats) -> Option<f64> {
-    let sent = now.sent_packets.saturating_sub(before.sent_packets);
-    let lost = now.lost_packets.saturating_sub(before.lost_packets);
-    (sent >= LAN_SEGMENTS_MIN).then(|| lost as f64 / sent as f64)
 }
 
 /// Holds one connection until it ends; returns why it did.
@@ -241,28 +213,4 @@ async fn converse(
 async fn connection_reason(connection: &Connection, reason: &str) -> String {
     connection.close(reason);
     connection.closed().await
-}
-
-#[cfg(test)]
-mod tests {
-    use backhaul_proto::link::LinkStats;
-
-    use super::{LAN_LOSS_MAX, lost_share};
-
-    #[test]
-    fn a_few_segments_say_nothing_of_a_path() {
-        let stats = |sent_packets, lost_packets| LinkStats {
-            sent_packets,
-            lost_packets,
-            ..LinkStats::default()
-        };
-        let before = stats(5_000, 100);
-        assert_eq!(lost_share(&before, &stats(5_999, 500)), None);
-        let clean = lost_share(&before, &stats(15_000, 110)).unwrap();
-        assert!(clean < LAN_LOSS_MAX, "{clean}");
-        let lossy = lost_share(&before, &stats(15_000, 200)).unwrap();
-        assert!(lossy > LAN_LOSS_MAX, "{lossy}");
-        // The kernel forgot the connection.
-        assert_eq!(lost_share(&before, &LinkStats::default()), None);
-    }
 }

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use backhaul_daemon::bandwidth::Rate;
 use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::PlainBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, MachineName, PointId};
@@ -141,6 +142,8 @@ impl Agent {
         for machine in agent.config.machines.clone() {
             agent.add_machine(machine)?;
         }
+        // The first connection already depends on it.
+        agent.ceiling.set(agent.config.limit.now().map(Rate::bytes_per_second));
         Ok(agent)
     }
 

@@ -111,7 +111,7 @@ impl Agent {
         let Some(link) = &self.link else { return };
         let stats = link.connection.stats();
         let path = link.connection.congestion();
-        let min_rtt = path.and_then(|path| path.min_rtt).unwrap_or_default();
+        let min_rtt = path.and_then(|path| path.min_rtt).unwrap_or(stats.min_rtt);
         self.say(agent_message::Kind::Link(LinkReport {
             congestion: self.config.congestion.to_string(),
             rtt_us: if stats.rtt.is_zero() {

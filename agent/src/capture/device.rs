@@ -213,3 +213,24 @@ impl Device {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::Device;
+
+    #[test]
+    fn what_is_read_into_new_memory_is_what_read_reads() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let content: Vec<u8> = (0..9 * 512).map(|at| (at / 512 + at) as u8).collect();
+        std::fs::write(file.path(), &content).unwrap();
+        let device = Device::open(file.path()).unwrap();
+        for (offset, len) in [(0, 9 * 512), (512, 1024), (8 * 512, 512), (9 * 512, 0)] {
+            let new = device.read_new(len, offset as u64).unwrap();
+            assert_eq!(new, content[offset..offset + len]);
+        }
+        let short = device.read_new(1024, 8 * 512).unwrap_err();
+        assert_eq!(short.kind(), ErrorKind::UnexpectedEof);
+    }
+}

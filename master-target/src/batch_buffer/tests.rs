@@ -5,7 +5,8 @@ use backhaul_proto::batch::{
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, WriteSeq};
 use bytes::Bytes;
 
-use super::{BatchBuffer, IncomingBatch};
+use super::{BatchBuffer, FRAME_BYTES, IncomingBatch, TABLE_OFFSET_BYTES, data_offset_bytes};
+use crate::storage::AlignedBuf;
 
 /// What a record of a test batch is made from.
 #[derive(Debug, Clone)]
@@ -93,6 +94,27 @@ fn plain_and_compressed_bodies_land_in_the_same_bytes() {
         assert_eq!(one.data().as_ptr().addr() % 4096, 0);
         assert_eq!(one.data_of(records as usize - 1), vec![(records - 1) as u8; 512]);
         assert_eq!(one.header().codec, Codec::Plain);
+    }
+}
+
+/// Buffers are taken from those that batches before left: nothing of them may reach the journal.
+#[test]
+fn what_a_buffer_held_before_is_not_journalled() {
+    for compression in [Compression::Off, Compression::Zstd(1)] {
+        let fresh = receive(sample(245), compression);
+        for _ in 0..8 {
+            let mut dirty = AlignedBuf::zeroed(fresh.journal_bytes().len());
+            dirty.fill(0xff);
+        }
+        let batch = receive(sample(245), compression);
+        let (header, bytes) = (batch.header(), batch.journal_bytes());
+        assert_eq!(bytes, fresh.journal_bytes());
+        let table_end = TABLE_OFFSET_BYTES + header.table_bytes();
+        let data = data_offset_bytes(header);
+        let zero = |range: &[u8]| range.iter().all(|byte| *byte == 0);
+        assert!(zero(&bytes[..FRAME_BYTES]), "the frame");
+        assert!(zero(&bytes[table_end..data]), "between table and data");
+        assert!(zero(&bytes[data + header.data_bytes()..]), "behind the data");
     }
 }
 

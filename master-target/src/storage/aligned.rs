@@ -32,9 +32,9 @@ struct Spare {
 static SPARE: Mutex<Spare> = Mutex::new(Spare { buffers: Vec::new(), pages: 0 });
 
 impl Spare {
-    /// A buffer of at least so many pages that are set, and not of many more.
+    /// A buffer of at least so many pages that are set, and of a quarter more at most.
     fn take(&mut self, wanted: usize) -> Option<Vec<Page>> {
-        let fits = |buffer: &Vec<Page>| (wanted..=2 * wanted).contains(&buffer.len());
+        let fits = |buffer: &Vec<Page>| (wanted..=wanted + wanted / 4).contains(&buffer.len());
         let index = self.buffers.iter().rposition(fits)?;
         let buffer = self.buffers.swap_remove(index);
         self.pages -= buffer.len();
@@ -130,7 +130,7 @@ mod tests {
         }
         assert!(spare.pages <= SPARE_PAGES_MAX && spare.pages > SPARE_PAGES_MAX - 100);
         assert!(spare.take(101).is_none(), "too small");
-        assert!(spare.take(49).is_none(), "more than twice as large");
+        assert!(spare.take(79).is_none(), "more than a quarter too large");
         assert_eq!(spare.take(90).map(|buffer| buffer.len()), Some(100));
         let held: usize = spare.buffers.iter().map(Vec::len).sum();
         assert_eq!(spare.pages, held);

@@ -174,11 +174,6 @@ fn parse_span(text: &str) -> Result<(Time, Time), String> {
 pub struct BandwidthLimits(Vec<Rule>);
 
 impl BandwidthLimits {
-    /// Whether there is no ceiling at any time.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// The ceiling at a moment.
     pub fn at(&self, moment: Timestamp) -> Option<Rate> {
         self.0.iter().find(|rule| rule.applies(moment)).and_then(|rule| rule.rate)

@@ -6,7 +6,6 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -14,7 +13,7 @@ use crate::id::PeerName;
 use crate::identity::Identity;
 use crate::link::Connection;
 use crate::quic::{self, AcceptError, BindError, ConnectError, TransportOptions};
-use crate::tcp;
+use crate::tcp::{self, Way};
 
 /// A handshake that is not answered is tried again by QUIC after 1, 3 and 7 s, too late for a link
 /// that is back after a blackout. So another one is begun this often, as long as nothing answers.
@@ -29,6 +28,9 @@ const QUIC_LATE_TIME_MAX: Duration = Duration::from_millis(1500);
 /// A path with a round trip up to this is one within a LAN: there the processors are the limit before
 /// the line is, and TCP takes less of them.
 const LAN_RTT_MAX: Duration = Duration::from_millis(1);
+
+/// The measure of that is there before QUIC has answered, or is waited for so long.
+const LAN_LATE_TIME_MAX: Duration = Duration::from_millis(20);
 
 /// How long TCP may take to connect within a LAN.
 const LAN_CONNECT_TIME_MAX: Duration = Duration::from_secs(1);
@@ -101,7 +103,7 @@ pub async fn connect(
         attempts.spawn(async move {
             // QUIC's turn: whoever answers over UDP within this needs no TCP.
             tokio::time::sleep(after).await;
-            tcp::connect(&address, &identity, expected, None).await.map(Connection::Tcp)
+            tcp::connect(&address, &identity, expected, Way::Far).await.map(Connection::Tcp)
         });
     }
     let lan = options.choice == TransportChoice::Auto && options.lan_over_tcp;
@@ -109,7 +111,7 @@ pub async fn connect(
     let mut measuring_near = JoinSet::new();
     if lan {
         let address = address.to_owned();
-        measuring_near.spawn(async move { tcp::near(&address, LAN_RTT_MAX).await });
+        measuring_near.spawn(async move { tcp::is_near(&address, LAN_RTT_MAX).await });
     }
     // Over TCP, when it answered before QUIC.
     let mut second_best: Option<Connection> = None;
@@ -131,10 +133,10 @@ pub async fn connect(
                     deadline.as_mut().reset(Instant::now() + QUIC_LATE_TIME_MAX);
                 }
                 Ok(Ok(connection)) => {
-                    let near = measuring_near.try_join_next().and_then(|near| near.ok().flatten());
-                    return Ok(match near {
-                        Some(near) => faster(connection, address, identity, near).await,
-                        None => connection,
+                    let near = tokio::time::timeout(LAN_LATE_TIME_MAX, measuring_near.join_next());
+                    return Ok(match near.await {
+                        Ok(Some(Ok(true))) => faster(connection, address, identity).await,
+                        _ => connection,
                     });
                 }
                 // Only silence speaks for a firewall or a blackout; whoever answered said what is
@@ -172,15 +174,10 @@ pub async fn connect(
     }
 }
 
-/// Within a LAN, where `near` leads to the same target, a TCP session in place of the one over QUIC.
-async fn faster(
-    connection: Connection,
-    address: &str,
-    identity: &Identity,
-    near: TcpStream,
-) -> Connection {
+/// Within a LAN, a TCP session with the same target in place of the one over QUIC.
+async fn faster(connection: Connection, address: &str, identity: &Identity) -> Connection {
     let expected = Some(connection.peer().clone());
-    let attempt = tcp::connect(address, identity, expected, Some(near));
+    let attempt = tcp::connect(address, identity, expected, Way::Lan);
     match tokio::time::timeout(LAN_CONNECT_TIME_MAX, attempt).await {
         Ok(Ok(over_tcp)) => {
             connection.close("the path is within a LAN, where TCP is the faster one");

@@ -1,7 +1,7 @@
 //! A connection between an agent and a target, over whichever transport the site lets through.
 //!
 //! QUIC is the first choice: it fills long, lossy links, and control never waits behind data. Where
-//! a firewall passes no UDP, TCP with TLS 1.3 carries the same session. Nothing above this module
+//! a firewall passes no UDP, and within a LAN, TCP with TLS 1.3 carries the same session. Nothing above this module
 //! knows the difference, except to tell people which one it is.
 
 mod endpoint;
@@ -78,9 +78,11 @@ impl fmt::Display for Transport {
 pub struct LinkStats {
     /// Smoothed round-trip time.
     pub rtt: Duration,
+    /// The least of late; over QUIC the congestion controller knows it, and this is 0.
+    pub min_rtt: Duration,
     /// Bytes that may be in flight.
     pub congestion_window_bytes: u64,
-    /// The path's MTU, as a UDP payload.
+    /// The path's MTU: over QUIC as a UDP payload, over TCP with all headers.
     pub mtu_bytes: u16,
     /// Bytes sent, headers of QUIC included.
     pub sent_bytes: u64,
@@ -202,6 +204,23 @@ impl Connection {
         match self {
             Self::Quic(connection) => connection.close(reason),
             Self::Tcp(connection) => connection.close(reason),
+        }
+    }
+
+    /// Whether TCP was chosen because the target is near.
+    pub fn is_within_lan(&self) -> bool {
+        match self {
+            Self::Quic(_) => false,
+            Self::Tcp(connection) => connection.is_within_lan(),
+        }
+    }
+
+    /// Waits until a TCP connection within a LAN had better be one over QUIC, and says why; never
+    /// returns for others.
+    pub async fn unfit(&self) -> String {
+        match self {
+            Self::Tcp(connection) if connection.is_within_lan() => connection.unfit().await,
+            _ => std::future::pending().await,
         }
     }
 

@@ -155,6 +155,7 @@ impl Connection {
             mtu_black_holes: stats.path.black_holes_detected,
             socket: self.socket,
             sent_packets: stats.path.sent_packets,
+            ..LinkStats::default()
         }
     }
 

@@ -16,11 +16,19 @@ use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
 use crate::link::{LinkStats, StreamError};
 use crate::message::split_frame;
-use crate::tcp::{GOODBYE, kernel};
+use crate::tcp::fitness::Fitness;
+use crate::tcp::{GOODBYE, Way, kernel};
 
 /// A peer that says nothing on the control connection for this long is gone: agents send a
 /// heartbeat every second, and targets answer each.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// How often the kernel is asked how a connection within a LAN does.
+const FITNESS_PERIOD: Duration = Duration::from_secs(1);
+
+/// After a goodbye the other connections stay for so long: whoever finds one of them ended first would
+/// take that for the reason.
+const GOODBYE_LEAD: Duration = Duration::from_millis(200);
 
 /// How long a goodbye may take before the sockets are dropped without it.
 const GOODBYE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -44,8 +52,10 @@ struct Shared {
     ended: watch::Sender<Option<String>>,
     control: Writer,
     batches_out: Mutex<WriteHalf<Stream>>,
-    /// The socket of the batches, to ask the kernel about.
+    /// The sockets of the batches and of sync, to ask the kernel about.
     batches_socket: Option<OwnedFd>,
+    sync_socket: Option<OwnedFd>,
+    way: Way,
     batches_in: Arc<Mutex<ReadHalf<Stream>>>,
     /// Halves that nobody has taken yet.
     control_in: SyncMutex<Option<ReadHalf<Stream>>>,
@@ -92,8 +102,10 @@ impl Connection {
         peer: PeerName,
         remote_address: SocketAddr,
         [control, sync, batches]: [Stream; 3],
+        way: Way,
     ) -> Self {
-        let batches_socket = batches.get_ref().0.get_ref().as_fd().try_clone_to_owned().ok();
+        let socket = |stream: &Stream| stream.get_ref().0.get_ref().as_fd().try_clone_to_owned();
+        let (batches_socket, sync_socket) = (socket(&batches).ok(), socket(&sync).ok());
         let (control_in, control_out) = tokio::io::split(control);
         let (sync_in, sync_out) = tokio::io::split(sync);
         let (batches_in, batches_out) = tokio::io::split(batches);
@@ -104,6 +116,8 @@ impl Connection {
             control: Arc::new(Mutex::new(control_out)),
             batches_out: Mutex::new(batches_out),
             batches_socket,
+            sync_socket,
+            way,
             batches_in: Arc::new(Mutex::new(batches_in)),
             control_in: SyncMutex::new(Some(control_in)),
             sync: SyncMutex::new(Some((sync_out, sync_in))),
@@ -169,6 +183,7 @@ impl Connection {
         let info = socket.and_then(|socket| kernel::info(socket.as_fd())).unwrap_or_default();
         LinkStats {
             rtt: info.rtt,
+            min_rtt: info.min_rtt,
             congestion_window_bytes: info.window_bytes,
             mtu_bytes: info.path_mtu_bytes.min(u16::MAX.into()) as u16,
             sent_bytes: self.0.sent_bytes.load(Ordering::Relaxed),
@@ -186,16 +201,39 @@ impl Connection {
             return;
         }
         self.0.end(reason);
-        let writer = Arc::clone(&self.0.control);
+        let shared = Arc::clone(&self.0);
         let end = reason.floor_char_boundary(REASON_BYTES_MAX);
         let mut message = GOODBYE.to_vec();
         message.extend_from_slice(&(end as u16).to_le_bytes());
         message.extend_from_slice(&reason.as_bytes()[..end]);
         tokio::spawn(tokio::time::timeout(GOODBYE_TIME_MAX, async move {
-            let mut writer = writer.lock().await;
+            let mut writer = shared.control.lock().await;
             writer.write_all(&message).await?;
-            writer.shutdown().await
+            writer.shutdown().await?;
+            tokio::time::sleep(GOODBYE_LEAD).await;
+            Ok::<_, std::io::Error>(())
         }));
+    }
+
+    /// Whether it was chosen because the target is near.
+    pub(crate) fn is_within_lan(&self) -> bool {
+        self.0.way == Way::Lan
+    }
+
+    /// Waits until TCP is not the right one any more within this LAN, and says why.
+    pub(crate) async fn unfit(&self) -> String {
+        let mut period = tokio::time::interval(FITNESS_PERIOD);
+        let mut judges = [&self.0.batches_socket, &self.0.sync_socket]
+            .map(|socket| (socket.as_ref(), Fitness::default()));
+        loop {
+            period.tick().await;
+            for (socket, fitness) in &mut judges {
+                let info = socket.and_then(|socket| kernel::info(socket.as_fd()));
+                if let Some(why) = info.and_then(|info| fitness.handle_info(info)) {
+                    return why;
+                }
+            }
+        }
     }
 
     pub(crate) async fn closed(&self) -> String {

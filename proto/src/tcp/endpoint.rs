@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::{CertificateDer, ServerName};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
@@ -24,7 +25,7 @@ use crate::tcp::{BATCHES, Connection, MAGIC, PREFACE_BYTES, WHOLE, kernel};
 const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(8);
 
 /// What is read from the kernel at a time.
-const READ_BYTES: usize = 128 << 10;
+const READ_BYTES: usize = 64 << 10;
 
 /// Handshakes under way at a time; more wait in the kernel's backlog.
 const HANDSHAKES_MAX: usize = 64;
@@ -45,39 +46,73 @@ fn preface(kind: u8, session: Session) -> [u8; PREFACE_BYTES] {
     bytes
 }
 
-/// The best of the kernel's controllers for a line that loses packets; without it the kernel's
-/// default stays, and long links stay empty.
-fn tune(stream: &TcpStream) {
+/// Segments that fit into IPv6's least MTU, and so into that of every VPN, in both directions. The
+/// kernel's own way to find a path's MTU hangs on ICMP, which firewalls drop, and then a connection
+/// passes its handshake and nothing larger. Where the line is fast, the network card cuts segments.
+const SEGMENT_BYTES_MAX: u32 = 1220;
+
+/// Idle connections are kept alive this often: firewalls forget them.
+const KEEPALIVE_PERIOD: Duration = Duration::from_secs(30);
+
+/// A TCP socket as all of ours are, before it connects or listens.
+fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    SockRef::from(&socket).set_tcp_mss(SEGMENT_BYTES_MAX)?;
+    Ok(socket)
+}
+
+/// Where a session's path leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// Anywhere.
+    Far,
+    /// Into the same LAN.
+    Lan,
+}
+
+/// `controller` is the kernel's congestion control.
+fn tune(stream: &TcpStream, controller: &str) {
     let _ = stream.set_nodelay(true);
-    if rustix::net::sockopt::set_tcp_congestion(stream, "bbr").is_err() {
-        tracing::debug!("the kernel has no BBR for TCP; `modprobe tcp_bbr` would help long links");
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_PERIOD).with_interval(KEEPALIVE_PERIOD);
+    let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
+    if rustix::net::sockopt::set_tcp_congestion(stream, controller).is_err() {
+        tracing::debug!(
+            "the kernel has no {controller} for TCP; `modprobe tcp_{controller}` may help"
+        );
     }
 }
 
-/// A TCP connection to `address` (`host:port`), when its round trip takes `rtt_max` at most. That is the
-/// kernel's measure of the handshake, whatever this process is busy with.
-pub async fn near(address: &str, rtt_max: Duration) -> Option<TcpStream> {
-    let stream = TcpStream::connect(address).await.ok()?;
-    kernel::info(stream.as_fd()).filter(|info| info.rtt <= rtt_max).map(|_| stream)
+/// The best of the kernel's controllers for a line that loses packets; without it the kernel's
+/// default stays, and long links stay empty.
+const FAR_CONTROLLER: &str = "bbr";
+
+/// Within a LAN, where BBR overflows the small queues of switches again and again.
+const LAN_CONTROLLER: &str = "cubic";
+
+/// Whether a handshake of TCP with `address` (`host:port`) takes `rtt_max` at most. That is the
+/// kernel's measure, whatever this process is busy with.
+pub async fn is_near(address: &str, rtt_max: Duration) -> bool {
+    let Ok(stream) = TcpStream::connect(address).await else { return false };
+    // A first segment that was lost leaves no measure.
+    kernel::info(stream.as_fd()).is_some_and(|info| !info.rtt.is_zero() && info.rtt <= rtt_max)
 }
 
-/// Connects an agent to the target at `address` (`host:port`), of the given name or of any. `first` is
-/// a connection to it that stands already.
+/// Connects an agent to the target at `address` (`host:port`), of the given name or of any.
 pub async fn connect(
     address: &str,
     identity: &Identity,
     expected: Option<PeerName>,
-    first: Option<TcpStream>,
+    way: Way,
 ) -> Result<Connection, ConnectError> {
     let resolve = |source| ConnectError::Resolve { address: address.to_owned(), source };
-    let address = match first.as_ref().and_then(|stream| stream.peer_addr().ok()) {
-        Some(address) => address,
-        None => tokio::net::lookup_host(address)
-            .await
-            .map_err(resolve)?
-            .next()
-            .ok_or_else(|| resolve(io::ErrorKind::NotFound.into()))?,
-    };
+    let address = tokio::net::lookup_host(address)
+        .await
+        .map_err(resolve)?
+        .next()
+        .ok_or_else(|| resolve(io::ErrorKind::NotFound.into()))?;
     let config = identity.client_config(expected);
     let config = config.map_err(|error| ConnectError::Local(error.to_string()))?;
     let connector = TlsConnector::from(Arc::new(config));
@@ -87,12 +122,9 @@ pub async fn connect(
         .fill(&mut session)
         .map_err(|_| ConnectError::Local("the system has no random numbers".into()))?;
     let work = async {
-        let open = |stream, kind| open(&connector, address, stream, preface(kind, session));
-        let (mut control, sync, batches) = tokio::try_join!(
-            open(first, CONTROL_STREAM),
-            open(None, SYNC_STREAM),
-            open(None, BATCHES)
-        )?;
+        let open = |kind| open(&connector, address, preface(kind, session), way);
+        let (mut control, sync, batches) =
+            tokio::try_join!(open(CONTROL_STREAM), open(SYNC_STREAM), open(BATCHES))?;
         // Under TLS 1.3 a client is done before the server has looked at its certificate.
         let mut whole = [0];
         control.read_exact(&mut whole).await?;
@@ -101,7 +133,7 @@ pub async fn connect(
         let Some((_, name)) = name else {
             return Err(io::Error::other("it showed no certificate"));
         };
-        Ok(Connection::new(name, address, [control, sync, batches]))
+        Ok(Connection::new(name, address, [control, sync, batches], way))
     };
     match tokio::time::timeout(HANDSHAKE_TIME_MAX, work).await {
         Ok(Ok(connection)) => Ok(connection),
@@ -113,14 +145,15 @@ pub async fn connect(
 async fn open(
     connector: &TlsConnector,
     address: SocketAddr,
-    stream: Option<TcpStream>,
     preface: [u8; PREFACE_BYTES],
+    way: Way,
 ) -> io::Result<Stream> {
-    let stream = match stream {
-        Some(stream) => stream,
-        None => TcpStream::connect(address).await?,
+    let stream = socket(address)?.connect(address).await?;
+    let controller = match way {
+        Way::Far => FAR_CONTROLLER,
+        Way::Lan => LAN_CONTROLLER,
     };
-    tune(&stream);
+    tune(&stream, controller);
     let name = ServerName::try_from("backhaul").map_err(io::Error::other)?;
     let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut stream = connector.connect(name, stream).await?;
@@ -226,7 +259,8 @@ async fn take(
     address: SocketAddr,
     pendings: &Pendings,
 ) -> io::Result<Option<Connection>> {
-    tune(&stream);
+    // What a target sends is small; the agent knows which way it is.
+    tune(&stream, FAR_CONTROLLER);
     let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut stream = TlsStream::Server(acceptor.accept(stream).await?);
     let mut bytes = [0; PREFACE_BYTES];
@@ -254,7 +288,7 @@ async fn take(
     };
     control.write_all(&[WHOLE]).await?;
     control.flush().await?;
-    Ok(Some(Connection::new(name, address, [control, sync, batches])))
+    Ok(Some(Connection::new(name, address, [control, sync, batches], Way::Far)))
 }
 
 /// Puts a connection to the others of its session; returns them when all are there.

@@ -9,6 +9,8 @@ const INFO_BYTES: usize = 216;
 /// What the kernel says; 0 where it is too old to know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Info {
+    /// Retransmission timeouts in a row without an answer.
+    pub(super) timeouts: u8,
     /// Smoothed round-trip time.
     pub(super) rtt: Duration,
     /// The least that was seen of late (Linux 4.6).
@@ -17,7 +19,7 @@ pub(super) struct Info {
     pub(super) window_bytes: u64,
     /// The path's MTU.
     pub(super) path_mtu_bytes: u32,
-    /// Segments sent, with those that were sent again (Linux 4.2).
+    /// Segments sent, with those that were sent again (Linux 4.2). The kernel counts to 2^32.
     pub(super) sent_segments: u64,
     /// Segments sent again.
     pub(super) repeated_segments: u64,
@@ -51,6 +53,7 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
     let mut long = [0; 8];
     long.copy_from_slice(&bytes[208..216]);
     Info {
+        timeouts: bytes[2],
         rtt: micros(68),
         min_rtt: micros(148),
         window_bytes: u64::from(word(80)) * u64::from(word(16)),
@@ -91,7 +94,7 @@ mod tests {
         let least = (10 << 20) / u64::from(info.path_mtu_bytes);
         assert!((least..100_000).contains(&info.sent_segments), "{info:?}");
         assert!(info.window_bytes > u64::from(info.path_mtu_bytes), "{info:?}");
-        assert!(info.repeated_segments < info.sent_segments, "{info:?}");
+        assert!(info.repeated_segments < info.sent_segments && info.timeouts == 0, "{info:?}");
     }
 
     #[test]

@@ -17,10 +17,11 @@
 
 mod connection;
 mod endpoint;
+mod fitness;
 mod kernel;
 
 pub use connection::{BatchStream, Connection, ReceiveHalf, SendHalf};
-pub use endpoint::{Listener, connect, near};
+pub use endpoint::{Listener, Way, connect, is_near};
 
 /// In place of a frame's length: the reason of a close follows.
 pub(crate) const GOODBYE: [u8; 4] = [0xff; 4];

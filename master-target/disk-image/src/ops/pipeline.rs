@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     fn chunks(count: u64) -> impl Iterator<Item = Result<Chunk>> + Send {
-        (0..count).map(|offset| Ok(Chunk { offset, length: 1 }))
+        (0..count).map(|offset| Ok(Chunk { offset, length: 1, data: true }))
     }
 
     #[test]
