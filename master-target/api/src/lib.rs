@@ -74,7 +74,7 @@ pub struct Link {
     pub referenced_bytes: u64,
     /// Bytes that may be in flight.
     pub window_bytes: u64,
-    /// The path's MTU, as a UDP payload.
+    /// The path's MTU: over QUIC as a UDP payload, over TCP with all headers.
     pub mtu_bytes: u32,
     /// Bytes sent, the transport's headers included.
     pub sent_bytes: u64,
