@@ -73,7 +73,7 @@ fn what_was_half_made_goes_at_once_or_with_the_next_run() {
     slow_disk(&raw);
     good(&["convert", "-f", "raw", "-O", "vmfs", text(&raw), text(&image)]);
     let before = names(dir.path());
-    for signal in ["-INT", "-TERM"] {
+    for signal in ["-INT", "-TERM", "-HUP"] {
         let child = replacing(&raw, &image);
         kill(&child, signal);
         let output = child.wait_with_output().unwrap();

@@ -301,6 +301,54 @@ fn leaked_space_is_found_and_given_back() {
     assert!(content(&image) == model);
 }
 
+/// Both directories were damaged, or gone, and the tables and grains were whole: the repair took the
+/// grains for space that nothing uses, said that nothing would be lost, and cut all of them off.
+#[test]
+fn a_repair_gives_nothing_back_that_may_be_somebodys_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("lost.vmdk");
+    let model = sparse(&image);
+    let whole = std::fs::read(&image).unwrap();
+    let directory = |at: usize| {
+        let sector = u64::from_le_bytes(whole[at..at + 8].try_into().unwrap());
+        sector as usize * 512
+    };
+    for byte in [0xff, 0] {
+        let mut damaged = whole.clone();
+        for place in [directory(48), directory(56)] {
+            damaged[place..place + 4].fill(byte);
+        }
+        std::fs::write(&image, &damaged).unwrap();
+        let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+        apply_repair(&plan, &mut Silent).unwrap();
+        // Whoever puts the directories back finds everything.
+        let mut mended = std::fs::read(&image).unwrap();
+        assert_eq!(mended.len(), whole.len(), "{byte}: {:?}", plan.fixes);
+        for place in [directory(48), directory(56)] {
+            mended[place..place + 4].copy_from_slice(&whole[place..place + 4]);
+        }
+        std::fs::write(&image, &mended).unwrap();
+        assert!(content(&image) == model, "{byte}");
+    }
+}
+
+/// What a stream holds is only known once it is inflated: a changed byte in a grain was called clean.
+#[test]
+fn a_repair_does_not_call_a_damaged_stream_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = raw_disk(&dir.path().join("oracle.raw"), 4 << 20);
+    let image = dir.path().join("s.vmdk");
+    convert(source.as_ref(), &image, &ConvertOptions::new(Kind::StreamOptimized), &mut Silent)
+        .unwrap();
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    let mut byte = [0];
+    let middle = file.metadata().unwrap().len() / 2;
+    file.read_exact_at(&mut byte, middle).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x55], middle).unwrap();
+    let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+    assert!(plan.report.is_some_and(|report| report.losses > 0), "{:?}", plan.fixes);
+}
+
 #[test]
 fn an_interrupted_stream_gets_its_end_again() {
     let dir = tempfile::tempdir().unwrap();

@@ -54,6 +54,13 @@ const SEGMENT_BYTES_MAX: u32 = 1220;
 /// Idle connections are kept alive this often: firewalls forget them.
 const KEEPALIVE_PERIOD: Duration = Duration::from_secs(30);
 
+/// The best of the kernel's controllers for a line that loses packets; without it the kernel's
+/// default stays, and long links stay empty.
+const FAR_CONTROLLER: &str = "bbr";
+
+/// Within a LAN, where BBR overflows the small queues of switches again and again.
+const LAN_CONTROLLER: &str = "cubic";
+
 /// A TCP socket as all of ours are, before it connects or listens.
 fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = match address {
@@ -84,13 +91,6 @@ fn tune(stream: &TcpStream, controller: &str) {
         );
     }
 }
-
-/// The best of the kernel's controllers for a line that loses packets; without it the kernel's
-/// default stays, and long links stay empty.
-const FAR_CONTROLLER: &str = "bbr";
-
-/// Within a LAN, where BBR overflows the small queues of switches again and again.
-const LAN_CONTROLLER: &str = "cubic";
 
 /// Whether a handshake of TCP with `address` (`host:port`) takes `rtt_max` at most. That is the
 /// kernel's measure, whatever this process is busy with.
@@ -237,7 +237,13 @@ async fn accept_all(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::S
             let work = take(stream, &acceptor, address, &pendings);
             match tokio::time::timeout(HANDSHAKE_TIME_MAX, work).await {
                 Ok(Ok(Some(connection))) => drop(ready.send(connection).await),
-                Ok(Ok(None)) => {}
+                Ok(Ok(None)) => {
+                    drop(place);
+                    // The others of its session may never come.
+                    tokio::time::sleep(HANDSHAKE_TIME_MAX).await;
+                    forget_late(&mut pendings.lock().unwrap_or_else(PoisonError::into_inner));
+                    return;
+                }
                 // Whoever only measured the way has no more to say.
                 Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     tracing::debug!("a TCP connection from {address} ended before it began");
@@ -291,6 +297,11 @@ async fn take(
     Ok(Some(Connection::new(name, address, [control, sync, batches], Way::Far)))
 }
 
+/// Lets go of sessions whose connections do not come.
+fn forget_late(pendings: &mut HashMap<(PeerName, Session), Pending>) {
+    pendings.retain(|_, pending| pending.since.elapsed() < HANDSHAKE_TIME_MAX);
+}
+
 /// Puts a connection to the others of its session; returns them when all are there.
 fn join(
     pendings: &Pendings,
@@ -299,7 +310,7 @@ fn join(
     stream: Stream,
 ) -> io::Result<Option<[Stream; 3]>> {
     let mut pendings = pendings.lock().unwrap_or_else(PoisonError::into_inner);
-    pendings.retain(|_, pending| pending.since.elapsed() < HANDSHAKE_TIME_MAX);
+    forget_late(&mut pendings);
     if pendings.len() >= PENDING_MAX && !pendings.contains_key(&key) {
         return Err(io::Error::other("too many sessions are being opened"));
     }

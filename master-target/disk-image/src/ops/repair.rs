@@ -71,7 +71,7 @@ pub fn plan_repair(
         Ok(disk) => {
             let mut report = CheckReport::default();
             let mut sink = Sink { report: &mut report, fixes: Some(&mut plan.fixes) };
-            disk.examine(Deep::No, &mut sink, progress)?;
+            disk.examine(Deep::Yes, &mut sink, progress)?;
             plan.report = Some(report);
         }
         Err(error) => {
@@ -138,7 +138,7 @@ pub fn apply_repair(plan: &RepairPlan, progress: &mut dyn Progress) -> Result<Re
     match open_disk(&plan.path, &plan.options, 1) {
         Ok(disk) => {
             let mut report = CheckReport::default();
-            disk.examine(Deep::No, &mut Sink { report: &mut report, fixes: None }, progress)?;
+            disk.examine(Deep::Yes, &mut Sink { report: &mut report, fixes: None }, progress)?;
             outcome.report = Some(report);
         }
         Err(error) => outcome.cannot_open = Some(error.to_string()),

@@ -13,6 +13,10 @@ use crate::{
     },
 };
 
+/// Of so many grains in use, one may belong to nobody and be given back: a crash leaves few behind. More
+/// than that may be what a lost table named.
+const LEAK_SHARE: u64 = 8;
+
 /// One bit for every place of the file where a grain can be: 4 MiB of memory for 2 TiB in grains
 /// of 64 KiB, at most 64 MiB.
 struct Used {
@@ -312,7 +316,9 @@ impl SparseExtent {
         }
     }
 
-    /// Space that nothing names: what a crash, or a trim that was not followed by use, left over.
+    /// Space that nothing names: what a crash, or a trim that was not followed by use, left over. It is
+    /// given back only where it can be nothing else: whoever lost the tables of a disk finds its data
+    /// there, as long as nobody frees it.
     fn examine_leaks(&self, tables: &Tables, used: &Used, sink: &mut Sink<'_>) {
         let grain_sectors = self.header.grain_sectors;
         let first = self.header.overhead_sectors.div_ceil(grain_sectors);
@@ -320,6 +326,8 @@ impl SparseExtent {
         let grain_bytes = self.header.grain_bytes();
         let tail =
             (first..end).rev().find(|slot| used.is_marked(*slot)).map_or(first, |slot| slot + 1);
+        let marked = (first..end).filter(|slot| used.is_marked(*slot)).count() as u64;
+        let mut leaks = Vec::new();
         let mut slot = first;
         while slot < end {
             if used.is_marked(slot) {
@@ -343,6 +351,13 @@ impl SparseExtent {
             sink.report.leaked_bytes = sink.report.leaked_bytes.saturating_add(length);
             let sentence = format!("{length} bytes belong to no grain");
             sink.find(self.finding(Severity::Leak, offset, sentence));
+            leaks.push((start, offset, length));
+        }
+        let leaked: u64 = leaks.iter().map(|(_, _, length)| length / grain_bytes).sum();
+        if sink.report.losses > 0 || leaked.saturating_mul(LEAK_SHARE) > marked {
+            return;
+        }
+        for (start, offset, length) in leaks {
             if start >= tail && used.append_sector > tables.file_sectors {
                 // A repair puts tables behind it; the next one frees it.
                 continue;
