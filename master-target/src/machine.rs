@@ -300,6 +300,7 @@ impl Machine {
                 self.state.consistency = Consistency::Syncing;
             }
             self.state.point = None;
+            self.state.damaged = true;
         }
         if self.state != before { self.persist() } else { Ok(()) }
     }
@@ -311,7 +312,10 @@ impl Machine {
                 self.state.consistency = Consistency::Syncing;
                 self.state.point = None;
             }
-            RecordKind::SyncDone => self.state.consistency = Consistency::Consistent,
+            RecordKind::SyncDone => {
+                self.state.consistency = Consistency::Consistent;
+                self.state.damaged = false;
+            }
             RecordKind::Point(id) => {
                 self.state.newest_point_us = self.state.newest_point_us.max(id.0);
                 // During a failover the point that the disks are brought to stands.
@@ -339,6 +343,8 @@ impl Machine {
                 .sync_view()
                 .map(|sync| sync.done_bytes.saturating_mul(100) / sync.total_bytes.max(1)),
             point: self.state.point,
+            newest_point_us: self.state.newest_point_us,
+            damaged: self.state.damaged,
             durable: self.open.as_ref().map_or(BatchSeq(0), |open| open.receiver.durable()),
             rpo: self.watermark.rpo(now),
             now_us: now_us(),

@@ -42,6 +42,9 @@ pub struct MachineState {
     pub point: Option<RecoveryPoint>,
     /// The newest point of any generation, so that identifiers keep increasing.
     pub newest_point_us: u64,
+    /// Damage took acknowledged batches away, and no sync has made them good yet.
+    #[serde(default)]
+    pub damaged: bool,
     /// Between replication and commit.
     pub stage: Stage,
     /// Why the last failover, cancel or commit did not work.

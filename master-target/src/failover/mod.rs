@@ -193,6 +193,10 @@ pub struct Facts {
     pub sync_percent: Option<u64>,
     /// The newest point.
     pub point: Option<RecoveryPoint>,
+    /// When the newest point was set that there ever was, in microseconds since 1970 UTC; 0 for none.
+    pub newest_point_us: u64,
+    /// Acknowledged batches were lost to damage, and not made good since.
+    pub damaged: bool,
     /// The last batch on stable storage.
     pub durable: BatchSeq,
     /// How much would be lost now.
@@ -203,11 +207,17 @@ pub struct Facts {
 
 impl Facts {
     /// At most so much is lost. After a restart without the agent the newest point is all that is
-    /// known to be here.
+    /// known to be here, or, when the journal was too full to keep it, to have been.
     fn loss_seconds(&self) -> f64 {
-        let since_point =
-            self.point.map_or(0.0, |point| self.now_us.saturating_sub(point.id_us) as f64 / 1e6);
+        let known_us = self.point.map_or(self.newest_point_us, |point| point.id_us);
+        let since_point = self.now_us.saturating_sub(known_us) as f64 / 1e6;
         self.rpo.map_or(since_point, |rpo| rpo.as_secs_f64())
+    }
+
+    /// Whether nobody here can say how much would be lost.
+    fn loss_is_unknown(&self) -> bool {
+        let no_bound = self.damaged || self.newest_point_us == 0;
+        !self.connected && self.point.is_none() && self.rpo.is_none() && no_bound
     }
 }
 
@@ -382,6 +392,12 @@ impl Failover {
                     "has no recovery point: its first sync has not finished, or was interrupted; start its agent and let the sync finish",
                 ),
             };
+        }
+        if facts.loss_is_unknown() {
+            return self.refuse(
+                "no-recovery-point",
+                "has no recovery point, and its agent is away, so how much would be lost is not known; start the agent and let it make good what is missing",
+            );
         }
         let newest = facts.point;
         match to {

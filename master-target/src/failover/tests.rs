@@ -19,6 +19,8 @@ fn facts() -> Facts {
         consistent: true,
         sync_percent: None,
         point: Some(point(5)),
+        newest_point_us: point(5).id_us,
+        damaged: false,
         durable: BatchSeq(5),
         rpo: Some(Duration::from_secs(3)),
         now_us: 1_000_000,
@@ -186,6 +188,25 @@ fn what_is_lost_is_never_called_nothing_without_knowing() {
     let actions = machine.handle_failover(now, &restarted, None, plan()).unwrap();
     let Action::Prepare(Goal::JournalEnd { loss_seconds }) = actions[2] else { panic!() };
     assert!(loss_seconds > 0.9, "since the newest point: {loss_seconds}");
+}
+
+/// The journal's end was damaged and the source gone: a failover said that nothing was lost, with
+/// megabytes missing that had been acknowledged.
+#[test]
+fn damage_without_a_source_is_no_point_to_fail_over_to() {
+    let now = Instant::now();
+    let away = Facts { connected: false, rpo: None, point: None, ..facts() };
+    let damaged = Facts { damaged: true, ..away };
+    let refusal = machine().handle_failover(now, &damaged, None, plan()).unwrap_err();
+    assert_eq!(refusal.code, "no-recovery-point");
+    assert!(refusal.sentence.contains("start the agent"), "{}", refusal.sentence);
+    // The source can say: with it, what is missing is made good first.
+    let back = Facts { connected: true, ..damaged };
+    assert!(machine().handle_failover(now, &back, None, plan()).is_ok());
+    // A point that was given up to a full journal still bounds what is lost.
+    let actions = machine().handle_failover(now, &away, None, plan()).unwrap();
+    let Action::Prepare(Goal::JournalEnd { loss_seconds }) = actions[2] else { panic!() };
+    assert!(loss_seconds > 0.9, "{loss_seconds}");
 }
 
 /// A journal over its bound gives the newest point up, not the machine.

@@ -353,7 +353,7 @@ impl Walk {
         let batch = self.order.map_or(BatchSeq(0), |o| o.batch);
         format!(
             "the journal ends in `{}` at byte {} before batch {batch}, which was being written when \
-             the machine stopped and was never acknowledged",
+             the machine stopped; had it been acknowledged, the agent would send it again",
             self.end_path(dir).display(),
             self.end.offset_bytes
         )

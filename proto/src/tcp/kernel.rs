@@ -3,8 +3,8 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-/// Length of what is asked for: up to `tcpi_bytes_retrans`. Older kernels give less.
-const INFO_BYTES: usize = 216;
+/// Length of what is asked for: up to `tcpi_dsack_dups`. Older kernels give less.
+const INFO_BYTES: usize = 220;
 
 /// What the kernel says; 0 where it is too old to know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -21,7 +21,8 @@ pub(super) struct Info {
     pub(super) path_mtu_bytes: u32,
     /// Segments sent, with those that were sent again (Linux 4.2). The kernel counts to 2^32.
     pub(super) sent_segments: u64,
-    /// Segments sent again.
+    /// Segments sent again because they were lost: without those that the peer had already (Linux 4.18),
+    /// as on a busy host whose answers come late.
     pub(super) repeated_segments: u64,
     /// Bytes sent again (Linux 4.19).
     pub(super) repeated_bytes: u64,
@@ -59,7 +60,7 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
         window_bytes: u64::from(word(80)) * u64::from(word(16)),
         path_mtu_bytes: word(60),
         sent_segments: word(136).into(),
-        repeated_segments: word(100).into(),
+        repeated_segments: word(100).saturating_sub(word(216)).into(),
         repeated_bytes: u64::from_ne_bytes(long),
     }
 }

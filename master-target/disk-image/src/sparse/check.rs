@@ -17,6 +17,9 @@ use crate::{
 /// than that may be what a lost table named.
 const LEAK_SHARE: u64 = 8;
 
+/// In an image that was hardly begun when its writer was cut off, so many are few.
+const LEAK_GRAINS: u64 = 64;
+
 /// One bit for every place of the file where a grain can be: 4 MiB of memory for 2 TiB in grains
 /// of 64 KiB, at most 64 MiB.
 struct Used {
@@ -354,7 +357,8 @@ impl SparseExtent {
             leaks.push((start, offset, length));
         }
         let leaked: u64 = leaks.iter().map(|(_, _, length)| length / grain_bytes).sum();
-        if sink.report.losses > 0 || leaked.saturating_mul(LEAK_SHARE) > marked {
+        let few = leaked <= LEAK_GRAINS || leaked.saturating_mul(LEAK_SHARE) <= marked;
+        if sink.report.losses > 0 || !few {
             return;
         }
         for (start, offset, length) in leaks {
