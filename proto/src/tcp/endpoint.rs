@@ -61,7 +61,7 @@ const FAR_CONTROLLER: &str = "bbr";
 /// Within a LAN, where BBR overflows the small queues of switches again and again.
 const LAN_CONTROLLER: &str = "cubic";
 
-/// A TCP socket as all of ours are, before it connects or listens.
+/// A TCP socket as an agent's are, before it connects. What it says of segments binds both ends.
 fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
