@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use backhaul_lab::link::Link;
+use backhaul_lab::port::LoopbackPort;
 
 use crate::Span;
 use crate::peer::START_TIME_MAX;
@@ -26,6 +27,7 @@ pub struct Transferred {
 #[derive(Debug)]
 pub struct Transfer {
     ends: [Child; 2],
+    _port: LoopbackPort,
     lines: Receiver<(Duration, u64)>,
 }
 
@@ -48,9 +50,10 @@ impl Transfer {
             Some(link) => link.site_b().command_in(&program),
             None => Command::new(&program),
         };
+        let port = LoopbackPort::take()?;
         let address: SocketAddr = match link {
             Some(link) => (link.site_b().address(), 4433).into(),
-            None => std::net::UdpSocket::bind("127.0.0.1:0")?.local_addr()?,
+            None => port.address(),
         };
         let start = |sends: bool, stdout: Stdio| {
             let end = if sends { "send" } else { "receive" };
@@ -87,7 +90,7 @@ impl Transfer {
             }
         };
         // The sender first: it is the one to be stopped first.
-        Ok(Self { ends: [sender, receiver], lines: told })
+        Ok(Self { ends: [sender, receiver], _port: port, lines: told })
     }
 
     /// Waits until it has run for `span.settle`, and measures for `span.measure` from then on.

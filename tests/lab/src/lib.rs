@@ -9,12 +9,14 @@
 //! | [`rig`] | both daemons as real processes, with throw-away keys |
 //! | [`writer`] | a guest that runs a workload against an export |
 //! | [`failback`] | the whole story, from protection to commit |
+//! | [`port`] | a port that stays ours while daemons come and go |
 //! | [`tool`] | outside programs, with the package that brings each |
 //! | [`random`] | the seeded generator behind every random choice |
 
 pub mod disk;
 pub mod failback;
 pub mod link;
+pub mod port;
 pub mod random;
 pub mod rig;
 pub mod tool;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,6 +13,7 @@ use backhaul_api::{Client, ClientError, Machine};
 use tokio::task::JoinHandle;
 
 use crate::link::{Link, LinkSpec};
+use crate::port::LoopbackPort;
 use crate::workload::WorkloadSpec;
 use crate::writer::{Until, Written, write};
 
@@ -85,6 +86,8 @@ fn programs_beside(program: &Path) -> anyhow::Result<PathBuf> {
 pub struct Rig {
     spec: RigSpec,
     link: Option<Link>,
+    /// Where the target listens if there is no link.
+    port: LoopbackPort,
     target: Option<Daemon>,
     agent: Option<Daemon>,
     client: Client,
@@ -107,6 +110,7 @@ impl Rig {
             client: Client::new(&spec.dir.join("api.sock")),
             spec,
             link,
+            port: LoopbackPort::take()?,
             target: None,
             agent: None,
         };
@@ -140,7 +144,7 @@ impl Rig {
     fn write_configurations(&self) -> anyhow::Result<()> {
         let address: SocketAddr = match &self.link {
             Some(link) => (link.site_b().address(), 4433).into(),
-            None => UdpSocket::bind("127.0.0.1:0")?.local_addr()?,
+            None => self.port.address(),
         };
         let dir = self.spec.dir.display();
         let period = self.spec.point_period.as_millis();
