@@ -171,6 +171,10 @@ pub(crate) enum ImageVerb {
         /// Do it without asking
         #[arg(long)]
         yes: bool,
+        /// Give back space that no table names; whoever lost both copies of a table may find data
+        /// there
+        #[arg(long)]
+        free_leaks: bool,
     },
 }
 

@@ -388,7 +388,7 @@ impl DiskImage for Disk {
 
     fn check(&self, deep: Deep, progress: &mut dyn Progress) -> Result<CheckReport> {
         let mut report = CheckReport::default();
-        self.examine(deep, &mut Sink { report: &mut report, fixes: None }, progress)?;
+        self.examine(deep, &mut Sink::of_check(&mut report), progress)?;
         if let Some(parent) = &self.parent {
             let below = parent.check(deep, progress)?;
             report.losses += below.losses;

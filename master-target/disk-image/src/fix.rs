@@ -1,6 +1,9 @@
 //! The steps of a repair, and what a check hands its findings to.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::Serialize;
 
@@ -19,7 +22,7 @@ pub struct Fix {
     /// Bytes of the disk that read as zeros afterwards because their place is lost.
     pub lost_bytes: u64,
     #[serde(skip)]
-    pub(crate) action: Action,
+    pub(crate) actions: Vec<Action>,
 }
 
 /// What a fix does to its file.
@@ -27,7 +30,13 @@ pub struct Fix {
 pub(crate) enum Action {
     Write {
         offset: u64,
-        bytes: Vec<u8>,
+        /// Shared where both copies of a table get the same.
+        bytes: Arc<[u8]>,
+    },
+    /// A write that is done when all else of the plan is durable: it names what that wrote.
+    Name {
+        offset: u64,
+        bytes: [u8; 4],
     },
     SetLength(u64),
     Free {
@@ -42,19 +51,34 @@ pub(crate) enum Action {
     },
 }
 
+/// What becomes of space that no table names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leaks {
+    /// It is told and left alone: whoever lost both copies of a table finds its data there.
+    Keep,
+    /// It is given back to the file system, unless the plan tells a loss.
+    Free,
+}
+
 /// Takes what a check finds, and how it could be mended.
 pub(crate) struct Sink<'a> {
     pub(crate) report: &'a mut CheckReport,
     pub(crate) fixes: Option<&'a mut Vec<Fix>>,
+    pub(crate) leaks: Leaks,
 }
 
-impl Sink<'_> {
+impl<'a> Sink<'a> {
+    /// For a check: nothing is mended.
+    pub(crate) fn of_check(report: &'a mut CheckReport) -> Self {
+        Self { report, fixes: None, leaks: Leaks::Keep }
+    }
+
     pub(crate) fn find(&mut self, finding: Finding) {
         self.report.add(finding);
     }
 
     pub(crate) fn fix(&mut self, path: &Path, sentence: &str, action: impl FnOnce() -> Action) {
-        self.fix_losing(path, sentence.to_owned(), 0, action);
+        self.fix_losing(path, sentence.to_owned(), 0, || vec![action()]);
     }
 
     pub(crate) fn fix_losing(
@@ -62,10 +86,10 @@ impl Sink<'_> {
         path: &Path,
         sentence: String,
         lost_bytes: u64,
-        action: impl FnOnce() -> Action,
+        actions: impl FnOnce() -> Vec<Action>,
     ) {
         if let Some(fixes) = self.fixes.as_deref_mut().filter(|fixes| fixes.len() < FIXES_MAX) {
-            fixes.push(Fix { path: path.to_owned(), sentence, lost_bytes, action: action() });
+            fixes.push(Fix { path: path.to_owned(), sentence, lost_bytes, actions: actions() });
         }
     }
 }

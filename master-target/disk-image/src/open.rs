@@ -492,7 +492,7 @@ fn open_flat_extent(store: Store, line: &ExtentLine, is_file: bool) -> Result<Bo
                     "enlarge the file to {expected} bytes; what is new reads as zeros"
                 ),
                 lost_bytes: expected - found,
-                action: Action::SetLength(expected),
+                actions: vec![Action::SetLength(expected)],
             }),
             false => error,
         });

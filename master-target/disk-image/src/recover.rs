@@ -51,13 +51,12 @@ pub(crate) fn plan_footer(
     );
     let bytes = tail(&header, grains, end);
     let length = end * SECTOR_BYTES + bytes.len() as u64;
-    let fix =
-        |action| Fix { path: path.to_owned(), sentence: sentence.clone(), lost_bytes: 0, action };
-    Ok(vec![
-        fix(Action::SetLength(end * SECTOR_BYTES)),
-        fix(Action::Write { offset: end * SECTOR_BYTES, bytes }),
-        fix(Action::SetLength(length)),
-    ])
+    let actions = vec![
+        Action::SetLength(end * SECTOR_BYTES),
+        Action::Write { offset: end * SECTOR_BYTES, bytes: bytes.into() },
+        Action::SetLength(length),
+    ];
+    Ok(vec![Fix { path: path.to_owned(), sentence, lost_bytes: 0, actions }])
 }
 
 /// The footer of a stream that ends as it should, whatever its header says.
@@ -80,7 +79,7 @@ fn header_from(footer: &Header, path: &Path) -> Fix {
         path: path.to_owned(),
         sentence: "write the stream's damaged header anew, from its footer".into(),
         lost_bytes: 0,
-        action: Action::Write { offset: 0, bytes: header.encode().to_vec() },
+        actions: vec![Action::Write { offset: 0, bytes: header.encode().as_slice().into() }],
     }
 }
 

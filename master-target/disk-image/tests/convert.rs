@@ -7,7 +7,7 @@ use std::{fs::File, os::unix::fs::FileExt, path::Path};
 use backhaul_disk_image::{
     CreateOptions, Deep, DiskImage, ErrorKind, Kind, OpenOptions, RunState, Severity, Silent,
     create, open,
-    ops::{ConvertOptions, apply_repair, check, compare, convert, info, map, plan_repair},
+    ops::{ConvertOptions, Leaks, apply_repair, check, compare, convert, info, map, plan_repair},
 };
 use support::{Random, qemu, run, text};
 
@@ -177,9 +177,13 @@ fn content(path: &Path) -> Vec<u8> {
 }
 
 fn repair(path: &Path) -> u64 {
+    repair_with(path, Leaks::Keep)
+}
+
+fn repair_with(path: &Path, leaks: Leaks) -> u64 {
     let mut lost = 0;
     for _ in 0..4 {
-        let plan = plan_repair(path, &OpenOptions::read_only(), &mut Silent).unwrap();
+        let plan = plan_repair(path, &OpenOptions::read_only(), leaks, &mut Silent).unwrap();
         if plan.fixes.is_empty() {
             break;
         }
@@ -258,6 +262,8 @@ fn what_is_lost_in_both_copies_is_said_and_becomes_zeros() {
     drop(opened);
     assert_eq!(repair(&image), 65_536);
     model[..65_536].fill(0);
+    // The grain itself is still there, for whoever looks for it.
+    assert_eq!(repair_with(&image, Leaks::Free), 0);
     assert!(content(&image) == model);
     let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
     assert!(after.is_clean(), "{after:?}");
@@ -280,6 +286,7 @@ fn grains_that_share_a_place_are_parted() {
     let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
     assert_eq!(before.losses, 1, "{before:?}");
     repair(&image);
+    assert_eq!(repair_with(&image, Leaks::Free), 0);
     assert!(content(&image) == model);
     let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
     assert!(after.is_clean(), "{after:?}");
@@ -297,8 +304,104 @@ fn leaked_space_is_found_and_given_back() {
     let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
     assert_eq!((before.leaked_bytes, before.losses), (65_536 * 3, 0));
     assert_eq!(repair(&image), 0);
+    assert_eq!(file.metadata().unwrap().len(), length + 65_536 * 3, "it was not asked for");
+    assert_eq!(repair_with(&image, Leaks::Free), 0);
     assert_eq!(file.metadata().unwrap().len(), length);
     assert!(content(&image) == model);
+}
+
+/// Zeros in one copy of the metadata were read as zeros of the disk, without a word, and a repair of
+/// a directory that was zeroed found the same damage again.
+#[test]
+fn zeros_in_one_copy_are_read_from_the_other_and_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let oracle = dir.path().join("oracle.raw");
+    for (by_qemu, redundant, whole_directory) in
+        (0..8).map(|bits| (bits & 1 != 0, bits & 2 != 0, bits & 4 != 0))
+    {
+        let story =
+            format!("by qemu {by_qemu}, redundant {redundant}, directory {whole_directory}");
+        let image = dir.path().join("zeroed.vmdk");
+        let _ = std::fs::remove_file(&image);
+        let model = sparse(&image);
+        std::fs::write(&oracle, &model).unwrap();
+        if by_qemu {
+            std::fs::remove_file(&image).unwrap();
+            qemu(&["convert", "-f", "raw", "-O", "vmdk", text(&oracle), text(&image)]);
+        }
+        let whole = std::fs::read(&image).unwrap();
+        let file = File::options().read(true).write(true).open(&image).unwrap();
+        let mut header = [0; 512];
+        file.read_exact_at(&mut header, 0).unwrap();
+        let field = if redundant { 48 } else { 56 };
+        let directory = u64::from_le_bytes(header[field..field + 8].try_into().unwrap()) * 512;
+        match whole_directory {
+            true => file.write_all_at(&[0; 8], directory).unwrap(),
+            false => file.write_all_at(&[0; 2048], table_byte(&file, redundant)).unwrap(),
+        }
+        assert!(content(&image) == model, "{story}");
+        let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(before.redundancies > 0 && before.losses == 0, "{story}: {before:?}");
+        assert_eq!(repair(&image), 0, "{story}");
+        let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(after.is_clean(), "{story}: {after:?}");
+        assert!(std::fs::read(&image).unwrap() == whole, "{story}");
+        qemu(&["check", "-f", "vmdk", text(&image)]);
+        qemu(&["compare", "-f", "vmdk", "-F", "raw", text(&image), text(&oracle)]);
+    }
+}
+
+/// A writer of an image whose primary table or directory was zeroed wrote over nothing that only the
+/// redundant copy names, and left the primary copy as it was.
+#[test]
+fn a_writer_makes_a_copy_that_is_behind_right() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, oracle) = (dir.path().join("behind.vmdk"), dir.path().join("oracle.raw"));
+    for (whole_directory, at) in [(false, 0), (false, 65_536), (true, 0), (true, 65_536)] {
+        let _ = std::fs::remove_file(&image);
+        let mut model = sparse(&image);
+        let file = File::options().read(true).write(true).open(&image).unwrap();
+        let mut header = [0; 512];
+        file.read_exact_at(&mut header, 0).unwrap();
+        let directory = u64::from_le_bytes(header[56..64].try_into().unwrap()) * 512;
+        match whole_directory {
+            true => file.write_all_at(&[0; 4], directory).unwrap(),
+            false => file.write_all_at(&[0; 2048], table_byte(&file, false)).unwrap(),
+        }
+        let opened = open(&image, &OpenOptions::writable()).unwrap();
+        opened.write_at(&[77; 1000], at).unwrap();
+        model[at as usize..at as usize + 1000].fill(77);
+        opened.flush().unwrap();
+        drop(opened);
+        std::fs::write(&oracle, &model).unwrap();
+        // qemu reads the primary copy alone.
+        qemu(&["compare", "-f", "vmdk", "-F", "raw", text(&image), text(&oracle)]);
+        let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert_eq!((after.losses, after.redundancies), (0, 0), "{after:?}");
+    }
+}
+
+/// A primary entry that named another grain's place was believed, though the redundant one named a
+/// grain that nothing else does: the right one was lost. Either of the two may come first.
+#[test]
+fn a_grain_in_anothers_place_is_taken_from_the_other_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("shared.vmdk");
+    for (wrong, named) in [(0, 4), (4, 0), (2, 600)] {
+        let _ = std::fs::remove_file(&image);
+        let model = sparse(&image);
+        let file = File::options().read(true).write(true).open(&image).unwrap();
+        let table = table_byte(&file, false);
+        let mut entry = [0; 4];
+        file.read_exact_at(&mut entry, table + named * 4).unwrap();
+        file.write_all_at(&entry, table + wrong * 4).unwrap();
+        let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(before.losses == 0 && before.redundancies > 0, "{before:?}");
+        assert_eq!(repair(&image), 0);
+        assert!(content(&image) == model, "{wrong}, {named}");
+        let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(after.is_clean(), "{after:?}");
+    }
 }
 
 /// Both directories were damaged, or gone, and the tables and grains were whole: the repair took the
@@ -319,7 +422,8 @@ fn a_repair_gives_nothing_back_that_may_be_somebodys_data() {
             damaged[place..place + 4].fill(byte);
         }
         std::fs::write(&image, &damaged).unwrap();
-        let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+        let plan =
+            plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap();
         apply_repair(&plan, &mut Silent).unwrap();
         // Whoever puts the directories back finds everything.
         let mut mended = std::fs::read(&image).unwrap();
@@ -345,7 +449,7 @@ fn a_repair_does_not_call_a_damaged_stream_clean() {
     let middle = file.metadata().unwrap().len() / 2;
     file.read_exact_at(&mut byte, middle).unwrap();
     file.write_all_at(&[byte[0] ^ 0x55], middle).unwrap();
-    let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+    let plan = plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap();
     assert!(plan.report.is_some_and(|report| report.losses > 0), "{:?}", plan.fixes);
 }
 
@@ -416,7 +520,8 @@ fn a_directory_pointer_that_leads_elsewhere_is_derived_and_repaired() {
             assert_eq!((report.losses, report.redundancies), (0, fields.len() as u64));
             let error = open(&image, &OpenOptions::writable()).unwrap_err();
             assert!(error.to_string().contains("repair it before writing"), "{error}");
-            let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+            let plan =
+                plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap();
             assert!(plan.fixes[0].sentence.contains("pointer to a grain directory"), "{plan:?}");
             assert_eq!(repair(&image), 0);
             assert!(std::fs::read(&image).unwrap() == whole, "{wrong}, {fields:?}");
@@ -447,7 +552,8 @@ fn a_damaged_header_of_a_stream_is_written_anew_from_its_footer() {
             std::fs::write(&image, &whole).unwrap();
             continue;
         }
-        let plan = plan_repair(&image, &OpenOptions::read_only(), &mut Silent).unwrap();
+        let plan =
+            plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap();
         assert!(plan.cannot_open.is_some() && plan.fixes.len() == 1, "{plan:?}");
         assert_eq!(repair(&image), 0);
         assert!(std::fs::read(&image).unwrap() == whole, "byte {at}");

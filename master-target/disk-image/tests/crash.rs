@@ -16,7 +16,7 @@ use std::{
 use backhaul_disk_image::{
     CreateOptions, Deep, DiskImage, ErrorKind, Kind, OpenOptions, Silent, create_storage, open,
     open_storage,
-    ops::{apply_repair, plan_repair},
+    ops::{Leaks, apply_repair, plan_repair},
     storage::{MemoryStorage, Storage},
 };
 use support::Random;
@@ -310,7 +310,7 @@ fn repair_clean(path: &Path, story: &str) {
     before.read_at(&mut content, 0).unwrap();
     drop(before);
     for _ in 0..3 {
-        let plan = plan_repair(path, &OpenOptions::read_only(), &mut Silent).unwrap();
+        let plan = plan_repair(path, &OpenOptions::read_only(), Leaks::Free, &mut Silent).unwrap();
         assert_eq!(plan.lost_bytes, 0, "{story}");
         apply_repair(&plan, &mut Silent).unwrap();
     }

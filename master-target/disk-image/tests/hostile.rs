@@ -13,7 +13,7 @@ use std::{
 
 use backhaul_disk_image::{
     CreateOptions, Kind, OpenOptions, Silent, create, open,
-    ops::{ConvertOptions, apply_repair, convert, plan_repair},
+    ops::{ConvertOptions, Leaks, apply_repair, convert, plan_repair},
 };
 use esxi::{Grain, cowd, sesparse};
 
@@ -58,7 +58,10 @@ fn repair_it(bytes: &[u8]) {
     let path = dir.path().join("hostile.vmdk");
     std::fs::write(&path, bytes).unwrap();
     for _ in 0..3 {
-        let Ok(plan) = plan_repair(&path, &OpenOptions::read_only(), &mut Silent) else { return };
+        let Ok(plan) = plan_repair(&path, &OpenOptions::read_only(), Leaks::Keep, &mut Silent)
+        else {
+            return;
+        };
         if plan.fixes.is_empty() {
             break;
         }

@@ -6,7 +6,7 @@ mod support;
 
 use backhaul_disk_image::{
     CreateOptions, Deep, ErrorKind, Kind, OpenOptions, Silent, create, open,
-    ops::{ConvertOptions, apply_repair, compare, convert, plan_repair},
+    ops::{ConvertOptions, Leaks, apply_repair, compare, convert, plan_repair},
 };
 use esxi::{Grain, cowd, descriptor, sesparse};
 use support::{qemu, text};
@@ -126,7 +126,7 @@ fn a_chain_that_runs_in_a_circle_or_leaves_the_folder_is_refused() {
 fn repaired(path: &std::path::Path, extent: &std::path::Path, good: &[u8]) {
     let error = open(path, &OpenOptions::read_only()).unwrap_err();
     assert!(error.to_string().contains("grain directory"), "{error}");
-    let plan = plan_repair(path, &OpenOptions::read_only(), &mut Silent).unwrap();
+    let plan = plan_repair(path, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap();
     assert_eq!((plan.fixes.len(), plan.lost_bytes), (1, 0), "{plan:?}");
     apply_repair(&plan, &mut Silent).unwrap();
     assert!(std::fs::read(extent).unwrap() == good);

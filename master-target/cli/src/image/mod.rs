@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use backhaul_disk_image::ops::{self, ConvertOptions, RepairPlan};
+use backhaul_disk_image::ops::{self, ConvertOptions, Leaks, RepairPlan};
 use backhaul_disk_image::{
     CreateOptions, Deep, ErrorKind, ImageError, OpenOptions, Run, create, open,
 };
@@ -62,7 +62,10 @@ pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode>
             // A parent elsewhere was named by whoever asks.
             output.image_info(&ops::info(target, &PARENT)?);
         }
-        ImageVerb::Repair { input, yes } => return repair(input, *yes, output),
+        ImageVerb::Repair { input, yes, free_leaks } => {
+            let leaks = if *free_leaks { Leaks::Free } else { Leaks::Keep };
+            return repair(input, *yes, leaks, output);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -156,12 +159,17 @@ fn compare(sides: [(&PathBuf, OpenOptions); 2], output: &Output) -> anyhow::Resu
 }
 
 /// A repair may uncover what another one has to mend, so plans are made until one is empty.
-fn repair(input: &ImageInput, yes: bool, output: &Output) -> anyhow::Result<ExitCode> {
+fn repair(
+    input: &ImageInput,
+    yes: bool,
+    leaks: Leaks,
+    output: &Output,
+) -> anyhow::Result<ExitCode> {
     let mut applied = 0;
     let mut last: Option<RepairPlan> = None;
     loop {
         let bar = Bar::new(output, "examining");
-        let plan = ops::plan_repair(&input.image, &input.options(), &mut bar.advance())?;
+        let plan = ops::plan_repair(&input.image, &input.options(), leaks, &mut bar.advance())?;
         bar.finish();
         if plan.fixes.is_empty() {
             return Ok(repaired(&plan, applied, output));
@@ -197,10 +205,20 @@ fn repair(input: &ImageInput, yes: bool, output: &Output) -> anyhow::Result<Exit
 /// Says how a repair ended.
 fn repaired(plan: &RepairPlan, applied: usize, output: &Output) -> ExitCode {
     let clean = plan.report.as_ref().is_some_and(|report| report.is_clean());
+    let leaked_alone = plan
+        .report
+        .as_ref()
+        .filter(|report| report.losses == 0 && report.redundancies == 0 && report.leaked_bytes > 0);
     if output.is_json() {
         output.json(&json!({ "applied": applied, "clean": clean, "plan": plan }));
     } else if clean {
         say!("{applied} fixes applied; the image is clean");
+    } else if let Some(report) = leaked_alone {
+        say!(
+            "{applied} fixes applied; {} bytes of the file belong to no grain, which --free-leaks \
+             gives back",
+            report.leaked_bytes
+        );
     } else {
         say!("{applied} fixes applied; what is left cannot be repaired:");
         if let Some(report) = &plan.report {

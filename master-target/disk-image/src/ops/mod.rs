@@ -12,6 +12,7 @@ pub use convert::{ConvertOptions, ConvertReport, convert, overwrite};
 pub use repair::{RepairOutcome, RepairPlan, apply_repair, plan_repair};
 use serde::Serialize;
 
+pub use crate::fix::Leaks;
 use crate::{
     error::Result,
     image::{Deep, MapDisk, Run, RunState},

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
-    fix::{Action, Fix, Sink},
+    fix::{Action, Fix, Leaks, Sink},
     folder::Locks,
     image::Deep,
     open::{OpenOptions, open_disk, take_lock},
@@ -48,7 +48,8 @@ pub struct RepairOutcome {
 }
 
 /// Looks for what can be repaired in one link: parents are never changed. A repair may bring the
-/// next damage to light, so plan again after applying one, until a plan has no steps.
+/// next damage to light, so plan again after applying one, until a plan has no steps. Space that no
+/// table names is given back only where `leaks` says so, and never beside a loss.
 ///
 /// # Errors
 /// The image cannot be opened for a reason that no repair mends, the file system fails, or
@@ -56,6 +57,7 @@ pub struct RepairOutcome {
 pub fn plan_repair(
     path: &Path,
     options: &OpenOptions,
+    leaks: Leaks,
     progress: &mut dyn Progress,
 ) -> Result<RepairPlan> {
     let options = OpenOptions { writable: false, ..*options };
@@ -70,7 +72,7 @@ pub fn plan_repair(
     match open_disk(path, &options, 1) {
         Ok(disk) => {
             let mut report = CheckReport::default();
-            let mut sink = Sink { report: &mut report, fixes: Some(&mut plan.fixes) };
+            let mut sink = Sink { report: &mut report, fixes: Some(&mut plan.fixes), leaks };
             disk.examine(Deep::Yes, &mut sink, progress)?;
             plan.report = Some(report);
         }
@@ -86,12 +88,7 @@ pub fn plan_repair(
             plan.cannot_open = Some(error.to_string());
         }
     }
-    // Both copies of a table are written, but what is lost is lost once.
-    let mut lost: BTreeMap<(&Path, &str), u64> = BTreeMap::new();
-    for fix in &plan.fixes {
-        lost.insert((&fix.path, &fix.sentence), fix.lost_bytes);
-    }
-    plan.lost_bytes = lost.values().sum();
+    plan.lost_bytes = plan.fixes.iter().map(|fix| fix.lost_bytes).sum();
     Ok(plan)
 }
 
@@ -103,7 +100,6 @@ pub fn apply_repair(plan: &RepairPlan, progress: &mut dyn Progress) -> Result<Re
     let writable = OpenOptions { writable: true, ..plan.options };
     let mut files: BTreeMap<&Path, Store> = BTreeMap::new();
     let mut locks = Locks::default();
-    let mut copied = false;
     for fix in &plan.fixes {
         if !files.contains_key(fix.path.as_path()) {
             let file = File::options().read(true).write(true).open(&fix.path);
@@ -111,37 +107,51 @@ pub fn apply_repair(plan: &RepairPlan, progress: &mut dyn Progress) -> Result<Re
             take_lock(&file, &fix.path, &writable, &mut locks)?;
             files.insert(&fix.path, Store::new(&fix.path, Box::new(file)));
         }
-        let Some(store) = files.get(fix.path.as_path()) else { continue };
-        // A table must not name a copy that a power cut can still take away.
-        if copied && !matches!(fix.action, Action::Copy { .. }) {
-            store.sync()?;
-            copied = false;
-        }
-        match &fix.action {
-            Action::Write { offset, bytes } => store.write(bytes, *offset)?,
-            Action::SetLength(length) => store.set_length(*length)?,
-            Action::Free { offset, length } => store.free(*offset, *length)?,
-            Action::Copy { from, to, length } => {
-                let there = store.length()?.saturating_sub(*from).min(*length);
-                let mut bytes = store.read_vec(*from, there as usize)?;
-                bytes.resize(*length as usize, 0);
-                store.write(&bytes, *to)?;
-                copied = true;
-            }
-        }
     }
-    for store in files.values() {
-        store.sync()?;
+    let mut copied = false;
+    for names in [false, true] {
+        let actions = plan.fixes.iter().flat_map(|fix| {
+            let actions = fix.actions.iter().map(|action| (fix.path.as_path(), action));
+            actions.filter(|(_, action)| matches!(action, Action::Name { .. }) == names)
+        });
+        for (path, action) in actions {
+            let Some(store) = files.get(path) else { continue };
+            // A table must not name a copy that a power cut can still take away.
+            if copied && !matches!(action, Action::Copy { .. }) {
+                store.sync()?;
+                copied = false;
+            }
+            apply(action, store, &mut copied)?;
+        }
+        for store in files.values() {
+            store.sync()?;
+        }
     }
     drop((files, locks));
     let mut outcome = RepairOutcome { applied: plan.fixes.len(), report: None, cannot_open: None };
     match open_disk(&plan.path, &plan.options, 1) {
         Ok(disk) => {
             let mut report = CheckReport::default();
-            disk.examine(Deep::Yes, &mut Sink { report: &mut report, fixes: None }, progress)?;
+            disk.examine(Deep::Yes, &mut Sink::of_check(&mut report), progress)?;
             outcome.report = Some(report);
         }
         Err(error) => outcome.cannot_open = Some(error.to_string()),
     }
     Ok(outcome)
+}
+
+fn apply(action: &Action, store: &Store, copied: &mut bool) -> Result<()> {
+    match action {
+        Action::Write { offset, bytes } => store.write(bytes, *offset),
+        Action::Name { offset, bytes } => store.write(bytes, *offset),
+        Action::SetLength(length) => store.set_length(*length),
+        Action::Free { offset, length } => store.free(*offset, *length),
+        Action::Copy { from, to, length } => {
+            let there = store.length()?.saturating_sub(*from).min(*length);
+            let mut bytes = store.read_vec(*from, there as usize)?;
+            bytes.resize(*length as usize, 0);
+            *copied = true;
+            store.write(&bytes, *to)
+        }
+    }
 }

@@ -1,30 +1,45 @@
 //! A sparse extent's metadata, looked at whole.
 
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+};
+
 use crate::{
     error::Result,
-    fix::{Action, Sink},
+    fix::{Action, Leaks, Sink},
     image::{Deep, SECTOR_BYTES},
     report::{Finding, Progress, Severity, advance},
     sparse::{
         SparseExtent,
+        create::copy_sectors,
         header::{FLAG_ZEROED_GRAINS, UNCLEAN_OFFSET},
         pointers::Misled,
         tables::{BAD, MISSING, Tables, ZEROED},
     },
 };
 
-/// Of so many grains in use, one may belong to nobody and be given back: a crash leaves few behind. More
-/// than that may be what a lost table named.
-const LEAK_SHARE: u64 = 8;
-
-/// In an image that was hardly begun when its writer was cut off, so many are few.
-const LEAK_GRAINS: u64 = 64;
+/// Places that several grains name, and places that the other copies offer instead, which are held in
+/// memory. Beyond so many none is offered, and the first of the grains in one place keeps it.
+const SHARED_MAX: usize = 16_384;
 
 /// One bit for every place of the file where a grain can be: 4 MiB of memory for 2 TiB in grains
-/// of 64 KiB, at most 64 MiB.
+/// of 64 KiB, at most 64 MiB. All that is named is marked before the first table is judged, so that
+/// the order in which they are looked at decides nothing.
 struct Used {
     bits: Vec<u64>,
     grain_sectors: u64,
+    /// Places that several grains name, at most [`SHARED_MAX`]: their marks are taken away again, for
+    /// the grain that keeps the place.
+    shared: BTreeSet<u64>,
+    /// There are more of them, so that every place has to be asked for.
+    all_shared: bool,
+    /// Sectors that nothing names but the other copy of an entry that shares its place; `false` where
+    /// several such do. At most [`SHARED_MAX`].
+    offers: BTreeMap<u32, bool>,
+    /// Whether the regular place of a table that the directory of a copy does not name is free.
+    is_regular_free: [bool; 2],
     /// Where a repair puts what needs a new place.
     append_sector: u64,
 }
@@ -35,15 +50,22 @@ impl Used {
         Self {
             bits: vec![0; slots.div_ceil(64) as usize],
             grain_sectors,
+            shared: BTreeSet::new(),
+            all_shared: false,
+            offers: BTreeMap::new(),
+            is_regular_free: [false; 2],
             append_sector: file_sectors,
         }
     }
 
+    fn slots(&self, sector: u64, sectors: u64) -> Range<u64> {
+        sector / self.grain_sectors..(sector + sectors).div_ceil(self.grain_sectors)
+    }
+
     /// Marks the places of a range; says whether one of them was marked before.
     fn mark(&mut self, sector: u64, sectors: u64) -> bool {
-        let slots = sector / self.grain_sectors..(sector + sectors).div_ceil(self.grain_sectors);
         let mut before = false;
-        for slot in slots {
+        for slot in self.slots(sector, sectors) {
             if let Some(word) = self.bits.get_mut((slot / 64) as usize) {
                 before |= *word & (1 << (slot % 64)) != 0;
                 *word |= 1 << (slot % 64);
@@ -54,6 +76,57 @@ impl Used {
 
     fn is_marked(&self, slot: u64) -> bool {
         self.bits.get((slot / 64) as usize).is_some_and(|word| word & (1 << (slot % 64)) != 0)
+    }
+
+    /// Marks a grain that a table names.
+    fn name(&mut self, entry: u32) {
+        let twice = self.mark(u64::from(entry), self.grain_sectors);
+        if twice && self.is_aligned(entry) {
+            self.all_shared |= self.shared.len() >= SHARED_MAX;
+            if !self.all_shared {
+                self.shared.insert(u64::from(entry) / self.grain_sectors);
+            }
+        }
+    }
+
+    fn is_aligned(&self, entry: u32) -> bool {
+        u64::from(entry).is_multiple_of(self.grain_sectors)
+    }
+
+    fn is_shared(&self, entry: u32) -> bool {
+        let mut slots = self.slots(u64::from(entry), self.grain_sectors);
+        self.all_shared || slots.any(|slot| self.shared.contains(&slot))
+    }
+
+    /// Remembers what the `other` copy has for an entry that shares its place, if nothing uses that.
+    fn offer(&mut self, entry: u32, other: u32) {
+        let mut slots = self.slots(u64::from(other), self.grain_sectors);
+        let is_free = self.is_aligned(other) && !slots.any(|slot| self.is_marked(slot));
+        let has_room = self.offers.len() < SHARED_MAX || self.offers.contains_key(&other);
+        if is_free && has_room && self.is_aligned(entry) && self.is_shared(entry) {
+            self.offers.entry(other).and_modify(|alone| *alone = false).or_insert(true);
+        }
+    }
+
+    /// Takes the marks of shared places away, for the grains that will keep them.
+    fn reopen(&mut self) {
+        if self.all_shared {
+            self.bits.fill(0);
+            self.shared.clear();
+            self.offers.clear();
+        }
+        for slot in &self.shared {
+            if let Some(word) = self.bits.get_mut((slot / 64) as usize) {
+                *word &= !(1 << (slot % 64));
+            }
+        }
+    }
+
+    /// Whether the place of `entry` belongs to another grain; else it is this one's from now on.
+    fn is_taken(&mut self, entry: u32) -> bool {
+        self.is_shared(entry)
+            && self.mark(u64::from(entry), self.grain_sectors)
+            && self.is_aligned(entry)
     }
 }
 
@@ -77,7 +150,7 @@ impl SparseExtent {
                 "its last writer did not close it".into(),
             ));
             sink.fix(&self.store.path, "clear the mark of a writer that did not close it", || {
-                Action::Write { offset: UNCLEAN_OFFSET, bytes: vec![0] }
+                Action::Write { offset: UNCLEAN_OFFSET, bytes: [0].into() }
             });
         }
         for (pointer, finding) in self.misled.iter().zip(self.misled_findings()) {
@@ -86,13 +159,13 @@ impl SparseExtent {
                 format!("correct the header's pointer to a grain directory: {}", pointer.right);
             sink.fix(&self.store.path, &sentence, || Action::Write {
                 offset: pointer.offset,
-                bytes: pointer.right.to_le_bytes().to_vec(),
+                bytes: pointer.right.to_le_bytes().as_slice().into(),
             });
         }
-        for finding in &tables.findings {
+        for finding in tables.damage() {
             sink.find(finding.clone());
         }
-        let mut used = Used::new(tables.file_sectors, self.header.grain_sectors);
+        let mut used = self.survey(tables, progress)?;
         sink.report.grains_total += self.header.grains();
         let count = tables.primary.len();
         let per_table = u64::from(self.header.entries_per_table) * self.header.grain_bytes();
@@ -121,6 +194,104 @@ impl SparseExtent {
         Finding { severity, path: self.store.path.clone(), offset: Some(offset), sentence }
     }
 
+    /// Marks all that the tables name.
+    fn survey(&self, tables: &mut Tables, progress: &mut dyn Progress) -> Result<Used> {
+        let mut used = Used::new(tables.file_sectors, self.header.grain_sectors);
+        if self.header.is_compressed() {
+            return Ok(used);
+        }
+        let is_free = self.mark_tables(tables, &mut used);
+        let mut lowest = u32::MAX;
+        self.each_named(tables, progress, |entry, _| {
+            lowest = lowest.min(entry);
+            used.name(entry);
+        })?;
+        if u64::from(lowest) >= self.header.overhead_sectors {
+            used.is_regular_free = is_free;
+        }
+        if !used.shared.is_empty() && !used.all_shared {
+            self.each_named(tables, progress, |entry, other| {
+                if let Some(other) = other {
+                    used.offer(entry, other);
+                }
+            })?;
+        }
+        used.reopen();
+        self.mark_tables(tables, &mut used);
+        Ok(used)
+    }
+
+    /// Marks the tables that stand behind the overhead. Returns for each copy whether its regular
+    /// places belong to its tables alone.
+    fn mark_tables(&self, tables: &Tables, used: &mut Used) -> [bool; 2] {
+        let header = &self.header;
+        let directories = [tables.directory_sector, header.redundant_sector];
+        let copies = directories.map(|start| start..start.saturating_add(copy_sectors(header)));
+        let descriptor = header.descriptor_sector
+            ..header.descriptor_sector.saturating_add(header.descriptor_sectors);
+        let apart =
+            |one: &Range<u64>, other: &Range<u64>| one.end <= other.start || other.end <= one.start;
+        let end = header.overhead_sectors.min(tables.file_sectors);
+        let mut strays = false;
+        for index in 0..tables.primary.len() {
+            for (place, directory) in tables.places(index).into_iter().zip(directories) {
+                let place = u64::from(place);
+                if place >= header.overhead_sectors {
+                    used.mark(place, header.table_sectors());
+                } else {
+                    strays |= place != 0 && place != self.regular_place(directory, index);
+                }
+            }
+        }
+        [0, 1].map(|copy| {
+            let (this, other) = (&copies[copy], &copies[1 - copy]);
+            this.start > 0
+                && this.end <= end
+                && apart(this, &descriptor)
+                && apart(this, other)
+                && !strays
+        })
+    }
+
+    /// Calls for every grain that is stored: what its entry should be, and what the other copy has,
+    /// where that is another grain.
+    fn each_named(
+        &self,
+        tables: &mut Tables,
+        progress: &mut dyn Progress,
+        mut each: impl FnMut(u32, Option<u32>),
+    ) -> Result<()> {
+        for index in 0..tables.primary.len() {
+            if index % 256 == 0 {
+                advance(progress, &self.store.path, 0, self.header.capacity_bytes())?;
+            }
+            if !(tables.is_stored(&self.store, 0, index) || tables.is_stored(&self.store, 1, index))
+            {
+                continue;
+            }
+            let copies = self.copies(tables, index);
+            for at in 0..tables.entries_of(index) {
+                let (entry, other) = copies.judge(tables, at);
+                if self.is_grain(entry) {
+                    each(entry, other.filter(|other| self.is_grain(*other)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an entry that can be right names a place.
+    fn is_grain(&self, entry: u32) -> bool {
+        let is_zeroed = entry == ZEROED && self.header.has(FLAG_ZEROED_GRAINS);
+        entry != MISSING && entry != BAD && !is_zeroed
+    }
+
+    fn copies(&self, tables: &Tables, index: usize) -> Copies {
+        let places = tables.places(index);
+        let entries = places.map(|place| tables.raw(&self.store, place, index).ok().flatten());
+        Copies { index, places, entries, count: if tables.redundant.is_empty() { 1 } else { 2 } }
+    }
+
     fn examine_table(
         &self,
         tables: &mut Tables,
@@ -129,40 +300,32 @@ impl SparseExtent {
         used: &mut Used,
         sink: &mut Sink<'_>,
     ) -> Result<()> {
-        let sectors = self.header.table_sectors();
-        let places = [Some(&tables.primary), Some(&tables.redundant).filter(|all| !all.is_empty())];
-        let places = places.map(|copy| copy.and_then(|copy| copy.get(index)).copied());
-        for place in places.into_iter().flatten().filter(|place| *place != MISSING) {
-            if u64::from(place) >= self.header.overhead_sectors {
-                used.mark(u64::from(place), sectors);
-            }
-        }
-        let mut holes = places.into_iter().flatten();
-        if holes.all(|place| place == MISSING || tables.is_hole(&self.store, place)) {
+        let is_stored = [0, 1].map(|copy| tables.is_stored(&self.store, copy, index));
+        let places = tables.places(index);
+        let lacks_place =
+            !tables.redundant.is_empty() && tables.is_named(index) && places.contains(&MISSING);
+        if is_stored == [false; 2] && !lacks_place {
             return Ok(());
         }
-        let mut copies = [None, None];
-        for (place, copy) in places.into_iter().zip(&mut copies) {
-            let Some(place) = place.filter(|place| *place != MISSING) else { continue };
-            *copy = tables.raw(&self.store, place, index).ok().flatten();
-            if copy.is_none() {
-                let sentence = format!("grain table {index} of one copy cannot be read");
-                let severity = Severity::Redundancy;
-                sink.find(self.finding(severity, u64::from(place) * SECTOR_BYTES, sentence));
-            }
+        let copies = self.copies(tables, index);
+        for copy in 0..copies.count {
+            let sentence = match (copies.places[copy], &copies.entries[copy]) {
+                (MISSING, _) if lacks_place => {
+                    format!("grain table {index} is missing in one copy of the grain directory")
+                }
+                (MISSING, _) | (_, Some(_)) => continue,
+                (_, None) => format!("grain table {index} of one copy cannot be read"),
+            };
+            let at = tables.entry_byte(copy, index);
+            sink.find(self.finding(Severity::Redundancy, at, sentence));
         }
-        let exists = places.iter().flatten().any(|place| *place != MISSING);
-        let [primary, redundant] = copies;
-        if primary.is_none() && redundant.is_none() {
-            if exists {
-                let at = tables.directory_sector.saturating_mul(SECTOR_BYTES);
-                let sentence = format!("grain table {index} cannot be read in any copy");
-                sink.find(self.finding(Severity::Loss, at, sentence));
-            }
+        if copies.entries == [None, None] {
+            let at = tables.entry_byte(0, index);
+            let sentence = format!("grain table {index} cannot be read in any copy");
+            sink.find(self.finding(Severity::Loss, at, sentence));
             return Ok(());
         }
-        let judged = Judged { index, primary, redundant, places };
-        let right = self.judge_entries(tables, &judged, used, sink);
+        let right = self.judge_entries(tables, &copies, used, sink);
         if deep == Deep::Yes && self.header.is_compressed() {
             self.inflate_all(index, &right, sink);
         }
@@ -172,51 +335,46 @@ impl SparseExtent {
     /// Judges every entry of a table and returns what they should be.
     fn judge_entries(
         &self,
-        tables: &Tables,
-        judged: &Judged,
+        tables: &mut Tables,
+        copies: &Copies,
         used: &mut Used,
         sink: &mut Sink<'_>,
     ) -> Vec<u32> {
-        let Judged { index, primary, redundant, .. } = judged;
-        let grain_sectors = self.header.grain_sectors;
-        let count = tables.entries_of(*index);
+        let index = copies.index;
+        let count = tables.entries_of(index);
         let mut right = Vec::with_capacity(count);
         let (mut differ, mut wrong, mut moved) = (0, 0, 0);
         for at in 0..count {
-            let sound = |copy: &Option<Vec<u32>>| {
-                let entry = copy.as_ref().map(|entries| entries[at]);
-                entry.filter(|entry| tables.is_sound(*entry, *index, at))
-            };
-            let (first, second) = (sound(primary), sound(redundant));
-            let mut entry = match (first, second) {
-                // A crash between the two copies leaves the redundant one ahead.
-                (Some(MISSING), Some(ahead)) => ahead,
-                (Some(entry), _) | (None, Some(entry)) => entry,
-                (None, None) => BAD,
-            };
-            let of = |copy: &Option<Vec<u32>>| copy.as_ref().map(|entries| entries[at]);
-            differ += u64::from(redundant.is_some() && of(primary) != of(redundant));
-            let is_zeroed = entry == ZEROED && self.header.has(FLAG_ZEROED_GRAINS);
-            let grain = *index as u64 * u64::from(self.header.entries_per_table) + at as u64;
+            let (mut entry, other) = copies.judge(tables, at);
+            differ += u64::from(copies.differ(at));
+            let grain = index as u64 * u64::from(self.header.entries_per_table) + at as u64;
             let disk_byte = grain * self.header.grain_bytes();
             if entry == BAD {
                 wrong += 1;
                 let sentence = format!(
                     "the table entry of the grain at byte {disk_byte} of the disk is wrong in every copy"
                 );
-                sink.find(self.finding(Severity::Loss, judged.byte_of(at), sentence));
+                sink.find(self.finding(Severity::Loss, copies.byte_of(at), sentence));
                 entry = MISSING;
-            } else if entry != MISSING && !is_zeroed {
+            } else if self.is_grain(entry) {
                 sink.report.grains_allocated += 1;
-                let aligned = u64::from(entry).is_multiple_of(grain_sectors);
-                let twice =
-                    !self.header.is_compressed() && used.mark(u64::from(entry), grain_sectors);
-                if twice && aligned {
+                let offered = other.filter(|other| {
+                    used.is_shared(entry) && used.offers.get(other).is_some_and(|alone| *alone)
+                });
+                if let Some(other) = offered {
+                    let sentence = format!(
+                        "one copy of the table has the grain at byte {disk_byte} of the disk in the \
+                         place of another one; the other copy has it in a place of its own"
+                    );
+                    sink.find(self.finding(Severity::Redundancy, copies.byte_of(at), sentence));
+                    used.mark(u64::from(other), self.header.grain_sectors);
+                    entry = other;
+                } else if !self.header.is_compressed() && used.is_taken(entry) {
                     let sentence = format!(
                         "the grain at byte {disk_byte} of the disk shares its place in the file with \
                          another one; one of the two has lost its content"
                     );
-                    sink.find(self.finding(Severity::Loss, judged.byte_of(at), sentence));
+                    sink.find(self.finding(Severity::Loss, copies.byte_of(at), sentence));
                     if let Some(sector) = self.fix_shared(entry, disk_byte, used, sink) {
                         entry = sector;
                         moved += 1;
@@ -228,11 +386,10 @@ impl SparseExtent {
         if differ > 0 {
             let sentence =
                 format!("the two copies of grain table {index} differ in {differ} entries");
-            sink.find(self.finding(Severity::Redundancy, judged.byte_of(0), sentence));
+            sink.find(self.finding(Severity::Redundancy, copies.byte_of(0), sentence));
         }
-        if differ > 0 || wrong > 0 || moved > 0 || judged.lacks_copy() {
-            let directories = [tables.directory_sector, self.header.redundant_sector];
-            self.fix_table(judged, directories, (&right, wrong), used, sink);
+        if differ > 0 || wrong > 0 || moved > 0 || copies.lacks_one() {
+            self.fix_table(tables, copies, (&right, wrong), used, sink);
         }
         right
     }
@@ -260,15 +417,18 @@ impl SparseExtent {
 
     fn fix_table(
         &self,
-        judged: &Judged,
-        directories: [u64; 2],
+        tables: &mut Tables,
+        copies: &Copies,
         (right, wrong): (&[u32], u64),
         used: &mut Used,
         sink: &mut Sink<'_>,
     ) {
-        let bytes: Vec<u8> = right.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        let mut bytes: Vec<u8> = right.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        bytes.resize((self.header.table_sectors() * SECTOR_BYTES) as usize, 0);
+        let bytes: Arc<[u8]> = bytes.into();
+        let is_empty = right.iter().all(|entry| *entry == MISSING);
         let lost = wrong * self.header.grain_bytes();
-        let index = judged.index;
+        let index = copies.index;
         let sentence = match wrong {
             0 => format!("write both copies of grain table {index} from their sound entries"),
             _ => format!(
@@ -276,27 +436,30 @@ impl SparseExtent {
                  is lost will read as zeros"
             ),
         };
-        let mut write = |offset: u64, bytes: Vec<u8>| {
-            let action = || Action::Write { offset, bytes };
-            sink.fix_losing(&self.store.path, sentence.clone(), lost, action);
-        };
+        let directories = [tables.directory_sector, self.header.redundant_sector];
+        let mut actions = Vec::new();
         // The redundant copy first, as a writer does it.
-        for (place, directory) in judged.places.iter().zip(directories).rev() {
-            let Some(place) = place.filter(|place| *place != MISSING) else { continue };
-            if u64::from(place) == self.regular_place(directory, index) {
-                write(u64::from(place) * SECTOR_BYTES, bytes.clone());
-                continue;
-            }
+        for copy in (0..copies.count).rev() {
+            let regular = self.regular_place(directories[copy], index);
+            let found = u64::from(copies.places[copy]);
+            let is_missing = copies.places[copy] == MISSING;
             // A directory entry that is wrong may lead into the middle of a grain: the table gets
             // a new place, and nothing is overwritten but the entry.
-            let Ok(sector) = u32::try_from(used.append_sector) else { continue };
-            let mut table = bytes.clone();
-            table.resize((self.header.table_sectors() * SECTOR_BYTES) as usize, 0);
-            write(u64::from(sector) * SECTOR_BYTES, table);
-            let entry = directory * SECTOR_BYTES + index as u64 * 4;
-            write(entry, sector.to_le_bytes().to_vec());
-            used.append_sector += self.header.table_sectors();
+            let is_regular = found == regular || (is_missing && used.is_regular_free[copy]);
+            let place = if is_regular { regular } else { used.append_sector };
+            let Ok(sector) = u32::try_from(place) else { continue };
+            if !is_regular {
+                used.append_sector += self.header.table_sectors();
+            }
+            if !(is_empty && tables.is_hole(&self.store, copy, place)) {
+                actions.push(Action::Write { offset: place * SECTOR_BYTES, bytes: bytes.clone() });
+            }
+            if found != place {
+                let offset = tables.entry_byte(copy, index);
+                actions.push(Action::Name { offset, bytes: sector.to_le_bytes() });
+            }
         }
+        sink.fix_losing(&self.store.path, sentence, lost, || actions);
     }
 
     /// Where the table at `index` is in a file whose tables follow their directory in order, as
@@ -319,9 +482,9 @@ impl SparseExtent {
         }
     }
 
-    /// Space that nothing names: what a crash, or a trim that was not followed by use, left over. It is
-    /// given back only where it can be nothing else: whoever lost the tables of a disk finds its data
-    /// there, as long as nobody frees it.
+    /// Space that nothing names: what a crash, or a trim that was not followed by use, left over, or
+    /// what lost tables named. No count tells the one from the other, in a new image least of all, so
+    /// it is given back only to who asks for that.
     fn examine_leaks(&self, tables: &Tables, used: &Used, sink: &mut Sink<'_>) {
         let grain_sectors = self.header.grain_sectors;
         let first = self.header.overhead_sectors.div_ceil(grain_sectors);
@@ -329,8 +492,6 @@ impl SparseExtent {
         let grain_bytes = self.header.grain_bytes();
         let tail =
             (first..end).rev().find(|slot| used.is_marked(*slot)).map_or(first, |slot| slot + 1);
-        let marked = (first..end).filter(|slot| used.is_marked(*slot)).count() as u64;
-        let mut leaks = Vec::new();
         let mut slot = first;
         while slot < end {
             if used.is_marked(slot) {
@@ -354,52 +515,65 @@ impl SparseExtent {
             sink.report.leaked_bytes = sink.report.leaked_bytes.saturating_add(length);
             let sentence = format!("{length} bytes belong to no grain");
             sink.find(self.finding(Severity::Leak, offset, sentence));
-            leaks.push((start, offset, length));
-        }
-        let leaked: u64 = leaks.iter().map(|(_, _, length)| length / grain_bytes).sum();
-        let few = leaked <= LEAK_GRAINS || leaked.saturating_mul(LEAK_SHARE) <= marked;
-        if sink.report.losses > 0 || !few {
-            return;
-        }
-        for (start, offset, length) in leaks {
-            if start >= tail && used.append_sector > tables.file_sectors {
+            let has_appended = used.append_sector > tables.file_sectors;
+            if sink.leaks == Leaks::Keep
+                || sink.report.losses > 0
                 // A repair puts tables behind it; the next one frees it.
+                || (start >= tail && has_appended)
+            {
                 continue;
             }
             if start >= tail {
-                sink.fix(
-                    &self.store.path,
-                    "cut off the end of the file, which nothing uses",
-                    || Action::SetLength(tail.max(first) * grain_bytes),
-                );
-            } else {
-                sink.fix(&self.store.path, "free space in the file that nothing uses", || {
-                    Action::Free { offset, length }
+                let sentence =
+                    format!("cut off the last {length} bytes of the file, which nothing uses");
+                sink.fix(&self.store.path, &sentence, || {
+                    Action::SetLength(tail.max(first) * grain_bytes)
                 });
+            } else {
+                let sentence = format!("free {length} bytes in the file that nothing uses");
+                sink.fix(&self.store.path, &sentence, || Action::Free { offset, length });
             }
         }
     }
 }
 
-/// Both copies of a table and where they are.
-struct Judged {
+/// Both copies of a table and where they are: the primary, the redundant.
+struct Copies {
     index: usize,
-    primary: Option<Vec<u32>>,
-    redundant: Option<Vec<u32>>,
-    places: [Option<u32>; 2],
+    places: [u32; 2],
+    /// `None` for a copy that cannot be read, or that the directory does not name.
+    entries: [Option<Vec<u32>>; 2],
+    /// Copies that the file keeps, 1 or 2.
+    count: usize,
 }
 
-impl Judged {
-    /// A copy that the directory names could not be read.
-    fn lacks_copy(&self) -> bool {
-        let named = |place: Option<u32>| place.is_some_and(|place| place != MISSING);
-        named(self.places[0]) && self.primary.is_none()
-            || named(self.places[1]) && self.redundant.is_none()
+impl Copies {
+    fn entry(&self, copy: usize, at: usize) -> Option<u32> {
+        self.entries[copy].as_ref().map(|entries| entries[at])
+    }
+
+    /// What entry `at` should be as far as the table tells, and what the other copy has instead, if
+    /// that can be right as well.
+    fn judge(&self, tables: &Tables, at: usize) -> (u32, Option<u32>) {
+        let both = [self.entry(0, at), self.entry(1, at)];
+        let entry = tables.choose(both, self.index, at);
+        let is_sound = |other: &u32| *other != entry && tables.is_sound(*other, self.index, at);
+        (entry, both.into_iter().flatten().find(is_sound))
+    }
+
+    /// Whether both copies can be read and are not the same in entry `at`.
+    fn differ(&self, at: usize) -> bool {
+        self.entries.iter().all(Option::is_some) && self.entry(0, at) != self.entry(1, at)
+    }
+
+    /// A copy that there should be is missing or could not be read.
+    fn lacks_one(&self) -> bool {
+        self.entries[..self.count].contains(&None)
     }
 
     /// Byte of the file of entry `at`.
     fn byte_of(&self, at: usize) -> u64 {
-        let place = self.places.iter().flatten().copied().find(|place| *place != MISSING);
+        let place = self.places.into_iter().find(|place| *place != MISSING);
         u64::from(place.unwrap_or(0)) * SECTOR_BYTES + at as u64 * 4
     }
 }

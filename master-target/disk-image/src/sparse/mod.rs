@@ -255,16 +255,26 @@ impl SparseExtent {
         Ok(sector as u32)
     }
 
+    /// Gives the table at `index` its place where the primary copy has none for it.
     fn ensure_table(&self, state: &mut State, index: usize) -> Result<()> {
-        if state.tables.exists(index) {
+        if state.tables.is_placed(index) {
             return Ok(());
         }
+        // Read before it has its place: what the redundant copy names goes into both.
+        state.tables.get_sound(&self.store, index)?;
         let table_sectors = self.header.table_sectors() * 2;
         let sectors = table_sectors.next_multiple_of(self.header.grain_sectors);
         let sector = self.take_sectors(state, sectors)?;
-        // Loaded while the directory names none, so that it comes empty.
-        state.tables.get(&self.store, index)?;
         state.tables.place(index, sector);
+        Ok(())
+    }
+
+    /// Has the next checkpoint write both copies of the table at `index`, whose grains are about to
+    /// be written in place: a reader of the primary copy alone must find them, too.
+    fn settle(&self, state: &mut State, index: usize) -> Result<()> {
+        self.checkpoint_if_many(state)?;
+        self.ensure_table(state, index)?;
+        state.tables.settle(index);
         Ok(())
     }
 
@@ -349,7 +359,7 @@ impl SparseExtent {
         let per_table = self.header.entries_per_table as usize;
         let whole = (length / grain_bytes) as usize;
         let count = whole.min(per_table - at);
-        if !state.tables.exists(index) && gone == MISSING {
+        if !state.tables.is_named(index) && gone == MISSING {
             return Ok(count as u64 * grain_bytes);
         }
         self.ensure_table(state, index)?;
@@ -394,8 +404,18 @@ impl SparseExtent {
         let mut at = offset;
         while at < offset + length {
             let guard = self.share();
-            let (spot, run) = self.locate(&mut self.state(), at, offset + length - at)?;
+            let mut state = self.state();
+            let (spot, run) = self.locate(&mut state, at, offset + length - at)?;
+            let (index, _) = self.place_of(at);
+            let is_behind = state.tables.is_behind(index);
+            drop(state);
             match spot {
+                Spot::At(_) if is_behind => {
+                    drop(guard);
+                    let _guard = self.own();
+                    self.settle(&mut self.state(), index)?;
+                    continue;
+                }
                 Spot::At(place) => self.store.zero(place, run)?,
                 Spot::Missing if !backing.is_zero() => {
                     drop(guard);
@@ -458,8 +478,13 @@ impl Extent for SparseExtent {
             let left = (buf.len() - done) as u64;
             {
                 let _guard = self.share();
-                let (spot, length) = self.locate(&mut self.state(), at, left)?;
-                if let Spot::At(place) = spot {
+                let mut state = self.state();
+                let (spot, length) = self.locate(&mut state, at, left)?;
+                let is_behind = state.tables.is_behind(self.place_of(at).0);
+                drop(state);
+                if let Spot::At(place) = spot
+                    && !is_behind
+                {
                     self.store.write(&buf[done..done + length as usize], place)?;
                     done += length as usize;
                     continue;
@@ -477,7 +502,8 @@ impl Extent for SparseExtent {
                     let hidden = Backing { parent: None, ..backing };
                     done += self.write_new(&mut state, &buf[done..], at, hidden)?;
                 }
-                Spot::At(_) | Spot::Compressed(..) => {}
+                Spot::At(_) => self.settle(&mut state, self.place_of(at).0)?,
+                Spot::Compressed(..) => {}
             }
         }
         Ok(())
@@ -537,7 +563,7 @@ impl Extent for SparseExtent {
 
     fn findings(&self) -> Vec<Finding> {
         let mut findings = self.misled_findings();
-        findings.extend(self.state().tables.findings.iter().cloned());
+        findings.extend(self.state().tables.findings(&self.store.path));
         findings
     }
 

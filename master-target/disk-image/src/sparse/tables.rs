@@ -1,11 +1,13 @@
 //! Grain directory and grain tables of a hosted sparse extent, two copies of each.
 //!
-//! What is read is judged entry by entry: an entry of the primary copy that cannot be right is
-//! taken from the redundant one, and told. What is changed stays in memory until a checkpoint.
+//! What is read is judged entry by entry: an entry of the primary copy that cannot be right, or that
+//! names nothing, is taken from the redundant one, and told. What is changed stays in memory until a
+//! checkpoint.
 
 use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
+    path::Path,
 };
 
 use crate::{
@@ -31,7 +33,8 @@ const TABLES_CACHED_MAX: usize = 8192;
 #[derive(Debug, Clone)]
 pub(crate) struct Table {
     pub(crate) entries: Vec<u32>,
-    /// Sectors of the table that a checkpoint must write.
+    /// Sectors of the table that a checkpoint must write. From the start, those where the primary
+    /// copy lacks what the redundant one names: the first change makes both right.
     dirty: BTreeSet<usize>,
     /// An entry was not as it should be, so writing the table could make things worse.
     pub(crate) damaged: bool,
@@ -52,12 +55,15 @@ pub(crate) struct Tables {
     /// Tables that are new: their directory entries are not on disk.
     new: BTreeSet<usize>,
     pub(crate) file_sectors: u64,
-    /// A range of the file's bytes that was a hole when it was last asked for: most tables of a
-    /// large disk lie in one.
-    hole: Range<u64>,
+    /// For each copy, a range of the file's bytes that was a hole when it was last asked for: most
+    /// tables of a large disk lie in one.
+    holes: [Range<u64>; 2],
     /// The lowest sector that an entry may name.
     pub(crate) first_sector: u64,
-    pub(crate) findings: Vec<Finding>,
+    findings: Vec<Finding>,
+    /// Tables that were read from the redundant copy where the primary names nothing, at most
+    /// [`FINDINGS_MAX`].
+    behind: BTreeSet<usize>,
 }
 
 impl Tables {
@@ -72,9 +78,10 @@ impl Tables {
             dirty: BTreeSet::new(),
             new: BTreeSet::new(),
             file_sectors,
-            hole: 0..0,
+            holes: [0..0, 0..0],
             first_sector: if writable { header.overhead_sectors.max(1) } else { 1 },
             findings: Vec::new(),
+            behind: BTreeSet::new(),
         };
         let redundant = header
             .has(FLAG_REDUNDANT)
@@ -135,6 +142,38 @@ impl Tables {
         }
     }
 
+    /// What was met that is damaged, but for what every check finds by itself.
+    pub(crate) fn damage(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    /// What was met and read from the other copy, as far as no checkpoint has mended it.
+    pub(crate) fn findings(&self, path: &Path) -> Vec<Finding> {
+        let missing = |index: &usize| Finding {
+            severity: Severity::Redundancy,
+            path: path.to_owned(),
+            offset: Some(self.entry_byte(0, *index)),
+            sentence: format!(
+                "grain table {index}, or some of its entries, is missing in the first copy; it is read \
+                 from the other"
+            ),
+        };
+        let room = FINDINGS_MAX.saturating_sub(self.findings.len());
+        let behind = self.behind.iter().take(room).map(missing);
+        self.findings.iter().cloned().chain(behind).collect()
+    }
+
+    /// Byte of the file where the directory of `copy`, 0 for the primary, names the table at `index`.
+    pub(crate) fn entry_byte(&self, copy: usize, index: usize) -> u64 {
+        let directory = [self.directory_sector, self.header.redundant_sector][copy];
+        directory.saturating_mul(SECTOR_BYTES).saturating_add(index as u64 * 4)
+    }
+
+    /// Where the two copies of the table at `index` are: the primary, the redundant.
+    pub(crate) fn places(&self, index: usize) -> [u32; 2] {
+        [&self.primary, &self.redundant].map(|copy| copy.get(index).copied().unwrap_or(MISSING))
+    }
+
     /// The table at `index`, from memory or from whichever copy is sound.
     pub(crate) fn get(&mut self, store: &Store, index: usize) -> Result<&mut Table> {
         if !self.cached.contains_key(&index) {
@@ -150,17 +189,29 @@ impl Tables {
             .ok_or_else(|| ImageError::new(ErrorKind::Damaged, &store.path, "a table vanished"))
     }
 
-    /// Whether the table at `index` exists in the copy that is read.
-    pub(crate) fn exists(&self, index: usize) -> bool {
-        self.primary.get(index).is_some_and(|sector| *sector != MISSING)
-            || self.cached.contains_key(&index)
+    /// Whether the table at `index` has its place in the primary copy.
+    pub(crate) fn is_placed(&self, index: usize) -> bool {
+        self.places(index)[0] != MISSING
     }
 
-    /// Whether the copy of the table at `sector` lies in a hole of the file, and so is empty.
-    pub(crate) fn is_hole(&mut self, store: &Store, sector: u32) -> bool {
-        let start = u64::from(sector) * SECTOR_BYTES;
+    /// Whether a copy names the table at `index`.
+    pub(crate) fn is_named(&self, index: usize) -> bool {
+        self.places(index) != [MISSING; 2]
+    }
+
+    /// Whether the table at `index` is in a `copy`, 0 for the primary, and not in a hole of the file:
+    /// there, it is empty.
+    pub(crate) fn is_stored(&mut self, store: &Store, copy: usize, index: usize) -> bool {
+        let sector = self.places(index)[copy];
+        sector != MISSING && !self.is_hole(store, copy, u64::from(sector))
+    }
+
+    /// Whether the place of a table at `sector` is a hole of the file.
+    pub(crate) fn is_hole(&mut self, store: &Store, copy: usize, sector: u64) -> bool {
+        let start = sector * SECTOR_BYTES;
         let end = start + self.header.table_sectors() * SECTOR_BYTES;
-        if self.hole.contains(&start) && end <= self.hole.end {
+        let hole = &mut self.holes[copy];
+        if hole.contains(&start) && end <= hole.end {
             return true;
         }
         let file_bytes = self.file_sectors * SECTOR_BYTES;
@@ -168,17 +219,17 @@ impl Tables {
             return false;
         }
         match store.stored_run(start, file_bytes) {
-            Ok((false, until)) => self.hole = start..until,
+            Ok((false, until)) => *hole = start..until,
             _ => return false,
         }
-        end <= self.hole.end
+        end <= hole.end
     }
 
     /// Whether nothing of the table at `index` is allocated, as far as that is quick to tell.
     pub(crate) fn is_empty(&mut self, store: &Store, index: usize) -> bool {
-        let sector = self.primary.get(index).copied().unwrap_or(MISSING);
         !self.cached.contains_key(&index)
-            && (sector == MISSING || (sector != BAD && self.is_hole(store, sector)))
+            && !self.is_stored(store, 0, index)
+            && !self.is_stored(store, 1, index)
     }
 
     /// Entries of the table at `index` that stand for sectors of the disk.
@@ -217,61 +268,97 @@ impl Tables {
         sector >= self.first_sector && entry != BAD && sector + needed <= self.file_sectors
     }
 
-    fn read(&mut self, store: &Store, index: usize) -> Result<Table> {
-        let count = self.entries_of(index);
-        let empty =
-            || Table { entries: vec![MISSING; count], dirty: BTreeSet::new(), damaged: false };
-        let sector = self.primary.get(index).copied().unwrap_or(MISSING);
-        if sector == MISSING {
-            return Ok(empty());
+    /// Entry `at` of the table at `index`, as both copies have it; `None` for a copy that cannot be
+    /// read. [`BAD`] where neither can be right.
+    pub(crate) fn choose(&self, copies: [Option<u32>; 2], index: usize, at: usize) -> u32 {
+        let sound = |entry: Option<u32>| entry.filter(|entry| self.is_sound(*entry, index, at));
+        match copies.map(sound) {
+            // A crash between the two copies leaves the redundant one ahead, and what was zeroed by
+            // accident is no reason to forget a grain.
+            [Some(MISSING), Some(ahead)] => ahead,
+            [Some(entry), _] | [None, Some(entry)] => entry,
+            [None, None] => BAD,
         }
-        let primary = self.raw(store, sector, index);
-        let all_sound = |tables: &Self, entries: &[u32]| {
-            entries.iter().enumerate().all(|(at, entry)| tables.is_sound(*entry, index, at))
-        };
-        if let Ok(Some(entries)) = &primary
-            && all_sound(self, entries)
-        {
-            return Ok(Table { entries: entries.clone(), ..empty() });
-        }
-        let other = self.redundant.get(index).copied().unwrap_or(MISSING);
-        let redundant = self.raw(store, other, index).ok().flatten();
-        let primary = primary.ok().flatten();
-        let choose = |at: usize| {
-            let sound = |copy: &Option<Vec<u32>>| {
-                copy.as_ref()
-                    .map(|entries| entries[at])
-                    .filter(|entry| self.is_sound(*entry, index, at))
-            };
-            sound(&primary).or_else(|| sound(&redundant)).unwrap_or(BAD)
-        };
-        let entries: Vec<u32> = (0..count).map(choose).collect();
-        let sentence = match entries.contains(&BAD) {
-            true => "a grain table has entries that cannot be right in any copy",
-            false => "a grain table is damaged; it is read from its other copy",
-        };
-        self.note(
-            &ImageError::new(ErrorKind::Damaged, &store.path, sentence)
-                .at(u64::from(sector) * SECTOR_BYTES),
-        );
-        Ok(Table { entries, dirty: BTreeSet::new(), damaged: true })
     }
 
-    /// Sets an entry, in memory.
-    pub(crate) fn set(&mut self, store: &Store, index: usize, at: usize, entry: u32) -> Result<()> {
+    fn read(&mut self, store: &Store, index: usize) -> Result<Table> {
+        let count = self.entries_of(index);
+        let places = self.places(index);
+        let clean = |entries| Table { entries, dirty: BTreeSet::new(), damaged: false };
+        if !self.is_named(index) {
+            return Ok(clean(vec![MISSING; count]));
+        }
+        let primary = self.raw(store, places[0], index).ok().flatten();
+        if let Some(entries) = &primary
+            && (0..count).all(|at| entries[at] != MISSING && self.is_sound(entries[at], index, at))
+        {
+            return Ok(clean(entries.clone()));
+        }
+        let redundant = self.raw(store, places[1], index).ok().flatten();
+        let of = |copy: &Option<Vec<u32>>, at: usize| copy.as_ref().map(|entries| entries[at]);
+        let entries: Vec<u32> = (0..count)
+            .map(|at| self.choose([of(&primary, at), of(&redundant, at)], index, at))
+            .collect();
+        let sound = |at: usize| of(&primary, at).is_some_and(|it| self.is_sound(it, index, at));
+        if entries.contains(&BAD) || (places[0] != MISSING && !(0..count).all(sound)) {
+            let sentence = match entries.contains(&BAD) {
+                true => "a grain table has entries that cannot be right in any copy",
+                false => "a grain table is damaged; it is read from its other copy",
+            };
+            let sector = places.into_iter().find(|place| *place != MISSING).unwrap_or(MISSING);
+            self.note(
+                &ImageError::new(ErrorKind::Damaged, &store.path, sentence)
+                    .at(u64::from(sector) * SECTOR_BYTES),
+            );
+            return Ok(Table { damaged: true, ..clean(entries) });
+        }
+        let lacking = |at: &usize| of(&primary, *at).unwrap_or(MISSING) != entries[*at];
+        let dirty: BTreeSet<usize> =
+            (0..count).filter(lacking).map(|at| at * 4 / SECTOR_BYTES as usize).collect();
+        if !dirty.is_empty() && self.behind.len() < FINDINGS_MAX {
+            self.behind.insert(index);
+        }
+        Ok(Table { dirty, ..clean(entries) })
+    }
+
+    /// The table at `index`, to be changed.
+    ///
+    /// # Errors
+    /// It is damaged, so that writing it could make things worse.
+    pub(crate) fn get_sound(&mut self, store: &Store, index: usize) -> Result<&mut Table> {
         let table = self.get(store, index)?;
         if table.damaged {
             let sentence = "its grain table is damaged; repair the image before writing here";
             return Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence));
         }
+        Ok(table)
+    }
+
+    /// Sets an entry, in memory, of a table that has its place.
+    pub(crate) fn set(&mut self, store: &Store, index: usize, at: usize, entry: u32) -> Result<()> {
+        let table = self.get_sound(store, index)?;
         table.entries[at] = entry;
         table.dirty.insert(at * 4 / SECTOR_BYTES as usize);
         self.dirty.insert(index);
         Ok(())
     }
 
-    /// Gives a table that does not exist its place, from `sector` on: first the redundant copy,
-    /// then the primary. Returns the sectors used.
+    /// Whether the primary copy of the table at `index`, which was just read, lacks something that
+    /// no checkpoint is to write yet.
+    pub(crate) fn is_behind(&self, index: usize) -> bool {
+        !self.dirty.contains(&index)
+            && self.cached.get(&index).is_some_and(|table| !table.dirty.is_empty())
+    }
+
+    /// Makes the table at `index`, which has its place, part of the next checkpoint.
+    pub(crate) fn settle(&mut self, index: usize) {
+        if self.is_behind(index) {
+            self.dirty.insert(index);
+        }
+    }
+
+    /// Gives a table that was read and has no place in the primary copy one, from `sector` on: first
+    /// the redundant copy if that lacks it too, then the primary. Returns the sectors used.
     pub(crate) fn place(&mut self, index: usize, sector: u32) -> u64 {
         let sectors = self.header.table_sectors();
         let mut used = 0;
@@ -297,7 +384,7 @@ impl Tables {
         if self.dirty.is_empty() {
             return Ok(());
         }
-        self.hole = 0..0;
+        self.holes = [0..0, 0..0];
         for index in &self.new {
             // All of both copies: what lies there is whatever the file had.
             if let Some(table) = self.cached.get(index) {
@@ -320,6 +407,7 @@ impl Tables {
             store.sync()?;
         }
         for index in std::mem::take(&mut self.dirty) {
+            self.behind.remove(&index);
             if let Some(table) = self.cached.get_mut(&index) {
                 table.dirty.clear();
             }
