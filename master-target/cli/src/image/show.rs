@@ -20,6 +20,10 @@ fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
 }
 
+fn counted(count: u64, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
 impl Output {
     pub(crate) fn image_info(&self, info: &ImageInfo) {
         if self.is_json() {
@@ -93,9 +97,9 @@ impl Output {
             say!("no damage was found");
         } else {
             say!(
-                "{} losses, {} places where only one copy is good, {} leaked; see `backhaul image repair`",
-                report.losses,
-                report.redundancies,
+                "{}, {} where only one copy is good, {} leaked; see `backhaul image repair`",
+                counted(report.losses, "loss", "losses"),
+                counted(report.redundancies, "place", "places"),
                 size(report.leaked_bytes)
             );
         }
