@@ -16,6 +16,7 @@ use crate::{
     image::{DISK_BYTES_MAX, DiskImage, SECTOR_BYTES},
     kind::Kind,
     open::{OpenOptions, open},
+    report::{Progress, Silent, advance},
     sparse::create::{layout, write_empty},
     storage::{Storage, Store},
     stream::StreamWriter,
@@ -83,8 +84,54 @@ impl CreateOptions {
 /// A file of either name exists, the size or the name cannot be, the parent cannot be opened, or
 /// the file system refuses (as ext4 does above 16 TiB).
 pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
+    create_with(path, options, &mut Silent)
+}
+
+/// Creates an image as [`create`] does. `progress` hears of the bytes of the disk that have their
+/// extents, of which a disk in many files has thousands, and may stop it.
+///
+/// # Errors
+/// As [`create`], or `progress` stops it. What was made is removed.
+pub fn create_with(
+    path: &Path,
+    options: &CreateOptions,
+    progress: &mut dyn Progress,
+) -> Result<()> {
     let name = path.file_name().ok_or_else(|| bad_name(path))?.to_owned();
-    create_as(path, &name, options)
+    create_as(path, &name, options, progress)
+}
+
+/// Looks, without making anything, whether [`create`] could make this image: for a caller who makes
+/// it elsewhere first. Only that is seen here which does not need a try.
+///
+/// # Errors
+/// A file of one of its names exists, its folder does not, or the kind, the size or the name cannot
+/// be.
+pub fn check_new(path: &Path, options: &CreateOptions) -> Result<()> {
+    let name = path.file_name().ok_or_else(|| bad_name(path))?;
+    vacant_folder(path, name, options).map(|_| ())
+}
+
+/// The folder of a new image, in which none of its files exists.
+fn vacant_folder(path: &Path, name: &OsStr, options: &CreateOptions) -> Result<Folder> {
+    if !options.kind.is_creatable() {
+        let sentence = format!("{} images are only read here; choose another kind", options.kind);
+        return Err(ImageError::new(ErrorKind::Unsupported, path, sentence));
+    }
+    check_size(path, options)?;
+    let folder = Folder::of_new(path)?;
+    let exists =
+        |path: &Path| ImageError::io("create", path, io::Error::from(io::ErrorKind::AlreadyExists));
+    if path.symlink_metadata().is_ok() {
+        return Err(exists(path));
+    }
+    for extent in extent_files(name, path, options)? {
+        let extent = folder.path_of(extent);
+        if extent.symlink_metadata().is_ok() {
+            return Err(exists(&extent));
+        }
+    }
+    Ok(folder)
 }
 
 /// Creates a monolithicSparse image over any storage, which must be empty. `path` is only a name.
@@ -113,19 +160,17 @@ pub fn create_storage(
 
 /// Creates an image at `path` whose extents are named as if it were called `name`: so that it can
 /// be filled under a hidden name and appear when it is whole.
-pub(crate) fn create_as(path: &Path, name: &OsStr, options: &CreateOptions) -> Result<()> {
+pub(crate) fn create_as(
+    path: &Path,
+    name: &OsStr,
+    options: &CreateOptions,
+    progress: &mut dyn Progress,
+) -> Result<()> {
     let parent = open_parent(options)?;
-    check_size(path, options)?;
     let file_name = path.file_name().ok_or_else(|| bad_name(path))?;
-    let folder_path = path.parent().unwrap_or(Path::new(""));
-    let folder =
-        Folder::open(folder_path).map_err(|source| ImageError::io("open", folder_path, source))?;
+    // Asked first so that nothing is made in vain: publishing refuses to overwrite by itself.
+    let folder = vacant_folder(path, name, options)?;
     let target = Target { folder: &folder, file_name, path };
-    // Asked first for the better message only: publishing refuses to overwrite by itself.
-    if folder.path_of(file_name).symlink_metadata().is_ok() {
-        let exists = io::Error::from(io::ErrorKind::AlreadyExists);
-        return Err(ImageError::io("create", path, exists));
-    }
     let size_bytes = options.size_bytes;
     match options.kind {
         Kind::Raw => target.publish(file_name, |store| store.set_length(size_bytes)),
@@ -137,12 +182,12 @@ pub(crate) fn create_as(path: &Path, name: &OsStr, options: &CreateOptions) -> R
         }
         Kind::StreamOptimized => {
             let options = CreateOptions { uuid: Some(uuid_of(path, options)?), ..options.clone() };
-            let name = text_name(name, path)?.to_owned();
+            let name = text_name(name, path)?;
             target.publish(file_name, |store| StreamWriter::start(store, &name, &options)?.finish())
         }
         Kind::MonolithicSparse => {
             let sectors = size_bytes / SECTOR_BYTES;
-            let extent = (sectors, text_name(name, path)?.to_owned());
+            let extent = (sectors, text_name(name, path)?);
             let text = describe(path, options, vec![extent], parent.as_deref())?;
             let header = layout(sectors, true, options.zeroed_grains);
             target.publish(file_name, |store| write_empty(store, &header, &text))
@@ -150,11 +195,9 @@ pub(crate) fn create_as(path: &Path, name: &OsStr, options: &CreateOptions) -> R
         Kind::MonolithicFlat
         | Kind::TwoGbMaxExtentFlat
         | Kind::Vmfs
-        | Kind::TwoGbMaxExtentSparse => target.create_described(name, options, parent.as_deref()),
-        kind @ (Kind::VmfsSparse | Kind::SeSparse) => {
-            let sentence = format!("{kind} images are only read here; choose another kind");
-            Err(ImageError::new(ErrorKind::Unsupported, path, sentence))
-        }
+        | Kind::TwoGbMaxExtentSparse
+        | Kind::VmfsSparse
+        | Kind::SeSparse => target.create_described(name, options, parent.as_deref(), progress),
     }
 }
 
@@ -189,15 +232,19 @@ impl Target<'_> {
         name: &OsStr,
         options: &CreateOptions,
         parent: Option<&dyn DiskImage>,
+        progress: &mut dyn Progress,
     ) -> Result<()> {
         let extents = extent_names(name, self.path, options)?;
         let text = describe(self.path, options, extents.clone(), parent)?;
         let mut made: Vec<OsString> = Vec::new();
         let mut make = || {
+            let mut done = 0;
             for (sectors, extent) in &extents {
                 let extent = OsString::from(extent);
                 self.publish(&extent, |store| fill_extent(store, *sectors, options))?;
                 made.push(extent);
+                done += sectors * SECTOR_BYTES;
+                advance(progress, self.path, done, options.size_bytes)?;
             }
             self.publish(self.file_name, |store| store.write(text.as_bytes(), 0))
         };
@@ -225,7 +272,8 @@ fn fill_extent(store: &Store, sectors: u64, options: &CreateOptions) -> Result<(
 
 /// The extents of a disk with a descriptor of its own: their sectors and names.
 fn extent_names(name: &OsStr, path: &Path, options: &CreateOptions) -> Result<Vec<(u64, String)>> {
-    let stem = stem(text_name(name, path)?);
+    let name = text_name(name, path)?;
+    let stem = stem(&name);
     let sectors = options.size_bytes / SECTOR_BYTES;
     let letter = match options.kind {
         Kind::TwoGbMaxExtentFlat => 'f',
@@ -238,6 +286,24 @@ fn extent_names(name: &OsStr, path: &Path, options: &CreateOptions) -> Result<Ve
         (length, format!("{stem}-{letter}{:03}.vmdk", index + 1))
     };
     Ok((0..count).map(part).collect())
+}
+
+/// The names of the files beside the descriptor; none where all is in one file.
+pub(crate) fn extent_files(
+    name: &OsStr,
+    path: &Path,
+    options: &CreateOptions,
+) -> Result<Vec<String>> {
+    match options.kind {
+        Kind::MonolithicFlat
+        | Kind::TwoGbMaxExtentFlat
+        | Kind::Vmfs
+        | Kind::TwoGbMaxExtentSparse => {
+            let extents = extent_names(name, path, options)?;
+            Ok(extents.into_iter().map(|(_, name)| name).collect())
+        }
+        _ => Ok(Vec::new()),
+    }
 }
 
 pub(crate) fn describe(
@@ -280,7 +346,11 @@ fn open_parent(options: &CreateOptions) -> Result<Option<Box<dyn DiskImage>>> {
         return fail("it has no content id, so no delta can name it; convert it to a VMDK".into());
     }
     if parent.size_bytes() > options.size_bytes {
-        return fail(format!("it is larger than a delta of {} bytes", options.size_bytes));
+        let (has, delta) = (parent.size_bytes(), options.size_bytes);
+        return fail(format!(
+            "it has {has} bytes, more than the {delta} of its delta; make the delta of {has} bytes at \
+             least"
+        ));
     }
     Ok(Some(parent))
 }
@@ -295,7 +365,12 @@ fn parent_hint(path: &Path, parent: &dyn DiskImage) -> Result<(ContentId, String
         }
         _ => parent.path().to_owned(),
     };
-    let text = text_name(place.as_os_str(), parent.path())?.to_owned();
+    let text = text_name(place.as_os_str(), parent.path())?;
+    if place.as_os_str() != text.as_str() {
+        let sentence = "a delta cannot name a parent with a double quote in its path: a VMDK \
+                        descriptor has no way to write one; rename the parent or its folder";
+        return Err(ImageError::new(ErrorKind::Invalid, parent.path(), sentence));
+    }
     Ok((parent.content_id().unwrap_or(ContentId::NO_PARENT), text))
 }
 
@@ -312,19 +387,28 @@ fn check_size(path: &Path, options: &CreateOptions) -> Result<()> {
         );
         return Err(ImageError::new(ErrorKind::Invalid, path, sentence));
     }
+    if options.kind == Kind::FixedVhd && size_bytes > vhd::SIZE_BYTES_MAX {
+        let sentence = format!(
+            "a VHD of {size_bytes} bytes is taken by nobody: Azure's bound is 32 TiB; choose another \
+             kind"
+        );
+        return Err(ImageError::new(ErrorKind::Invalid, path, sentence));
+    }
     Ok(())
 }
 
-/// A name that every reader of a descriptor understands.
-fn text_name<'a>(name: &'a OsStr, path: &Path) -> Result<&'a str> {
+/// The name as every reader of a descriptor understands it. A double quote ends a name there and
+/// nothing can be written for one, so a low line takes its place.
+fn text_name(name: &OsStr, path: &Path) -> Result<String> {
     name.to_str()
-        .filter(|text| !text.contains(|char: char| char == '"' || char.is_control()))
+        .filter(|text| !text.contains(char::is_control))
+        .map(|text| text.replace('"', "_"))
         .ok_or_else(|| bad_name(path))
 }
 
 fn bad_name(path: &Path) -> ImageError {
-    let sentence = "the name cannot stand in a VMDK descriptor; choose one in UTF-8 without double \
-                    quotes and control characters";
+    let sentence = "the name cannot stand in a VMDK descriptor; choose one in UTF-8 without control \
+                    characters";
     ImageError::new(ErrorKind::Invalid, path, sentence)
 }
 
@@ -353,9 +437,9 @@ mod tests {
         for (name, expected) in cases {
             assert_eq!(stem(name), expected);
         }
-        for name in ["a\"b.vmdk", "a\nb.vmdk"] {
-            assert!(text_name(OsStr::new(name), Path::new(name)).is_err());
-        }
+        let text = |name: &str| text_name(OsStr::new(name), Path::new(name));
+        assert_eq!(text("it's \"a\".vmdk").unwrap(), "it's _a_.vmdk");
+        assert!(text("a\nb.vmdk").is_err());
     }
 
     #[test]

@@ -357,6 +357,12 @@ impl DiskImage for Disk {
                 stored_bytes = stored_bytes.saturating_add(store.stored_bytes()?);
             }
         }
+        findings.extend(self.kind.caution(self.size_bytes).map(|sentence| Finding {
+            severity: Severity::Note,
+            path: self.path.clone(),
+            offset: None,
+            sentence: sentence.into(),
+        }));
         let content = self.descriptor.as_ref().map(|home| home.content().clone());
         let text = |key: &str| {
             let content = content.as_ref()?;

@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::io::Errno;
+
 use crate::fix::Fix;
 
 /// What to do about an [`ImageError`]. The sentence beside it is for people.
@@ -50,6 +52,8 @@ pub struct ImageError {
     offset: Option<u64>,
     sentence: String,
     source: Option<io::Error>,
+    /// What to do about the source, where the sentence does not say it.
+    advice: Option<&'static str>,
     mend: Option<Box<Fix>>,
 }
 
@@ -62,6 +66,7 @@ impl ImageError {
             offset: None,
             sentence: sentence.into(),
             source: None,
+            advice: None,
             mend: None,
         }
     }
@@ -76,8 +81,8 @@ impl ImageError {
             ),
             _ => (ErrorKind::Io, format!("cannot {action} it")),
         };
-        let path = path.to_owned();
-        Self { kind, path, offset: None, sentence, source: Some(source), mend: None }
+        let (path, advice) = (path.to_owned(), advice_on(&source));
+        Self { kind, path, offset: None, sentence, source: Some(source), advice, mend: None }
     }
 
     /// The same, at a byte of the file.
@@ -87,11 +92,28 @@ impl ImageError {
         self
     }
 
-    /// The same, with another sentence.
+    /// The same, with another sentence, which names the mend.
     #[must_use]
-    pub(crate) fn because(mut self, sentence: String) -> Self {
-        self.sentence = sentence;
+    pub(crate) fn because(mut self, sentence: impl Into<String>) -> Self {
+        (self.sentence, self.advice) = (sentence.into(), None);
         self
+    }
+
+    /// The same, about `to` where it is about `from` or a file in it: for what was made under a name
+    /// that nobody gave it.
+    #[must_use]
+    pub fn moved(mut self, from: &Path, to: &Path) -> Self {
+        match self.path.strip_prefix(from) {
+            Ok(rest) if rest.as_os_str().is_empty() => self.path = to.to_owned(),
+            Ok(rest) => self.path = to.join(rest),
+            Err(_) => {}
+        }
+        self
+    }
+
+    /// What the system said, where it is to blame.
+    pub(crate) fn errno(&self) -> Option<Errno> {
+        self.source.as_ref().and_then(Errno::from_io_error)
     }
 
     /// The same, with what a repair would do about it.
@@ -135,10 +157,36 @@ impl fmt::Display for ImageError {
         }
         write!(f, ": {}", self.sentence)?;
         match &self.source {
-            Some(source) if self.kind == ErrorKind::Io => write!(f, ": {source}"),
+            Some(source) if self.kind == ErrorKind::Io => {
+                write!(f, ": {source}")?;
+                self.advice.map_or(Ok(()), |advice| write!(f, "; {advice}"))
+            }
             _ => Ok(()),
         }
     }
+}
+
+/// What to do about an error of the system.
+fn advice_on(source: &io::Error) -> Option<&'static str> {
+    Some(match source.kind() {
+        io::ErrorKind::StorageFull => "free some space, or choose another file system",
+        io::ErrorKind::QuotaExceeded => "free some space, or have the quota raised",
+        io::ErrorKind::PermissionDenied => {
+            "change the permissions, or run this as a user who has them"
+        }
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => "check the path",
+        io::ErrorKind::FileTooLarge => {
+            "the file system takes no file of this size; choose another one, or a kind of small \
+             files such as twoGbMaxExtentSparse"
+        }
+        io::ErrorKind::InvalidFilename => "choose a shorter name",
+        io::ErrorKind::ReadOnlyFilesystem => "mount it writable, or choose another one",
+        _ => match Errno::from_io_error(source)? {
+            Errno::MFILE | Errno::NFILE => "raise the limit of open files (ulimit -n)",
+            Errno::IO => "check the storage under it",
+            _ => return None,
+        },
+    })
 }
 
 impl std::error::Error for ImageError {
@@ -149,3 +197,35 @@ impl std::error::Error for ImageError {
 
 /// What nearly every function of this crate returns.
 pub type Result<T, E = ImageError> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Errors of the system were told as it says them, and about hidden files that nobody named.
+    #[test]
+    fn what_the_system_says_comes_with_a_mend_and_under_the_name_that_was_given() {
+        let (hidden, given) = (Path::new("d/.x.vmdk.0123.new"), Path::new("d/x.vmdk"));
+        for (errno, mend) in [
+            (Errno::NOSPC, "free some space"),
+            (Errno::DQUOT, "quota"),
+            (Errno::ACCESS, "permissions"),
+            (Errno::NOENT, "check the path"),
+            (Errno::FBIG, "twoGbMaxExtentSparse"),
+            (Errno::NAMETOOLONG, "shorter name"),
+            (Errno::ROFS, "mount it writable"),
+            (Errno::MFILE, "ulimit -n"),
+            (Errno::IO, "check the storage"),
+        ] {
+            let error = ImageError::io("write", hidden, errno.into()).moved(hidden, given);
+            let said = error.to_string();
+            assert!(said.starts_with("d/x.vmdk: cannot write it: "), "{said}");
+            assert!(said.contains(mend), "{said}");
+        }
+        let path = |from: &str| {
+            let error = ImageError::new(ErrorKind::Invalid, Path::new("d/s/x.vmdk"), "");
+            error.moved(Path::new(from), Path::new("d")).path().to_owned()
+        };
+        assert_eq!((path("d/s"), path("d/other")), ("d/x.vmdk".into(), "d/s/x.vmdk".into()));
+    }
+}

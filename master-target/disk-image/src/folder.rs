@@ -16,7 +16,10 @@ use rustix::{
     io::Errno,
 };
 
-use crate::identity::random_bytes;
+use crate::{
+    error::{ImageError, Result},
+    identity::random_bytes,
+};
 
 /// The folder that an image is in, open.
 #[derive(Debug)]
@@ -33,6 +36,19 @@ impl Folder {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let path = path.canonicalize()?;
         Ok(Self { file: File::open(&path)?, path, durable: true })
+    }
+
+    /// The folder in which `file` is to be made.
+    pub(crate) fn of_new(file: &Path) -> Result<Self> {
+        let path = file.parent().unwrap_or(Path::new(""));
+        Self::open(path).map_err(|source| {
+            let missing = source.kind() == io::ErrorKind::NotFound;
+            let error = ImageError::io("open", path, source);
+            match missing {
+                true => error.because("the folder does not exist; make it, or correct the path"),
+                false => error,
+            }
+        })
     }
 
     /// Lets files appear that a power cut may still take away, where `durable` is not.

@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use crate::vhd;
+
 /// The kind of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -82,6 +84,15 @@ impl Kind {
                 None => size_bytes,
             },
             _ => size_bytes,
+        }
+    }
+
+    /// What to know about an image of this kind and size before it is taken elsewhere: Hyper-V and
+    /// qemu open a VHD of at most 2,040 GiB.
+    pub fn caution(self, size_bytes: u64) -> Option<&'static str> {
+        match self {
+            Self::FixedVhd => vhd::caution(size_bytes),
+            _ => None,
         }
     }
 

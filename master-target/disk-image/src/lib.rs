@@ -48,7 +48,7 @@ pub mod storage;
 mod stream;
 mod vhd;
 
-pub use create::{CreateOptions, create, create_storage};
+pub use create::{CreateOptions, check_new, create, create_storage, create_with};
 pub use disk::FlatImage;
 pub use error::{ErrorKind, ImageError, Result};
 pub use fix::{FIXES_MAX, Fix};

@@ -9,6 +9,11 @@ use std::{
     sync::{Arc, Mutex, atomic::AtomicBool},
 };
 
+use rustix::{
+    io::Errno,
+    process::{Resource, getrlimit},
+};
+
 use crate::{
     delta::DeltaExtent,
     descriptor::{DESCRIPTOR_BYTES_MAX, Descriptor, ExtentAccess, ExtentLine, file_names, shown},
@@ -20,6 +25,7 @@ use crate::{
     identity::ContentId,
     image::{DISK_BYTES_MAX, DiskImage, SECTOR_BYTES},
     kind::Kind,
+    recover::last_footer,
     sparse::{self, SparseExtent},
     storage::{Storage, Store},
     vhd,
@@ -232,7 +238,7 @@ fn open_single(
         Start::Foreign(name) => {
             let sentence = format!(
                 "this is a {name} image, which is not supported; convert it with the product that \
-                 wrote it (or, if it is a raw disk that only looks so, open it as raw)"
+                 wrote it (or, if it is a raw disk that only looks so, open it as raw: -f raw)"
             );
             Err(ImageError::new(ErrorKind::Unsupported, &store.path, sentence))
         }
@@ -243,15 +249,9 @@ fn open_single(
 fn open_raw_or_vhd(store: Arc<Store>, options: &OpenOptions) -> Result<Disk> {
     let length = store.length()?;
     let path = store.path.clone();
-    if length == 0 || !length.is_multiple_of(SECTOR_BYTES) {
-        let sentence = format!(
-            "the file has {length} bytes, but a disk is one or more whole sectors of 512 bytes; \
-             repair its size with truncate --size"
-        );
-        return Err(ImageError::new(ErrorKind::Damaged, &path, sentence));
-    }
     let store = own(store)?;
-    if options.kind != Some(Kind::Raw) && length > vhd::FOOTER_BYTES {
+    let probed = options.kind != Some(Kind::Raw);
+    if probed && length > vhd::FOOTER_BYTES && length.is_multiple_of(SECTOR_BYTES) {
         let mut footer = [0; 512];
         let at = length - vhd::FOOTER_BYTES;
         store.read(&mut footer, at)?;
@@ -265,8 +265,38 @@ fn open_raw_or_vhd(store: Arc<Store>, options: &OpenOptions) -> Result<Disk> {
             return Ok(disk);
         }
     }
+    if probed {
+        refuse_headless(&store)?;
+    }
+    if length == 0 || !length.is_multiple_of(SECTOR_BYTES) {
+        let sentence = format!(
+            "the file has {length} bytes, but a disk is one or more whole sectors of 512 bytes; \
+             repair its size with truncate --size"
+        );
+        return Err(ImageError::new(ErrorKind::Damaged, &path, sentence));
+    }
     let region = FlatRegion { store, base_offset_bytes: 0, length_bytes: length, format: "RAW" };
     Ok(plain_disk(Kind::Raw, &path, length, Box::new(region), options))
+}
+
+/// Refuses a VMDK that lost its first sector, which would be a raw disk full of nonsense.
+fn refuse_headless(store: &Store) -> Result<()> {
+    let damaged = |sentence| Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(0));
+    if last_footer(store)?.is_some() {
+        return damaged(
+            "its first sector is damaged, but it ends as a streamOptimized VMDK does; repair the \
+             image, which writes its header anew from its end (or, if it is a raw disk that only \
+             looks so, open it as raw: -f raw)",
+        );
+    }
+    if store.path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("vmdk")) {
+        return damaged(
+            "it has the name of a VMDK but does not begin as one; if it holds a disk's bare data, \
+             open the descriptor that names it, or open it as raw (-f raw); else its first sector is \
+             damaged, so restore it from its source",
+        );
+    }
+    Ok(())
 }
 
 fn own(store: Arc<Store>) -> Result<Store> {
@@ -354,7 +384,8 @@ fn open_described(found: Found, options: &OpenOptions, link: usize) -> Result<Di
     let (mut start, mut locks) = (0_u64, Locks::default());
     for line in descriptor.extents() {
         let length = line.sectors * SECTOR_BYTES;
-        let extent = open_extent(&found, &descriptor, kind, line, options, &mut locks)?;
+        let extent = open_extent(&found, &descriptor, kind, line, options, &mut locks)
+            .map_err(|error| told_of_limit(error, &found.path, descriptor.extents().len()))?;
         extents.push(Placed { start, length, extent });
         start = start.saturating_add(length);
     }
@@ -384,6 +415,24 @@ fn open_described(found: Found, options: &OpenOptions, link: usize) -> Result<Di
         path: found.path,
     })
 }
+
+/// Says of an image with more extents than this process may open files what it needs.
+fn told_of_limit(error: ImageError, path: &Path, extents: usize) -> ImageError {
+    if error.errno() != Some(Errno::MFILE) {
+        return error;
+    }
+    let limit =
+        getrlimit(Resource::Nofile).current.map_or("".to_owned(), |most| format!(" {most}"));
+    let sentence = format!(
+        "it has {extents} extents, each of which takes two of the{limit} files that this process may \
+         have open; raise the limit with `ulimit -n {}`, or choose a kind of one file",
+        extents * 2 + SPARE_FILES
+    );
+    ImageError::new(ErrorKind::Io, path, sentence)
+}
+
+/// Files that a process has open beside those of an image.
+const SPARE_FILES: usize = 100;
 
 fn refuse_delta_writes(path: &Path, kind: Kind, options: &OpenOptions) -> Result<()> {
     if !options.writable || kind.is_writable() || kind == Kind::StreamOptimized {

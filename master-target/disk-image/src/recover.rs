@@ -43,10 +43,18 @@ pub(crate) fn plan_footer(
     {
         return Ok(Vec::new());
     }
-    let (grains, end) = scan(&store, &header, progress)?;
+    let Scan { grains, end, ended } = scan(&store, &header, progress)?;
+    let lost_bytes = if ended { 0 } else { lost_bytes_max(&header, &grains) };
+    let what_is_lost = match lost_bytes {
+        0 => "no grain is missing".to_owned(),
+        _ => format!(
+            "what came after byte {} of the file is missing: at most {lost_bytes} bytes of the disk, \
+             which will read as zeros",
+            end * SECTOR_BYTES
+        ),
+    };
     let sentence = format!(
-        "write the stream's tables and footer anew behind its {} whole grains; what was not yet \
-         written when its writer stopped reads as zeros",
+        "write the stream's tables and footer anew behind its {} whole grains; {what_is_lost}",
         grains.len()
     );
     let bytes = tail(&header, grains, end);
@@ -56,11 +64,11 @@ pub(crate) fn plan_footer(
         Action::Write { offset: end * SECTOR_BYTES, bytes: bytes.into() },
         Action::SetLength(length),
     ];
-    Ok(vec![Fix { path: path.to_owned(), sentence, lost_bytes: 0, actions }])
+    Ok(vec![Fix { path: path.to_owned(), sentence, lost_bytes, actions }])
 }
 
 /// The footer of a stream that ends as it should, whatever its header says.
-fn last_footer(store: &Store) -> Result<Option<Header>> {
+pub(crate) fn last_footer(store: &Store) -> Result<Option<Header>> {
     let Some(at) = store.length()?.checked_sub(2 * SECTOR_BYTES) else { return Ok(None) };
     let footer = read_header(store, at).ok();
     Ok(footer
@@ -83,16 +91,33 @@ fn header_from(footer: &Header, path: &Path) -> Fix {
     }
 }
 
-/// Numbers and sectors of the whole grains, and the first sector behind the last.
-fn scan(
-    store: &Store,
-    header: &Header,
-    progress: &mut dyn Progress,
-) -> Result<(Vec<(u64, u32)>, u64)> {
+/// Most bytes of the disk that the missing end can have held: a grain of zeros is not stored, so
+/// nobody knows how many it did.
+fn lost_bytes_max(header: &Header, grains: &[(u64, u32)]) -> u64 {
+    let in_order = grains.is_sorted_by_key(|(number, _)| *number);
+    let held = match grains.last() {
+        // A writer that goes through the disk in order had decided about all before its last grain.
+        Some((last, _)) if in_order => last + 1,
+        _ => grains.len() as u64,
+    };
+    header.capacity_bytes().saturating_sub(held * header.grain_bytes())
+}
+
+/// What a stream's markers tell.
+struct Scan {
+    /// Numbers and sectors of the whole grains.
+    grains: Vec<(u64, u32)>,
+    /// The first sector behind the last of them.
+    end: u64,
+    /// The directory's marker is there, so no grain came after these.
+    ended: bool,
+}
+
+fn scan(store: &Store, header: &Header, progress: &mut dyn Progress) -> Result<Scan> {
     let length = store.length()?;
     let mut sector = header.overhead_sectors.max(1);
     let mut grains = Vec::new();
-    let mut end = sector;
+    let (mut end, mut ended) = (sector, false);
     loop {
         let at = sector.saturating_mul(SECTOR_BYTES);
         if at.saturating_add(SECTOR_BYTES) > length {
@@ -117,7 +142,9 @@ fn scan(
             grains.push((first / header.grain_sectors, place));
             (MARKER_BYTES + u64::from(size)).div_ceil(SECTOR_BYTES)
         } else {
-            match u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]) {
+            let kind = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+            ended |= kind == MARKER_DIRECTORY;
+            match kind {
                 MARKER_TABLE | MARKER_DIRECTORY if first < header.capacity_sectors => 1 + first,
                 // The footer, the end, or something else: what follows is written anew.
                 _ => break,
@@ -129,7 +156,7 @@ fn scan(
             advance(progress, &store.path, at.min(length), length)?;
         }
     }
-    Ok((grains, end))
+    Ok(Scan { grains, end, ended })
 }
 
 /// Tables, directory, footer and end, from sector `end` on.

@@ -42,7 +42,8 @@ pub struct ImageInfo {
     pub thin: bool,
     /// The files of this link, in the order of the disk.
     pub extents: Vec<ExtentInfo>,
-    /// Metadata that was damaged in one copy and is read from the other, as far as met yet.
+    /// Metadata that was damaged in one copy and is read from the other, as far as met yet, and what
+    /// to know before the image is taken elsewhere.
     pub findings: Vec<Finding>,
     /// The next link of the chain.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -17,6 +17,19 @@ pub(crate) const COOKIE: &[u8; 8] = b"conectix";
 
 pub(crate) const FOOTER_BYTES: u64 = 512;
 
+/// Bytes of the largest disk that Azure takes as a VHD.
+pub(crate) const SIZE_BYTES_MAX: u64 = 32 << 40;
+
+/// Bytes of the largest disk that Hyper-V and qemu open as a VHD.
+const COMMON_BYTES_MAX: u64 = 2040 << 30;
+
+/// What there is to know about a VHD of this size before it is taken elsewhere.
+pub(crate) fn caution(size_bytes: u64) -> Option<&'static str> {
+    let sentence = "Azure takes a VHD of this size, but Hyper-V and qemu open at most 2,040 GiB; for \
+                    them, choose another kind";
+    (size_bytes > COMMON_BYTES_MAX).then_some(sentence)
+}
+
 /// What a footer says that matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Footer {

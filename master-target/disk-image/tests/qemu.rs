@@ -342,7 +342,7 @@ fn trimmed_grains_are_freed_and_used_again() {
 fn a_second_writer_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     for kind in WRITABLE_KINDS {
-        let image = dir.path().join(format!("{kind}.vmdk"));
+        let image = dir.path().join(format!("{kind}.image"));
         create(&image, &CreateOptions::new(kind, 1 << 20)).unwrap();
         let first = open(&image, &OpenOptions::writable()).unwrap();
         let second = open(&image, &OpenOptions::writable()).unwrap_err();

@@ -1,7 +1,7 @@
 //! Conversion: one image's disk into a new image of any kind.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::File,
     io,
     num::NonZeroUsize,
@@ -12,12 +12,12 @@ use serde::Serialize;
 
 use crate::{
     bulk::aligned,
-    create::{CreateOptions, create_as},
+    create::{CreateOptions, create_as, extent_files},
     error::{ErrorKind, ImageError, Result},
     folder::{Folder, staged_name},
     image::{MapDisk, ReadDisk, WriteDisk},
     kind::Kind,
-    open::{OpenOptions, open, open_disk},
+    open::{OpenOptions, open_disk},
     ops::pipeline::{self, Chunk, all_chunks, data_chunks, threads_or_all},
     report::{Progress, advance},
     storage::Store,
@@ -59,6 +59,9 @@ pub struct ConvertReport {
     pub written_bytes: u64,
     /// Zeros at the end that the source does not have.
     pub padding_bytes: u64,
+    /// What to know before the image is taken elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caution: Option<&'static str>,
 }
 
 /// Copies `source`'s disk into a new image at `target`, which appears when it is whole, and durable unless
@@ -79,7 +82,8 @@ pub fn convert(
     }
     if create.size_bytes < source.size_bytes() {
         let sentence = format!(
-            "a disk of {} bytes does not fit into {}",
+            "a disk of {} bytes does not fit into one of {}; make the new one as large as the old at \
+             least",
             source.size_bytes(),
             create.size_bytes
         );
@@ -96,7 +100,8 @@ pub fn convert(
     };
     let (path, size_bytes) = (target.to_owned(), create.size_bytes);
     let padding_bytes = size_bytes - source.size_bytes();
-    Ok(ConvertReport { path, kind: create.kind, size_bytes, written_bytes, padding_bytes })
+    let caution = create.kind.caution(size_bytes);
+    Ok(ConvertReport { path, kind: create.kind, size_bytes, written_bytes, padding_bytes, caution })
 }
 
 /// Copies `source`'s disk over what is at `device`: a block device, which stays where it is and as large
@@ -117,7 +122,8 @@ pub fn overwrite(
     let target = open_disk(device, &OpenOptions::writable().of_kind(Kind::Raw), 1)?;
     let (total, room) = (source.size_bytes(), target.size_bytes());
     if room < total {
-        let sentence = format!("a disk of {total} bytes does not fit into its {room}");
+        let sentence =
+            format!("a disk of {total} bytes does not fit into its {room}; choose a larger one");
         return Err(ImageError::new(ErrorKind::Invalid, device, sentence));
     }
     target.fill_in_bulk(options.durable);
@@ -139,8 +145,14 @@ pub fn overwrite(
     };
     pipeline::run(device, all_chunks(source), threads_or_all(options.threads), work, take)?;
     target.flush()?;
-    let path = device.to_owned();
-    Ok(ConvertReport { path, kind: Kind::Raw, size_bytes: total, written_bytes, padding_bytes: 0 })
+    Ok(ConvertReport {
+        path: device.to_owned(),
+        kind: Kind::Raw,
+        size_bytes: total,
+        written_bytes,
+        padding_bytes: 0,
+        caution: None,
+    })
 }
 
 struct Job<'a> {
@@ -157,21 +169,20 @@ impl Job<'_> {
         let fail = |source| ImageError::io("create", target, source);
         let staged = staged_name(&name).map_err(fail)?;
         let staged_path = folder.path_of(&staged);
-        create_as(&staged_path, &name, self.create)?;
-        let filled = self.fill(&staged_path, progress).and_then(|written| {
+        let extents = extent_files(&name, target, self.create)?;
+        let named = |error: ImageError| error.moved(&staged_path, target);
+        let total = self.create.size_bytes;
+        let mut still = |_: u64, _: u64| progress.advance(0, total);
+        create_as(&staged_path, &name, self.create, &mut still).map_err(named)?;
+        let filled = self.fill(&staged_path, progress).map_err(named).and_then(|written| {
             folder.rename_new(&staged, &name).map_err(fail)?;
             Ok(written)
         });
         filled.inspect_err(|_| {
             // All of it is ours, and it is of no use.
-            let extents = open(&staged_path, &OpenOptions::read_only())
-                .and_then(|image| image.info())
-                .map(|info| info.extents)
-                .unwrap_or_default();
-            for path in extents.into_iter().filter_map(|extent| extent.path) {
-                let _ = std::fs::remove_file(path);
+            for file in extents.iter().map(OsStr::new).chain([&*staged]) {
+                let _ = folder.remove(file);
             }
-            let _ = folder.remove(&staged);
         })
     }
 
@@ -245,8 +256,7 @@ impl Job<'_> {
         let name = target.file_name().ok_or_else(|| {
             ImageError::new(ErrorKind::Invalid, target, "it is not the name of a file")
         })?;
-        let folder = Folder::open(target.parent().unwrap_or(Path::new(""))).map_err(fail)?;
-        let folder = folder.made_durable(self.options.durable);
+        let folder = Folder::of_new(target)?.made_durable(self.options.durable);
         if folder.path_of(name).symlink_metadata().is_ok() {
             return Err(fail(io::Error::from(io::ErrorKind::AlreadyExists)));
         }

@@ -20,6 +20,9 @@ const INFLATED_BYTES_MAX: u64 = 4 << 20;
 /// Bytes before a grain's compressed data: its first sector and the data's length.
 pub(crate) const MARKER_BYTES: u64 = 12;
 
+/// The mend: what is compressed cannot be guessed.
+const FETCH: &str = "the file is damaged here, so fetch it again from its source";
+
 /// Reads compressed grains.
 pub(crate) struct Inflated {
     header: Header,
@@ -76,13 +79,16 @@ impl Inflated {
             if first != grain * self.header.grain_sectors {
                 let sentence = format!(
                     "the compressed grain here says that it begins at sector {first}, but it is \
-                     named for sector {}",
+                     named for sector {}; {FETCH}",
                     grain * self.header.grain_sectors
                 );
                 return Err(damaged(sentence));
             }
             if length == 0 || u64::from(length) > most {
-                let sentence = format!("the compressed grain here says that it has {length} bytes");
+                let sentence = format!(
+                    "the compressed grain here says that it has {length} bytes, which none has; \
+                     {FETCH}"
+                );
                 return Err(damaged(sentence));
             }
             store.read_vec(at + MARKER_BYTES, length as usize)?
@@ -93,7 +99,7 @@ impl Inflated {
         let visible = (self.header.capacity_bytes() - grain * grain_bytes).min(grain_bytes);
         inflate(&data, grain_bytes as usize, visible as usize).map_err(|sentence| {
             damaged(format!(
-                "the compressed grain of sector {} {sentence}",
+                "the compressed grain of sector {} {sentence}; {FETCH}",
                 grain * self.header.grain_sectors
             ))
         })
