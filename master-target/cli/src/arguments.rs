@@ -151,8 +151,9 @@ pub(crate) enum ImageVerb {
         to: Kind,
         /// The new image, which must not exist
         output: PathBuf,
-        /// Size of the disk, such as 40GiB; that of the parent when absent
-        #[arg(long, required_unless_present = "parent")]
+        /// Size of the disk: bytes, or a number with K, M, G or T (of 1024, as KiB to TiB) or KB, MB,
+        /// GB or TB (of 1000), such as 40G; that of the parent when absent
+        #[arg(long, required_unless_present = "parent", value_parser = size)]
         size: Option<ByteSize>,
         /// The controller that the new descriptor names
         #[arg(long, default_value_t = AdapterType::LsiLogic)]
@@ -226,7 +227,7 @@ pub(crate) struct LabArguments {
     #[arg(long)]
     pub(crate) disk: Option<PathBuf>,
     /// Size of the ext4 disk that is made
-    #[arg(long, default_value = "512MiB", conflicts_with = "disk")]
+    #[arg(long, default_value = "512MiB", conflicts_with = "disk", value_parser = size)]
     pub(crate) size: ByteSize,
     /// How long the guest writes after the first sync
     #[arg(long, default_value_t = 6)]
@@ -243,6 +244,35 @@ pub(crate) struct LabArguments {
     pub(crate) seed: u64,
 }
 
+/// A size as administrators write it: a bare letter is binary, as qemu-img and vmkfstools have it.
+fn size(text: &str) -> Result<ByteSize, String> {
+    let text = text.trim();
+    let digits = text.find(|char: char| !char.is_ascii_digit() && char != '.');
+    let (number, unit) = text.split_at(digits.unwrap_or(text.len()));
+    let factor: Option<u64> = match unit.trim_start().to_ascii_uppercase().as_str() {
+        "" | "B" => Some(1),
+        "K" | "KIB" => Some(1 << 10),
+        "M" | "MIB" => Some(1 << 20),
+        "G" | "GIB" => Some(1 << 30),
+        "T" | "TIB" => Some(1 << 40),
+        "KB" => Some(1_000),
+        "MB" => Some(1_000_000),
+        "GB" => Some(1_000_000_000),
+        "TB" => Some(1_000_000_000_000),
+        _ => None,
+    };
+    let bytes = factor.and_then(|factor| match number.parse::<u64>() {
+        Ok(whole) => whole.checked_mul(factor),
+        Err(_) => number.parse::<f64>().ok().map(|number| (number * factor as f64) as u64),
+    });
+    bytes.map(ByteSize).ok_or_else(|| {
+        format!(
+            "`{text}` is not a size; write bytes, or a number with K, M, G or T (of 1024) or KB, MB, GB \
+             or TB (of 1000), such as 40G"
+        )
+    })
+}
+
 fn time(text: &str) -> Result<Duration, String> {
     let span = text.parse::<jiff::SignedDuration>().ok();
     span.and_then(|span| Duration::try_from(span).ok())
@@ -253,7 +283,30 @@ fn time(text: &str) -> Result<Duration, String> {
 mod tests {
     use clap::{CommandFactory, Parser};
 
-    use super::{Arguments, Verb};
+    use super::{Arguments, Verb, size};
+
+    /// `40G` was 40 * 10^9 bytes, which is smaller than the disk that qemu-img makes of it; errors were
+    /// those of a parser's insides.
+    #[test]
+    fn sizes_are_those_of_qemu_img() {
+        for (text, bytes) in [
+            ("1048577B", 1_048_577),
+            ("40", 40),
+            ("1K", 1024),
+            ("1m", 1 << 20),
+            ("40G", 40 << 30),
+            ("1.5 G", 3 << 29),
+            ("2TiB", 2 << 40),
+            ("1kb", 1000),
+            ("40GB", 40_000_000_000),
+        ] {
+            assert_eq!(size(text).map(|size| size.as_u64()), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "1 xb", "abc", "-5", "1.2.3G", "99999999999T", "1e3", "."] {
+            let error = size(text).unwrap_err();
+            assert!(error.contains("K, M, G or T (of 1024)"), "{error}");
+        }
+    }
 
     #[test]
     fn arguments_are_sound_and_times_are_read() {

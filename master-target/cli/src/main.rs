@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use backhaul_api::{Client, ClientError, CommitRequest, FailoverRequest, Stage};
-use backhaul_disk_image::ImageError;
+use backhaul_disk_image::{ErrorKind, ImageError};
 use backhaul_proto::limits::PROBE_TIME_MAX;
 use clap::{CommandFactory, Parser};
 
@@ -62,6 +62,9 @@ fn fail(output: &Output, error: &anyhow::Error) -> ExitCode {
 /// What went wrong, said once: the sentence of a client's or an image's error ends with its source.
 fn sentence(error: &anyhow::Error) -> String {
     match error.downcast_ref::<ImageError>() {
+        Some(error) if error.kind() == ErrorKind::Outside => {
+            format!("{error} (--allow-outside)")
+        }
         Some(error) => error.to_string(),
         None => format!("{error:#}"),
     }

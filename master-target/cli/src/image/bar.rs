@@ -1,7 +1,7 @@
 //! How far a long operation is: a bar on a terminal, a line now and then elsewhere, nothing for
 //! programs.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,9 @@ use crate::show::Output;
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(super) struct Bar {
-    bar: Option<ProgressBar>,
+    terminal: bool,
+    /// Made when something is known to show: a bar without a length is drawn as a full one.
+    bar: OnceCell<ProgressBar>,
     quiet: bool,
     what: &'static str,
     said: Cell<Instant>,
@@ -25,17 +27,8 @@ pub(super) struct Bar {
 impl Bar {
     pub(super) fn new(output: &Output, what: &'static str) -> Self {
         let terminal = std::io::stderr().is_terminal() && !output.is_json();
-        let bar = terminal.then(|| {
-            let bar = ProgressBar::new(0);
-            let template = "{prefix} [{bar:30.cyan/blue}] {percent:>3}% \
-                {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left";
-            if let Ok(style) = ProgressStyle::with_template(template) {
-                bar.set_style(style);
-            }
-            bar.set_prefix(what);
-            bar
-        });
-        Self { bar, quiet: output.is_json(), what, said: Cell::new(Instant::now()) }
+        let (bar, said) = (OnceCell::new(), Cell::new(Instant::now()));
+        Self { terminal, bar, quiet: output.is_json(), what, said }
     }
 
     pub(super) fn advance(&self) -> impl Progress + '_ {
@@ -46,7 +39,8 @@ impl Bar {
     }
 
     fn show(&self, done_bytes: u64, total_bytes: u64) {
-        if let Some(bar) = &self.bar {
+        if self.terminal {
+            let bar = self.bar.get_or_init(|| drawn(self.what, total_bytes));
             bar.set_length(total_bytes);
             bar.set_position(done_bytes);
         } else if !self.quiet && self.said.get().elapsed() >= LINE_INTERVAL {
@@ -57,10 +51,18 @@ impl Bar {
     }
 
     pub(super) fn finish(&self) {
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = self.bar.get() {
             bar.finish_and_clear();
         }
     }
+}
+
+fn drawn(what: &'static str, total_bytes: u64) -> ProgressBar {
+    let template = "{prefix} [{bar:30.cyan/blue}] {percent:>3}% \
+        {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(template);
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(total_bytes).with_style(style).with_prefix(what)
 }
 
 impl Drop for Bar {

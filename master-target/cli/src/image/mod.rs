@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use backhaul_disk_image::ops::{self, ConvertOptions, Leaks, RepairPlan};
+use backhaul_disk_image::ops::{self, ConvertOptions, ConvertReport, Leaks, RepairPlan};
 use backhaul_disk_image::{
-    CreateOptions, Deep, ErrorKind, ImageError, OpenOptions, Run, create, open,
+    CreateOptions, Deep, ErrorKind, ImageError, OpenOptions, Run, create_with, open,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
 use self::bar::Bar;
@@ -32,6 +33,7 @@ const EXIT_NOT_COMPARED: u8 = 2;
 
 /// Does what was asked for; errors have exit code 1.
 pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode> {
+    raise_open_files();
     match verb {
         ImageVerb::Info { input } => output.image_info(&ops::info(&input.image, &input.options())?),
         ImageVerb::Check { input, deep } => return check(input, *deep, output),
@@ -58,9 +60,18 @@ pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode>
             options.adapter = *adapter;
             options.parent.clone_from(parent);
             options.thin = !thick;
-            create(target, &options)?;
+            interrupt::watch();
+            let bar = Bar::new(output, "creating");
+            let make = |path: &Path| Ok(create_with(path, &options, &mut bar.advance())?);
+            // A delta is one file, and names its parent from where it is made.
+            let made = match parent {
+                Some(_) => make(target),
+                None => replace::make_new(target, &options, make),
+            };
+            made.map_err(|error| interrupt::told(error, target))?;
+            bar.finish();
             // A parent elsewhere was named by whoever asks.
-            output.image_info(&ops::info(target, &PARENT)?);
+            output.image_info(&ops::info(target, &PARENT.of_kind(*to))?);
         }
         ImageVerb::Repair { input, yes, free_leaks } => {
             let leaks = if *free_leaks { Leaks::Free } else { Leaks::Keep };
@@ -68,6 +79,13 @@ pub(crate) fn run(verb: &ImageVerb, output: &Output) -> anyhow::Result<ExitCode>
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Lets this process open as many files as it may: an image in small files has thousands.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    // Without it the usual limit holds, and what meets it says so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// How an image is opened that the command line itself names as a parent.
@@ -113,6 +131,7 @@ fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> 
     let source = open(&arguments.input.image, &arguments.input.options())?;
     let mut options = ConvertOptions::new(arguments.to);
     options.create.adapter = arguments.adapter;
+    options.create.size_bytes = arguments.to.padded_bytes(source.size_bytes());
     options.create.thin = !arguments.thick;
     options.deflate_level = arguments.deflate_level;
     options.durable = !arguments.no_sync;
@@ -128,12 +147,13 @@ fn convert(arguments: &ConvertArguments, output: &Output) -> anyhow::Result<()> 
         return Ok(());
     }
     let report = match arguments.force {
-        true => replace::replace(&*source, output_path, make),
-        false => make(output_path).map_err(|error| told_of_force(error, output_path)),
+        true => replace::replace(&*source, output_path, &options.create, make),
+        false => replace::make_new(output_path, &options.create, make)
+            .map_err(|error| told_of_force(error, output_path)),
     };
     let report = report.map_err(|error| interrupt::told(error, output_path))?;
     bar.finish();
-    output.converted(&report);
+    output.converted(&ConvertReport { path: output_path.clone(), ..report });
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Putting a new image in the place of an old one, with all files of both.
+//! Putting a new image in its place, where nothing is or an old one, with all files of both.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -9,9 +9,100 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use backhaul_disk_image::ops::ConvertReport;
-use backhaul_disk_image::{DiskImage, ErrorKind, ImageInfo, OpenOptions, open};
+use backhaul_disk_image::{
+    CreateOptions, DiskImage, ErrorKind, ImageError, ImageInfo, OpenOptions, check_new, open,
+};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
-use super::staging::{self, Staging};
+use super::staging::{self, NEW_FILES, OLD_FILES, Staging};
+
+/// Makes an image with `make` in a hidden folder beside `target`, where nothing may be, and gives it
+/// its place when it is whole: whatever cuts it short, the next run knows what was left, and removes
+/// it.
+pub(super) fn make_new<T>(
+    target: &Path,
+    options: &CreateOptions,
+    make: impl FnOnce(&Path) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let given = target.parent().unwrap_or(Path::new(""));
+    let folder = if given.as_os_str().is_empty() { Path::new(".") } else { given }.canonicalize();
+    if let (Ok(folder), Some(name), Err(_)) =
+        (&folder, target.file_name(), target.symlink_metadata())
+    {
+        staging::clear_new(folder, name)
+            .map_err(|error| ImageError::io("clear what a killed run left of", target, error))?;
+    }
+    check_new(target, options)?;
+    let folder = folder.with_context(|| given.display().to_string())?;
+    let name = target.file_name().unwrap_or_default();
+    let staging = stage(&folder, name)?;
+    let made = make(&staging.path().join(name)).map_err(|error| named(error, &staging, given))?;
+    publish(&folder, staging.path(), name, &mut || Ok(()))?;
+    Ok(made)
+}
+
+fn stage(folder: &Path, name: &OsStr) -> Result<Staging, ImageError> {
+    // Only the kind: its sentence would name the hidden folder.
+    let refused = |error: io::Error| ImageError::io("write in", folder, error.kind().into());
+    Staging::make(folder, name).map_err(refused)
+}
+
+/// An error about a file in the hidden folder, as one about the file that it was to be.
+fn named(error: anyhow::Error, staging: &Staging, folder: &Path) -> anyhow::Error {
+    match error.downcast::<ImageError>() {
+        Ok(error) => error.moved(staging.path(), folder).into(),
+        Err(error) => error,
+    }
+}
+
+/// Moves the files of a new image from its hidden folder to their places, the descriptor last; `step`
+/// is called before everything that changes a file, and ends it by an error.
+fn publish(
+    folder: &Path,
+    staging: &Path,
+    name: &OsStr,
+    step: &mut dyn FnMut() -> io::Result<()>,
+) -> Result<(), ImageError> {
+    let failed = |error| ImageError::io("create", &folder.join(name), error);
+    let files = fs::read_dir(staging).and_then(|entries| {
+        entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
+    });
+    let mut files = files.map_err(failed)?;
+    files.sort_by_key(|file| file.file_name() == Some(name));
+    let sync = || File::open(folder)?.sync_all();
+    let prepared = step().and_then(|()| staging::note(staging, NEW_FILES, &files));
+    prepared.map_err(failed)?;
+    let mut placed = Vec::new();
+    for file in &files {
+        let place = folder.join(file.file_name().unwrap_or_default());
+        let is_last = place.file_name() == Some(name);
+        let moved = step()
+            .and_then(|()| if is_last { sync() } else { Ok(()) })
+            .and_then(|()| rename_new(file, &place));
+        if let Err(error) = moved {
+            // Ours, and of no use without the rest. After a kill the next run does this.
+            for place in &placed {
+                let _ = fs::remove_file(place);
+            }
+            return Err(ImageError::io("create", &place, error));
+        }
+        placed.push(place);
+    }
+    sync().map_err(failed)
+}
+
+/// Gives a file another name, which no file has.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // File systems such as NFS know no flags, but a link never replaces a file.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)
+        }
+        result => Ok(result?),
+    }
+}
 
 /// Makes an image with `make` in a hidden folder beside `target`, and puts it in the place of what is
 /// at `target` only when it is whole: whatever fails before that leaves the old image as it was.
@@ -19,9 +110,10 @@ use super::staging::{self, Staging};
 pub(super) fn replace(
     source: &dyn DiskImage,
     target: &Path,
+    options: &CreateOptions,
     make: impl FnOnce(&Path) -> anyhow::Result<ConvertReport>,
 ) -> anyhow::Result<ConvertReport> {
-    let Ok(metadata) = target.symlink_metadata() else { return make(target) };
+    let Ok(metadata) = target.symlink_metadata() else { return make_new(target, options, make) };
     let shown = target.display();
     ensure!(metadata.is_file(), "{shown}: only a file can be replaced; choose another name");
     let target = target.canonicalize().with_context(|| shown.to_string())?;
@@ -36,8 +128,9 @@ pub(super) fn replace(
     if old.image.is_some() {
         staging::clear(folder, name, &old.files)?;
     }
-    let staging = Staging::make(folder, name)?;
-    let report = make(&staging.path().join(name))?;
+    let staging = stage(folder, name)?;
+    let report =
+        make(&staging.path().join(name)).map_err(|error| named(error, &staging, folder))?;
     let mut extents = Vec::new();
     for entry in fs::read_dir(staging.path())? {
         let file = entry?.file_name();
@@ -85,7 +178,8 @@ impl Exchange<'_> {
         let (target, staged) = (self.folder.join(self.name), self.staging.join(self.name));
         let sync = || File::open(self.folder)?.sync_all();
         step()?;
-        staging::note(self.staging, self.old)?;
+        let here = self.old.iter().filter(|path| path.parent() == Some(self.folder));
+        staging::note(self.staging, OLD_FILES, here)?;
         if !self.extents.is_empty() {
             let interim = self.staging.join(".interim");
             self.write_interim(&staged, &interim)?;
@@ -228,7 +322,8 @@ mod tests {
         let found = content(&target, &story);
         assert!(ended.is_err() || found == 2, "{story}");
         // The next replacement finds whatever the cut left, and leaves nothing but its image.
-        replace(&*sources[1], &target, |path| Ok(make(&*sources[1], path, kinds[1])))
+        let options = CreateOptions::new(kinds[1], 1 << 20);
+        replace(&*sources[1], &target, &options, |path| Ok(make(&*sources[1], path, kinds[1])))
             .unwrap_or_else(|error| panic!("{story}: {error:#}"));
         assert_eq!(content(&target, &story), 2);
         let used: BTreeSet<_> = chain_files(&info(&target)).into_iter().collect();
@@ -250,5 +345,52 @@ mod tests {
             let steps = (1..50).take_while(|step| cut(kinds, *step)).count();
             assert!(steps >= 2, "{kinds:?} took {steps} steps");
         }
+    }
+
+    /// A first convert that was killed left extents, and the next refused because of them.
+    #[test]
+    fn a_first_image_cut_at_any_step_is_there_or_made_by_the_next_run() {
+        for kind in [Kind::Vmfs, Kind::TwoGbMaxExtentSparse, Kind::MonolithicSparse] {
+            let cuts = (1..50).take_while(|step| cut_new(kind, *step)).count();
+            assert!(cuts >= 2, "{kind} took {cuts} steps");
+        }
+    }
+
+    /// Makes an image, cut at a step as by a kill, and again; says whether it came so far.
+    fn cut_new(kind: Kind, cut_at: usize) -> bool {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let folder = dir.path().canonicalize().unwrap();
+        let (target, story) = (folder.join("d.vmdk"), format!("{kind}, cut at step {cut_at}"));
+        let source = raw(&elsewhere.path().join("raw"), 3);
+        let make =
+            |path: &Path| Ok(convert(&*source, path, &ConvertOptions::new(kind), &mut Silent)?);
+        let staging = folder.join(".backhaul-d.vmdk-killed");
+        fs::create_dir(&staging).unwrap();
+        make(&staging.join("d.vmdk")).unwrap();
+        let mut steps = 0;
+        let cut = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            publish(&folder, &staging, OsStr::new("d.vmdk"), &mut || {
+                steps += 1;
+                // A kill: nothing that would follow an error is done.
+                if steps == cut_at { std::panic::resume_unwind(Box::new(())) } else { Ok(()) }
+            })
+        }));
+        assert!(cut.is_err() || cut.unwrap().is_ok(), "{story}");
+        let is_cut = steps == cut_at;
+        if is_cut {
+            assert!(target.symlink_metadata().is_err(), "{story}: the descriptor comes last");
+            // Somebody else's folder, of a name that begins with this one.
+            fs::create_dir(folder.join(".backhaul-d.vmdk-old.vmdk-killed")).unwrap();
+            make_new(&target, &CreateOptions::new(kind, 1 << 20), make)
+                .unwrap_or_else(|error| panic!("{story}: {error:#}"));
+            fs::remove_dir(folder.join(".backhaul-d.vmdk-old.vmdk-killed")).unwrap();
+        } else {
+            fs::remove_dir_all(&staging).unwrap();
+        }
+        assert_eq!(content(&target, &story), 3);
+        let used: BTreeSet<_> = chain_files(&info(&target)).into_iter().collect();
+        let there = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+        assert_eq!(there.collect::<BTreeSet<_>>(), used, "{story}");
+        is_cut
     }
 }

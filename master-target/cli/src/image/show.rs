@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::print::say;
 use crate::show::{Output, failure};
 
-/// Runs and findings that a table shows; `--json` has all of them.
+/// Runs, findings and extents that are shown; `--json` has all of them.
 pub(super) const ROWS_MAX: usize = 100;
 
 fn size(bytes: u64) -> String {
@@ -47,7 +47,7 @@ impl Output {
                     say!("{name:<11} {value}");
                 }
             }
-            for extent in &info.extents {
+            for extent in info.extents.iter().take(ROWS_MAX) {
                 let path = extent.path.as_ref().map(|path| path.display().to_string());
                 let unclean = if extent.unclean { ", not closed by its last writer" } else { "" };
                 say!(
@@ -56,6 +56,10 @@ impl Output {
                     size(extent.length_bytes),
                     path.unwrap_or_default()
                 );
+            }
+            let more = info.extents.len().saturating_sub(ROWS_MAX);
+            if more > 0 {
+                say!("extent      and {more} more; --json has all of them");
             }
             for finding in &info.findings {
                 say!("finding     {}", finding.sentence);
@@ -159,6 +163,9 @@ impl Output {
                 "{} zero bytes were added at its end: Azure takes whole MiB only",
                 report.padding_bytes
             );
+        }
+        if let Some(caution) = report.caution {
+            say!("{caution}");
         }
     }
 

@@ -1,5 +1,5 @@
-//! The hidden folder in which an image is made that is to replace another, and what is left of one
-//! whose process was killed.
+//! The hidden folder in which an image is made before it gets its place, and what is left of one whose
+//! process was killed.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -13,7 +13,14 @@ use tempfile::TempDir;
 
 /// The file in the folder that tells which old files were to go: after a cut they may be part of no
 /// image.
-const OLD_FILES: &str = ".old";
+pub(super) const OLD_FILES: &str = ".old";
+
+/// The file in the folder that tells which files of a new image were made there: after a cut some may
+/// have their place already, and belong to no image.
+pub(super) const NEW_FILES: &str = ".made";
+
+/// Random letters that end a folder's name.
+const LETTERS: usize = 6;
 
 /// The folder, locked as long as its process lives.
 pub(super) struct Staging {
@@ -24,7 +31,10 @@ pub(super) struct Staging {
 impl Staging {
     /// A folder beside `name`, in which that is made anew.
     pub(super) fn make(beside: &Path, name: &OsStr) -> io::Result<Self> {
-        let folder = tempfile::Builder::new().prefix(&prefix(name)).tempdir_in(beside)?;
+        let folder = tempfile::Builder::new()
+            .prefix(&prefix(name))
+            .rand_bytes(LETTERS)
+            .tempdir_in(beside)?;
         let lock = File::open(folder.path())?;
         lock.try_lock()?;
         Ok(Self { folder, _lock: lock })
@@ -48,31 +58,34 @@ fn prefix(name: &OsStr) -> OsString {
     prefix
 }
 
-/// Notes durably, in the hidden folder, which files of its parent are to go. The number of each file
-/// is noted too: whatever has the name later is not deleted for it.
-pub(super) fn note(staging: &Path, old: &BTreeSet<PathBuf>) -> io::Result<()> {
+/// Notes durably, in the hidden folder, files that have, or are to have, a name in its parent. The
+/// number of each file is noted too: whatever has the name later is not deleted for it.
+pub(super) fn note<'a>(
+    staging: &Path,
+    list: &str,
+    files: impl IntoIterator<Item = &'a PathBuf>,
+) -> io::Result<()> {
     let mut text = Vec::new();
-    let parent = staging.parent();
-    for path in old.iter().filter(|path| path.parent() == parent) {
+    for path in files {
         let Some(name) = path.file_name() else { continue };
         text.extend(format!("{} ", path.symlink_metadata()?.ino()).bytes());
         text.extend(name.as_bytes());
         text.push(0);
     }
-    let path = staging.join(OLD_FILES);
+    let path = staging.join(list);
     fs::write(&path, text)?;
     File::open(path)?.sync_all()?;
     File::open(staging)?.sync_all()
 }
 
-/// The files that [`note`] noted and that are still there.
-fn noted(staging: &Path) -> Vec<PathBuf> {
-    let (text, parent) = (fs::read(staging.join(OLD_FILES)).unwrap_or_default(), staging.parent());
+/// The files that [`note`] noted in a list and that are there.
+fn noted(staging: &Path, list: &str) -> Vec<PathBuf> {
+    let (text, parent) = (fs::read(staging.join(list)).unwrap_or_default(), staging.parent());
     let entries = text.split(|byte| *byte == 0).filter_map(|entry| {
         let blank = entry.iter().position(|byte| *byte == b' ')?;
         let number: u64 = std::str::from_utf8(&entry[..blank]).ok()?.parse().ok()?;
         let name = OsString::from_vec(entry[blank + 1..].to_vec());
-        // A path would lead to files that no replacement noted.
+        // A path would lead to files that nobody noted.
         let path = parent.filter(|_| !name.as_bytes().contains(&b'/'))?.join(name);
         (path.symlink_metadata().ok()?.ino() == number).then_some(path)
     });
@@ -83,19 +96,10 @@ fn noted(staging: &Path) -> Vec<PathBuf> {
 /// they gave early, and their folders. `used` are the files of the image that stands there now: what
 /// it needs stays, its folder too.
 pub(super) fn clear(beside: &Path, name: &OsStr, used: &BTreeSet<PathBuf>) -> io::Result<()> {
-    let prefix = prefix(name);
-    for entry in fs::read_dir(beside)? {
-        let staging = entry?.path();
-        let called = staging.file_name().unwrap_or_default();
-        let is_one = called.as_bytes().starts_with(prefix.as_bytes());
-        if !is_one || !staging.symlink_metadata().is_ok_and(|found| found.is_dir()) {
-            continue;
-        }
-        let Ok(folder) = File::open(&staging) else { continue };
-        if folder.try_lock().is_err() {
-            continue;
-        }
-        let mut ours = noted(&staging);
+    for staging in left(beside, name)? {
+        let Some(_lock) = abandoned(&staging) else { continue };
+        let mut ours = noted(&staging, OLD_FILES);
+        ours.extend(noted(&staging, NEW_FILES));
         for file in fs::read_dir(&staging)? {
             let file = file?;
             let link = beside.join(file.file_name());
@@ -113,4 +117,45 @@ pub(super) fn clear(beside: &Path, name: &OsStr, used: &BTreeSet<PathBuf>) -> io
         }
     }
     Ok(())
+}
+
+/// Removes what was left of making `name` by processes that were killed, where nothing of that name
+/// stands: their folders, and what they gave its place early. The folder of a replacement stays: the
+/// image that it made may have got another name since, and need it.
+pub(super) fn clear_new(beside: &Path, name: &OsStr) -> io::Result<()> {
+    for staging in left(beside, name)? {
+        let Some(_lock) = abandoned(&staging) else { continue };
+        if staging.join(OLD_FILES).symlink_metadata().is_ok() {
+            continue;
+        }
+        for file in noted(&staging, NEW_FILES) {
+            fs::remove_file(file)?;
+        }
+        fs::remove_dir_all(&staging)?;
+    }
+    Ok(())
+}
+
+/// The folders in which `name` was made, or is.
+fn left(beside: &Path, name: &OsStr) -> io::Result<Vec<PathBuf>> {
+    let prefix = prefix(name);
+    let mut folders = Vec::new();
+    for entry in fs::read_dir(beside)? {
+        let entry = entry?;
+        let called = entry.file_name();
+        // A longer end belongs to a name that begins with this one.
+        let letters = called.as_bytes().strip_prefix(prefix.as_bytes());
+        let is_one = letters.is_some_and(|letters| letters.len() == LETTERS);
+        if is_one && entry.file_type()?.is_dir() {
+            folders.push(entry.path());
+        }
+    }
+    Ok(folders)
+}
+
+/// Takes the lock of a folder whose process has ended.
+fn abandoned(staging: &Path) -> Option<File> {
+    let folder = File::open(staging).ok()?;
+    folder.try_lock().ok()?;
+    Some(folder)
 }
