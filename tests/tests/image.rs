@@ -399,6 +399,136 @@ fn what_is_wrong_is_said_in_one_sentence() {
     }
 }
 
+/// An image in more files than the usual limit of 1,024 was made and then could not be opened.
+#[test]
+fn an_image_of_many_files_is_opened_or_says_what_it_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("many.vmdk");
+    let limited = |limit: &str, words: &[&str]| {
+        let program = backhaul_tests::programs().join("backhaul");
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={limit}")).arg(program).arg("image").args(words);
+        command.output().expect("prlimit is missing: install the Debian package util-linux")
+    };
+    let create = ["create", "-O", "twoGbMaxExtentFlat", "--size", "240GiB", text(&image)];
+    let made = limited("64:1024", &create);
+    assert!(made.status.success(), "{}", said(&made));
+    let told = limited("100:100", &["info", text(&image)]);
+    assert_eq!(told.status.code(), Some(1));
+    for words in ["many.vmdk: it has 121 extents", "the 100 files", "ulimit -n 342"] {
+        assert!(said(&told).contains(words), "{}", said(&told));
+    }
+}
+
+/// Errors named a hidden file that nobody had named, and no mend.
+#[test]
+fn a_full_disk_is_told_of_the_image_that_was_asked_for() {
+    if !backhaul_tests::is_root() {
+        println!("skipped: a small file system needs root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, small) = (dir.path().join("disk.raw"), dir.path().join("small"));
+    std::fs::write(&raw, content()).unwrap();
+    std::fs::create_dir(&small).unwrap();
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "tmpfs", "-o", "size=512k", "tmpfs"]).arg(&small);
+    if !mount.status().unwrap().success() {
+        println!("skipped: a tmpfs cannot be mounted here");
+        return;
+    }
+    let told = KINDS.map(|kind| {
+        let image = image_path(&small, kind);
+        let told = backhaul(&["convert", "-f", "raw", "-O", kind, text(&raw), text(&image)]);
+        let left = std::fs::read_dir(&small).unwrap().count();
+        (kind, told.status.code(), said(&told), left)
+    });
+    assert!(Command::new("umount").arg(&small).status().unwrap().success());
+    for (kind, code, said, left) in told {
+        assert_eq!((code, left), (Some(1), 0), "{kind}: {said}");
+        assert!(said.starts_with(&format!("{}/{kind}", text(&small))), "{said}");
+        assert!(said.contains("No space left") && said.contains("free some space"), "{said}");
+    }
+}
+
+/// A stream whose first sector was zeroed was taken for a raw disk, and its compressed bytes for the
+/// guest's; the repair of one that was cut off said that nothing was lost.
+#[test]
+fn a_vmdk_without_its_head_is_no_raw_disk_and_one_without_its_end_lost_something() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, image) = (dir.path().join("disk.raw"), dir.path().join("image.vmdk"));
+    std::fs::write(&raw, content()).unwrap();
+    good(&["convert", "-f", "raw", "-O", "streamOptimized", text(&raw), text(&image)]);
+    let whole = std::fs::read(&image).unwrap();
+
+    let mut headless = whole.clone();
+    headless[..512].fill(0);
+    std::fs::write(&image, &headless).unwrap();
+    let refused = backhaul(&["info", text(&image)]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(said(&refused).contains("repair the image"), "{}", said(&refused));
+    good(&["info", "-f", "raw", text(&image)]);
+    let (code, answer) = json(&["repair", "--yes", text(&image)]);
+    assert_eq!((code, &answer["clean"]), (Some(0), &true.into()), "{answer}");
+    judge(&image, "streamOptimized", &raw);
+
+    std::fs::write(&image, vec![0; 4096]).unwrap();
+    let refused = backhaul(&["info", text(&image)]);
+    assert!(said(&refused).contains("(-f raw)"), "{}", said(&refused));
+
+    // Grains 1 to 22 hold data, and the last; the end without the footer holds them all.
+    for (length, lost) in [(1_000_000, true), (whole.len() - 512, false)] {
+        std::fs::write(&image, &whole[..length]).unwrap();
+        let (_, answer) = json(&["repair", text(&image)]);
+        let lost_bytes = answer["plan"]["lost_bytes"].as_u64().unwrap();
+        assert_eq!(lost_bytes > 3 << 20 && lost_bytes < DISK_BYTES as u64, lost, "{answer}");
+        let sentence = answer["plan"]["fixes"][0]["sentence"].as_str().unwrap();
+        assert_eq!(sentence.contains(&format!("at most {lost_bytes} bytes")), lost, "{answer}");
+    }
+}
+
+/// The issue wants every name; a double quote was refused for kinds with a descriptor.
+#[test]
+fn quotes_in_a_name_are_written_and_read_by_us_and_by_qemu() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("disk.raw");
+    let mut disk = content();
+    disk.resize(6 << 20, 0);
+    std::fs::write(&raw, disk).unwrap();
+    for kind in KINDS {
+        let folder = dir.path().join(kind);
+        std::fs::create_dir(&folder).unwrap();
+        let ending = image_path(&folder, kind).extension().unwrap().to_owned();
+        let image = folder.join("it's \"Büro\" 1").with_extension(ending);
+        good(&["convert", "-f", "raw", "-O", kind, text(&raw), text(&image)]);
+        judge(&image, kind, &raw);
+        good(&["convert", "--force", "-f", "raw", "-O", "vmfs", text(&raw), text(&image)]);
+        good(&["compare", "-f", "vmfs", "-F", "raw", text(&image), text(&raw)]);
+    }
+    let parent = dir.path().join("a\"b.vmdk");
+    good(&["create", "-O", "monolithicSparse", "--size", "1M", text(&parent)]);
+    let delta = dir.path().join("delta.vmdk");
+    let refused =
+        backhaul(&["create", "-O", "monolithicSparse", "--parent", text(&parent), text(&delta)]);
+    assert!(said(&refused).contains("double quote"), "{}", said(&refused));
+}
+
+#[test]
+fn a_vhd_says_who_takes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("large.vhd");
+    for (size, words) in [("2040GiB", None), ("2041GiB", Some("2,040 GiB"))] {
+        let (code, info) = json(&["create", "-O", "vhd", "--size", size, text(&image)]);
+        let sentence = info["findings"][0]["sentence"].as_str();
+        assert_eq!(code, Some(0), "{info}");
+        assert_eq!(words.is_none(), sentence.is_none(), "{info}");
+        assert!(words.is_none_or(|words| sentence.unwrap().contains(words)), "{info}");
+        std::fs::remove_file(&image).unwrap();
+    }
+    let refused = backhaul(&["create", "-O", "vhd", "--size", "33T", text(&image)]);
+    assert!(said(&refused).contains("32 TiB"), "{}", said(&refused));
+}
+
 #[test]
 fn what_was_created_is_told_to_programs() {
     let dir = tempfile::tempdir().unwrap();
