@@ -13,7 +13,7 @@ use backhaul_agent::metrics::Metrics;
 use backhaul_agent::progress::{AboveBars, ProgressView};
 use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
-use backhaul_daemon::{lifecycle, logging, metrics};
+use backhaul_daemon::{complaint, lifecycle, logging, metrics};
 use backhaul_nbd::{Exports, Listener, Server, ServerOptions};
 use backhaul_proto::identity::{Identity, Role};
 use clap::{CommandFactory, Parser, Subcommand};
@@ -79,7 +79,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error:#}");
+            eprintln!("{}", complaint::sentence(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -87,8 +87,11 @@ fn main() -> ExitCode {
 
 fn check(path: &std::path::Path) -> anyhow::Result<()> {
     let config = Config::load(path)?;
-    let identity = Identity::load(&config.identity, Role::Agent);
-    let mut wrong: Vec<String> = identity.err().iter().map(ToString::to_string).collect();
+    let mut wrong: Vec<_> = config.identity.unreadable().iter().map(ToString::to_string).collect();
+    if wrong.is_empty() {
+        let identity = Identity::load(&config.identity, Role::Agent);
+        wrong.extend(identity.err().map(|error| error.to_string()));
+    }
     for disk in config.machines.iter().flat_map(|machine| &machine.disks) {
         wrong.extend(Device::open(&disk.path).err().map(|error| error.to_string()));
     }

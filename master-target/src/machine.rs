@@ -64,6 +64,8 @@ pub struct Machine {
     pub questions: Vec<(LinkId, HashRequest, OwnedSemaphorePermit)>,
     /// What its worker or its disks complain of; empty when nothing.
     pub trouble: String,
+    /// Why its agent may not replicate it; empty when it may.
+    pub refusal: String,
     /// Bytes received as they travelled, and plain.
     pub received: (u64, u64),
     /// Bytes of batches that came as references.
@@ -157,6 +159,7 @@ impl Machine {
             marks: VecDeque::new(),
             questions: Vec::new(),
             trouble: String::new(),
+            refusal: String::new(),
             received: (0, 0),
             referenced_bytes: 0,
             sync_times: (None, None),
@@ -397,18 +400,19 @@ impl Machine {
             },
             step: self.failover.step().to_owned(),
             failure: self.failover.failure().to_owned(),
-            trouble: if self.trouble.is_empty() {
-                progress.trouble.clone()
-            } else {
-                self.trouble.clone()
-            },
+            trouble: [&self.trouble, &self.refusal, &progress.trouble]
+                .into_iter()
+                .find(|sentence| !sentence.is_empty())
+                .cloned()
+                .unwrap_or_default(),
             rpo_seconds: self
                 .watermark
                 .rpo(now)
                 .filter(|_| replicating)
                 .map(|rpo| rpo.as_secs_f64()),
-            lag_bytes: progress.queued_bytes,
-            dirty_bytes: progress.dirty_bytes,
+            // What the agent holds after a failover is not on its way to here.
+            lag_bytes: if failover.is_some() { 0 } else { progress.queued_bytes },
+            dirty_bytes: if failover.is_some() { 0 } else { progress.dirty_bytes },
             sync: self.sync_view(),
             journal_bytes: self
                 .open

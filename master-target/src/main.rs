@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
-use backhaul_daemon::{lifecycle, logging, metrics};
+use backhaul_daemon::{complaint, lifecycle, logging, metrics};
 use backhaul_master_target::config::Config;
 use backhaul_master_target::machine::LinkId;
 use backhaul_master_target::metrics::Metrics;
@@ -116,7 +116,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error:#}");
+            eprintln!("{}", complaint::sentence(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -124,6 +124,8 @@ fn main() -> ExitCode {
 
 fn check(path: &Path) -> anyhow::Result<()> {
     let config = Config::load(path)?;
+    let wrong: Vec<_> = config.identity.unreadable().iter().map(ToString::to_string).collect();
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     Identity::load(&config.identity, Role::Target)?;
     println!("{} is good: {} machine(s)", path.display(), config.machines.len());
     Ok(())

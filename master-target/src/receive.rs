@@ -54,8 +54,9 @@ pub enum Unresolved {
         /// What the system said.
         source: io::Error,
     },
-    /// The images hold something else there.
-    #[error(transparent)]
+    /// The images hold something else there: after a connection is lost the agent knows less of what
+    /// is here than it thinks, so this is nothing to worry about.
+    #[error("the images hold something else where its references lead")]
     Content(#[from] BodyError),
 }
 

@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use backhaul_api::{ClientError, FailoverRequest};
+use backhaul_api::{ClientError, FailoverRequest, Machine};
 use backhaul_lab::rig::MACHINE;
 use backhaul_tests::{STEP_TIME_MAX, Scenario};
 
@@ -85,12 +85,10 @@ async fn a_disk_that_changed_its_size_is_refused_with_both_sizes() {
     scenario.rig.start_agent().unwrap();
     let sentence = "changed its size from 16777216 to 33554432 bytes";
     scenario.rig.wait_log("agent", sentence).await.unwrap();
-    // The disks that were there are still a prefix, and can be failed over to.
-    scenario
-        .rig
-        .wait("the agent's absence", Duration::from_secs(60), |machine| !machine.connected)
-        .await
-        .unwrap();
+    // The disks that were there are still a prefix, and can be failed over to. The sentence was only
+    // in the logs, where nobody looked who asked how the machine is.
+    let told = |machine: &Machine| !machine.connected && machine.trouble.contains(sentence);
+    scenario.rig.wait("the complaint", Duration::from_secs(60), told).await.unwrap();
     assert!(!scenario.fail_over().await.unwrap().failover.unwrap().source_drained);
 }
 

@@ -114,7 +114,7 @@ impl Agent {
             Err(error) => return self.give_up_stream(index, &error),
         };
         let name = machine.config.name.as_str();
-        tracing::info!(machine = name, batch = resend.batch, "sent again, without references");
+        tracing::debug!(machine = name, batch = resend.batch, "sent again, without references");
         machine.capture.order().handle_resized(unfolded.before_bytes, unfolded.after_bytes);
         machine.dedupe.handle_unresolved(&unfolded.references);
         let now = Instant::now();

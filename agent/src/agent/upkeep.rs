@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use backhaul_daemon::bandwidth::Rate;
+use backhaul_proto::link::Transport;
 use backhaul_proto::message::{Heartbeat, LinkReport, Progress, agent_message};
 
 use super::Agent;
@@ -113,7 +114,10 @@ impl Agent {
         let path = link.connection.congestion();
         let min_rtt = path.and_then(|path| path.min_rtt).unwrap_or(stats.min_rtt);
         self.say(agent_message::Kind::Link(LinkReport {
-            congestion: self.config.congestion.to_string(),
+            congestion: match link.connection.transport() {
+                Transport::Quic => self.config.congestion.to_string(),
+                Transport::Tcp => "the kernel's".into(),
+            },
             rtt_us: if stats.rtt.is_zero() {
                 self.heartbeat_us
             } else {

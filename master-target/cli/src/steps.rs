@@ -2,7 +2,7 @@
 //! interrupts this interrupts nothing.
 
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use backhaul_api::{Client, Machine, Stage};
@@ -13,6 +13,9 @@ use crate::show::{Output, stage};
 /// How often the target is asked.
 const POLL: Duration = Duration::from_millis(100);
 
+/// How long a cancel is watched whose agent is away.
+const AGENT_PATIENCE: Duration = Duration::from_secs(20);
+
 /// Shows each step until the machine is in one of `ends`, or says why it is not.
 pub(crate) async fn watch(
     client: &Client,
@@ -22,6 +25,7 @@ pub(crate) async fn watch(
 ) -> anyhow::Result<Machine> {
     let view = StepView::new(output);
     let mut shown = String::new();
+    let mut away: Option<Instant> = None;
     loop {
         let machine = client.machine(name).await?;
         if ends.contains(&machine.stage) && machine.failure.is_empty() {
@@ -40,6 +44,14 @@ pub(crate) async fn watch(
             );
         }
         let waits_for_agent = !machine.connected && machine.stage == Stage::Cancelling;
+        away = waits_for_agent.then(|| away.unwrap_or_else(Instant::now));
+        if away.is_some_and(|since| since.elapsed() > AGENT_PATIENCE) {
+            view.finish();
+            bail!(
+                "the cancel of machine {name} waits for agent {}, which is not connected; it is done by itself when the agent is back, and a failover takes it back",
+                machine.agent
+            );
+        }
         let step = if waits_for_agent {
             format!("{} (waiting for agent {} to connect)", machine.step, machine.agent)
         } else {

@@ -111,7 +111,8 @@ impl Target {
             Err(error) => return Err(error.to_string()),
         }
         let batch = header.batch;
-        tracing::info!(machine = %name, %batch, %reason, "a batch is asked for again without references");
+        // There may be hundreds within a second after a reconnect; the agent's metrics count them.
+        tracing::debug!(machine = %name, %batch, %reason, "a batch is asked for again without references");
         if let Some(link) = self.links.get(&id) {
             link.up.control(target_message::Kind::Resend(Resend {
                 machine: header.machine.0.into(),

@@ -68,6 +68,7 @@ impl Target {
                 Ok((name, welcome)) => (Some(name), welcome),
                 Err((code, sentence)) => {
                     tracing::error!(%agent, machine = hello.name, "{sentence}");
+                    self.note_refusal(&agent, &hello.name, &sentence);
                     if is_passing(code) {
                         waiting.insert(index, hello.clone());
                     }
@@ -216,11 +217,23 @@ impl Target {
             return Err((Code::Other, "the machine is gone".into()));
         };
         machine.link = Some((*id, index));
+        machine.refusal.clear();
         machine.questions.clear();
         let generation = Generation(hello.generation);
         machine.agent_generation = generation;
         let welcome = standing(machine, index, generation, BatchSeq(hello.acked_batch));
         Ok((name, welcome))
+    }
+
+    /// An operator who looks at the machine sees why its own agent may not have it.
+    fn note_refusal(&mut self, agent: &PeerName, name: &str, sentence: &str) {
+        let Ok(name) = name.parse::<MachineName>() else { return };
+        if let Some(machine) = self.machines.get_mut(&name)
+            && machine.config.agent == *agent
+            && machine.link.is_none()
+        {
+            sentence.clone_into(&mut machine.refusal);
+        }
     }
 
     /// A newer connection of an agent takes its machines along, unless it comes from another host

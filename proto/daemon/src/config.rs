@@ -78,6 +78,10 @@ pub fn parse<T>(
         let span = error.span().unwrap_or(0..0);
         document.report(span, error.message().to_owned());
     }
+    // What could not be parsed is not missing: the rest is judged when the file is TOML.
+    if !document.errors.borrow().is_empty() {
+        return Err(ConfigErrors(document.errors.into_inner()));
+    }
     let value = Table::new(&document, root.get_ref(), root.span(), String::new()).read(read);
     let errors = document.errors.into_inner();
     match value {
@@ -422,7 +426,7 @@ x.toml:6:1: `disk.colour` is not a known key; known here: `size`";
 
     #[test]
     fn a_syntax_error_has_its_line() {
-        let errors = parse(Path::new("x.toml"), "name = \n", read).unwrap_err();
-        assert_eq!(errors.0[0].line, 1);
+        let errors = parse(Path::new("x.toml"), "queue = \n", read).unwrap_err();
+        assert_eq!((errors.0.len(), errors.0[0].line), (1, 1), "nothing else is said: {errors}");
     }
 }

@@ -17,7 +17,7 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
-use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use thiserror::Error;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
@@ -54,6 +54,13 @@ pub struct IdentityFiles {
     pub cert: PathBuf,
     /// This end's private key.
     pub key: PathBuf,
+}
+
+impl IdentityFiles {
+    /// Why each of the files that cannot be read cannot be.
+    pub fn unreadable(&self) -> Vec<IdentityError> {
+        [&self.ca, &self.cert, &self.key].into_iter().filter_map(|path| read(path).err()).collect()
+    }
 }
 
 /// Why an identity cannot be used.
@@ -114,6 +121,7 @@ pub struct Identity {
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
     cert_path: PathBuf,
+    ca_path: PathBuf,
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
@@ -166,6 +174,7 @@ impl Identity {
             roots: Arc::new(roots),
             provider: Arc::new(provider()),
             cert_path: files.cert.clone(),
+            ca_path: files.ca.clone(),
         };
         // Building a configuration is what checks that the key fits the certificate.
         match role {
@@ -222,6 +231,7 @@ impl Identity {
     ) -> Result<rustls::ClientConfig, IdentityError> {
         let verifier = TargetVerifier {
             roots: Arc::clone(&self.roots),
+            ca_path: self.ca_path.clone(),
             algorithms: self.provider.signature_verification_algorithms,
             expected,
         };
@@ -259,8 +269,30 @@ pub(crate) fn holder(certificate: &CertificateDer<'_>) -> Option<(Role, PeerName
 #[derive(Debug)]
 struct TargetVerifier {
     roots: Arc<RootCertStore>,
+    /// Where they were read from, for messages.
+    ca_path: PathBuf,
     algorithms: WebPkiSupportedAlgorithms,
     expected: Option<PeerName>,
+}
+
+impl TargetVerifier {
+    /// What rustls calls an unknown issuer is a mistake in a configuration nearly always.
+    fn explain(&self, error: rustls::Error) -> rustls::Error {
+        match error {
+            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+                rustls::Error::General(format!(
+                    "its certificate was not issued by the CA in {}; give both ends certificates of one CA, and `identity.ca` that CA's",
+                    self.ca_path.display()
+                ))
+            }
+            other => other,
+        }
+    }
+}
+
+/// What went wrong with a certificate, without rustls's own words before ours.
+pub(crate) fn certificate_reason(reason: &str) -> String {
+    reason.strip_prefix("unexpected error: ").unwrap_or(reason).to_owned()
 }
 
 impl ServerCertVerifier for TargetVerifier {
@@ -279,7 +311,8 @@ impl ServerCertVerifier for TargetVerifier {
             intermediates,
             now,
             self.algorithms.all,
-        )?;
+        )
+        .map_err(|error| self.explain(error))?;
         let refuse = |text: String| Err(rustls::Error::General(text));
         match (holder(end_entity), &self.expected) {
             (Some((Role::Target, name)), Some(expected)) if name != *expected => {

@@ -10,7 +10,7 @@ use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 
 use crate::id::PeerName;
-use crate::identity::{Identity, IdentityError, Role, holder};
+use crate::identity::{Identity, IdentityError, Role, certificate_reason, holder};
 use crate::quic::socket::{self, SocketFacts};
 use crate::quic::{Connection, TransportOptions};
 
@@ -237,8 +237,11 @@ fn explain(address: SocketAddr, error: &ConnectionError) -> ConnectError {
     match alert {
         // 40 is what a certificate brings that is sound, and of somebody else.
         Some(40 | 42..=49 | 51 | 80 | 113 | 116) => {
-            let reason =
-                if reason.is_empty() { format!("TLS alert {}", code - 0x100) } else { reason };
+            let reason = match (reason.as_str(), alert) {
+                ("", Some(48)) => "it does not know the CA of this end's certificate".into(),
+                ("", _) => format!("TLS alert {}", code - 0x100),
+                (reason, _) => certificate_reason(reason),
+            };
             ConnectError::Certificate { address, reason }
         }
         _ => ConnectError::Protocol { address, reason },

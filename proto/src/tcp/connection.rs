@@ -1,5 +1,6 @@
 //! The three TCP connections of a session, as one.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,6 +17,7 @@ use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
 use crate::link::{LinkStats, StreamError};
 use crate::message::split_frame;
+use crate::tcp::endpoint::PACKET_BYTES_MAX;
 use crate::tcp::fitness::Fitness;
 use crate::tcp::{GOODBYE, Way, kernel};
 
@@ -90,10 +92,22 @@ impl Shared {
             biased;
             reason = self.ended() => Err(StreamError::Connection(reason)),
             done = work => done.map_err(|error| {
-                self.end(&error.to_string());
-                StreamError::Connection(error.to_string())
+                let reason = explain(&error);
+                self.end(&reason);
+                StreamError::Connection(reason)
             }),
         }
+    }
+}
+
+/// A process that was killed says no goodbye; rustls has a page of its own about that, which tells
+/// an operator nothing.
+fn explain(error: &std::io::Error) -> String {
+    match error.kind() {
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+            "the other end is gone without a goodbye: it was killed, or its host is down".into()
+        }
+        _ => error.to_string(),
     }
 }
 
@@ -185,7 +199,7 @@ impl Connection {
             rtt: info.rtt,
             min_rtt: info.min_rtt,
             congestion_window_bytes: info.window_bytes,
-            mtu_bytes: info.path_mtu_bytes.min(u16::MAX.into()) as u16,
+            mtu_bytes: info.path_mtu_bytes.min(PACKET_BYTES_MAX) as u16,
             sent_bytes: self.0.sent_bytes.load(Ordering::Relaxed),
             received_bytes: self.0.received_bytes.load(Ordering::Relaxed),
             lost_packets: info.repeated_segments,

@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use crate::id::PeerName;
-use crate::identity::{Identity, Role, holder};
+use crate::identity::{Identity, Role, certificate_reason, holder};
 use crate::link::{CONTROL_STREAM, SYNC_STREAM};
 use crate::quic::{BindError, ConnectError};
 use crate::tcp::connection::Stream;
@@ -50,6 +50,9 @@ fn preface(kind: u8, session: Session) -> [u8; PREFACE_BYTES] {
 /// kernel's own way to find a path's MTU hangs on ICMP, which firewalls drop, and then a connection
 /// passes its handshake and nothing larger. Where the line is fast, the network card cuts segments.
 const SEGMENT_BYTES_MAX: u32 = 1220;
+
+/// A segment with the headers of IPv4 and TCP: no packet is larger, whatever the path would take.
+pub(super) const PACKET_BYTES_MAX: u32 = SEGMENT_BYTES_MAX + 40;
 
 /// Idle connections are kept alive this often: firewalls forget them.
 const KEEPALIVE_PERIOD: Duration = Duration::from_secs(30);
@@ -182,7 +185,10 @@ fn explain(address: SocketAddr, error: io::Error) -> ConnectError {
         (Some(rustls::Error::PeerIncompatible(_) | rustls::Error::InvalidMessage(_)), _) => {
             ConnectError::Protocol { address, reason: error.to_string() }
         }
-        (Some(tls), _) => ConnectError::Certificate { address, reason: tls.to_string() },
+        (Some(tls), _) => {
+            let reason = certificate_reason(&tls.to_string());
+            ConnectError::Certificate { address, reason }
+        }
         (
             None,
             io::ErrorKind::ConnectionRefused
