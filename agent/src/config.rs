@@ -269,4 +269,18 @@ disk = [{ name = "d", path = "/x" }, { name = "d", path = "/x" }]
         assert!(errors.contains("`machine.name`: `a b` is not a name"), "{errors}");
         assert!(errors.contains("`nbd` needs a `unix` socket"), "{errors}");
     }
+
+    /// The documentation named no more keys than its example needs.
+    #[test]
+    fn every_key_is_documented() {
+        let page = include_str!("../../docs/CONFIGURATION.md");
+        let text = "zzzzzzzz = 1\nidentity = { zzzzzzzz = 1 }\nnbd = { zzzzzzzz = 1 }\n[[machine]]\nzzzzzzzz = 1\ndisk = [{ zzzzzzzz = 1 }]\n";
+        let errors = parse(Path::new("x.toml"), text, read).unwrap_err();
+        let known: Vec<_> =
+            errors.0.iter().filter_map(|error| error.sentence.split_once("known here: ")).collect();
+        assert_eq!(known.len(), 5, "{errors}");
+        for key in known.iter().flat_map(|(_, keys)| keys.split(", ")) {
+            assert!(page.contains(key), "{key} is not in the page");
+        }
+    }
 }

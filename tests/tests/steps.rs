@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use backhaul_api::{ClientError, FailoverRequest, Machine, Stage};
+use backhaul_api::{ClientError, CommitRequest, FailoverRequest, Machine, Stage};
 use backhaul_lab::rig::MACHINE;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, programs};
 use rustix::process::{Pid, Signal, kill_process};
@@ -84,6 +84,45 @@ async fn a_target_that_is_killed_in_a_cancel_still_looks_at_the_disks() {
     scenario.rig.wait_log("agent", "new generation").await.unwrap();
     scenario.wait_consistent().await.unwrap();
     scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
+
+/// The agent is killed while the removal hook runs, and comes back: the hook runs again, and the
+/// commit ends without anybody's help.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_killed_in_a_commit_removes_the_machine_when_it_is_back() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+    let folder = scenario.folder.path().to_owned();
+    let (runs, hold) = (folder.join("removal-runs"), folder.join("removal-hold"));
+    std::fs::write(&hold, "").unwrap();
+    let slow = |text: String| {
+        let hook = text.lines().find(|line| line.starts_with("removal_hook")).unwrap().to_owned();
+        let script = format!(
+            "echo >> {}; while test -e {}; do sleep 0.02; done; touch {}",
+            runs.display(),
+            hold.display(),
+            folder.join("guest-removed").display()
+        );
+        text.replace(&hook, &format!("removal_hook = [\"sh\", \"-c\", \"{script}\"]"))
+    };
+    scenario.rig.edit_configuration("agent", slow).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    scenario.fail_over().await.unwrap();
+    let client = scenario.rig.client().clone();
+    client.commit(MACHINE, &CommitRequest::default()).await.unwrap();
+    let times = || std::fs::read_to_string(&runs).map_or(0, |text| text.lines().count());
+    scenario.rig.wait("the hook", STEP_TIME_MAX, |_| times() == 1).await.unwrap();
+    scenario.rig.kill_agent();
+    let away = |machine: &Machine| !machine.connected;
+    let left = scenario.rig.wait("the agent's absence", STEP_TIME_MAX, away).await.unwrap();
+    assert_eq!(left.stage, Stage::Committing);
+    std::fs::remove_file(&hold).unwrap();
+    scenario.rig.start_agent().unwrap();
+    let committed = |machine: &Machine| machine.stage == Stage::Committed;
+    scenario.rig.wait("the commit", STEP_TIME_MAX, committed).await.unwrap();
+    assert_eq!(times(), 2, "the hook ran again");
+    assert!(scenario.rig.guest_removed().exists());
     scenario.compare().unwrap();
 }
 

@@ -54,8 +54,10 @@ pub(crate) async fn watch(
         }
         let step = if waits_for_agent {
             format!("{} (waiting for agent {} to connect)", machine.step, machine.agent)
-        } else {
+        } else if machine.trouble.is_empty() {
             machine.step.clone()
+        } else {
+            format!("{} ({})", machine.step, machine.trouble)
         };
         if step != shown {
             view.show(&step);
