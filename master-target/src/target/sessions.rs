@@ -68,7 +68,9 @@ impl Target {
                 Ok((name, welcome)) => (Some(name), welcome),
                 Err((code, sentence)) => {
                     tracing::error!(%agent, machine = hello.name, "{sentence}");
-                    self.note_refusal(&agent, &hello.name, &sentence);
+                    if code != Code::Rival {
+                        self.note_refusal(&agent, &hello.name, &sentence);
+                    }
                     if is_passing(code) {
                         waiting.insert(index, hello.clone());
                     }
@@ -230,7 +232,6 @@ impl Target {
         let Ok(name) = name.parse::<MachineName>() else { return };
         if let Some(machine) = self.machines.get_mut(&name)
             && machine.config.agent == *agent
-            && machine.link.is_none()
         {
             sentence.clone_into(&mut machine.refusal);
         }
