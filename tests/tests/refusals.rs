@@ -49,6 +49,11 @@ async fn a_certificate_of_another_site_is_refused_in_words() {
     std::fs::write(&path, text).unwrap();
     scenario.start().unwrap();
     scenario.rig.wait_log("agent", "do not trust each other").await.unwrap();
+    // rustls called it "invalid peer certificate: UnknownIssuer", which names no file and no mend.
+    let mend = "was not issued by the CA in";
+    scenario.rig.wait_log("agent", mend).await.unwrap();
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert!(log.contains("agent-pki/ca.pem") && !log.contains("unexpected error"), "{log}");
     other.rig.stop();
 }
 

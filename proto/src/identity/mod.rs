@@ -276,15 +276,16 @@ struct TargetVerifier {
 }
 
 impl TargetVerifier {
-    /// What rustls calls an unknown issuer is a mistake in a configuration nearly always.
+    /// What rustls calls an unknown issuer, or a bad signature where two sites' CAs have one name, is a
+    /// mistake in a configuration nearly always.
     fn explain(&self, error: rustls::Error) -> rustls::Error {
         match error {
-            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-                rustls::Error::General(format!(
-                    "its certificate was not issued by the CA in {}; give both ends certificates of one CA, and `identity.ca` that CA's",
-                    self.ca_path.display()
-                ))
-            }
+            rustls::Error::InvalidCertificate(
+                CertificateError::UnknownIssuer | CertificateError::BadSignature,
+            ) => rustls::Error::General(format!(
+                "its certificate was not issued by the CA in {}; give both ends certificates of one CA, and `identity.ca` that CA's",
+                self.ca_path.display()
+            )),
             other => other,
         }
     }
