@@ -37,6 +37,12 @@ pub(crate) fn plan_footer(
         return Ok(vec![header_from(&footer, path)]);
     }
     let Ok(header) = header else { return Ok(Vec::new()) };
+    // The end is there, so something else is wrong, and to cut the stream would mend nothing.
+    if let Some(footer) = last_footer(&store)?
+        && footer.directory_sector.saturating_mul(SECTOR_BYTES) < store.length()?
+    {
+        return Ok(Vec::new());
+    }
     if header.directory_sector != DIRECTORY_AT_END
         || !header.has(FLAG_MARKERS)
         || error.path() != store.path && error.path().file_name() != path.file_name()
@@ -44,6 +50,10 @@ pub(crate) fn plan_footer(
         return Ok(Vec::new());
     }
     let Scan { grains, end, ended } = scan(&store, &header, progress)?;
+    // Without a grain there is nothing that an end would make readable.
+    if grains.is_empty() && !ended {
+        return Ok(Vec::new());
+    }
     let lost_bytes = if ended { 0 } else { lost_bytes_max(&header, &grains) };
     let what_is_lost = match lost_bytes {
         0 => "no grain is missing".to_owned(),

@@ -351,6 +351,27 @@ fn zeros_in_one_copy_are_read_from_the_other_and_repaired() {
     }
 }
 
+/// An entry of the primary copy that led into the header's metadata was believed: the grain read as
+/// metadata, without a word, and a repair put that over the redundant entry, which was right.
+#[test]
+fn an_entry_that_leads_into_the_metadata_is_taken_from_the_other_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("low.vmdk");
+    for low in [1_u32, 5, 40] {
+        let model = sparse(&image);
+        let file = File::options().read(true).write(true).open(&image).unwrap();
+        file.write_all_at(&low.to_le_bytes(), table_byte(&file, false)).unwrap();
+        assert!(content(&image) == model, "{low}");
+        let before = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(before.redundancies > 0 && before.losses == 0, "{before:?}");
+        assert_eq!(repair(&image), 0);
+        assert!(content(&image) == model, "{low}");
+        let after = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(after.is_clean(), "{after:?}");
+        std::fs::remove_file(&image).unwrap();
+    }
+}
+
 /// A writer of an image whose primary table or directory was zeroed wrote over nothing that only the
 /// redundant copy names, and left the primary copy as it was.
 #[test]
@@ -451,6 +472,28 @@ fn a_repair_does_not_call_a_damaged_stream_clean() {
     file.write_all_at(&[byte[0] ^ 0x55], middle).unwrap();
     let plan = plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap();
     assert!(plan.report.is_some_and(|report| report.losses > 0), "{:?}", plan.fixes);
+}
+
+/// A stream whose descriptor was damaged, with its end in place and one grain changed: a repair cut off
+/// everything from that grain on, which mended nothing.
+#[test]
+fn a_stream_that_has_its_end_is_never_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = raw_disk(&dir.path().join("oracle.raw"), 66 << 20);
+    let image = dir.path().join("s.vmdk");
+    convert(source.as_ref(), &image, &ConvertOptions::new(Kind::StreamOptimized), &mut Silent)
+        .unwrap();
+    let mut damaged = std::fs::read(&image).unwrap();
+    let cid = damaged.windows(4).position(|word| word == b"CID=").unwrap();
+    damaged[cid] = b'X';
+    let middle = damaged.len() / 2;
+    damaged[middle..middle + 4096].fill(0xff);
+    std::fs::write(&image, &damaged).unwrap();
+    let plan = plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent);
+    assert_eq!(plan.unwrap_err().kind(), ErrorKind::Damaged);
+    // Nothing is left of this one but its head: an end would make nothing readable.
+    std::fs::write(&image, &damaged[..600]).unwrap();
+    plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap_err();
 }
 
 #[test]

@@ -268,6 +268,12 @@ impl Tables {
         sector >= self.first_sector && entry != BAD && sector + needed <= self.file_sectors
     }
 
+    /// Whether an entry names a place where writers put grains: beyond the header's metadata.
+    fn is_grain(&self, entry: u32) -> bool {
+        let is_zeros = entry == ZEROED && self.header.has(FLAG_ZEROED_GRAINS);
+        is_zeros || u64::from(entry) >= self.header.overhead_sectors
+    }
+
     /// Entry `at` of the table at `index`, as both copies have it; `None` for a copy that cannot be
     /// read. [`BAD`] where neither can be right.
     pub(crate) fn choose(&self, copies: [Option<u32>; 2], index: usize, at: usize) -> u32 {
@@ -276,6 +282,7 @@ impl Tables {
             // A crash between the two copies leaves the redundant one ahead, and what was zeroed by
             // accident is no reason to forget a grain.
             [Some(MISSING), Some(ahead)] => ahead,
+            [Some(entry), Some(other)] if !self.is_grain(entry) && self.is_grain(other) => other,
             [Some(entry), _] | [None, Some(entry)] => entry,
             [None, None] => BAD,
         }
@@ -290,7 +297,10 @@ impl Tables {
         }
         let primary = self.raw(store, places[0], index).ok().flatten();
         if let Some(entries) = &primary
-            && (0..count).all(|at| entries[at] != MISSING && self.is_sound(entries[at], index, at))
+            && (0..count).all(|at| {
+                let entry = entries[at];
+                entry != MISSING && self.is_grain(entry) && self.is_sound(entry, index, at)
+            })
         {
             return Ok(clean(entries.clone()));
         }
@@ -299,7 +309,10 @@ impl Tables {
         let entries: Vec<u32> = (0..count)
             .map(|at| self.choose([of(&primary, at), of(&redundant, at)], index, at))
             .collect();
-        let sound = |at: usize| of(&primary, at).is_some_and(|it| self.is_sound(it, index, at));
+        let sound = |at: usize| {
+            let first = of(&primary, at).filter(|entry| self.is_sound(*entry, index, at));
+            first.is_some_and(|entry| entry == MISSING || entry == entries[at])
+        };
         if entries.contains(&BAD) || (places[0] != MISSING && !(0..count).all(sound)) {
             let sentence = match entries.contains(&BAD) {
                 true => "a grain table has entries that cannot be right in any copy",
