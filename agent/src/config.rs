@@ -10,7 +10,7 @@ use backhaul_proto::id::{DiskName, MachineName, PeerName};
 use backhaul_proto::identity::IdentityFiles;
 use backhaul_proto::limits::{DISKS_MAX, MACHINES_MAX};
 use backhaul_proto::link::TransportChoice;
-use backhaul_proto::quic::Congestion;
+use backhaul_proto::quic::{CONNECTIONS_MAX, Congestion, Connections};
 
 use crate::batch::CompressionChoice;
 
@@ -39,6 +39,8 @@ pub struct Config {
     pub transport: TransportChoice,
     /// How the sending rate is found.
     pub congestion: Congestion,
+    /// How many connections the link is given.
+    pub connections: Connections,
     /// Ceilings of the link as a whole, over the week. Read again on SIGHUP.
     pub limit: BandwidthLimits,
     /// Longest a write waits for others before its batch is sealed.
@@ -104,6 +106,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
         None => None,
     };
     let congestion = read_congestion(top);
+    let connections = read_connections(top, congestion);
     let limit = top.or("limit", BandwidthLimits::default());
     let batch_delay = top.within(
         "batch_delay",
@@ -139,6 +142,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
         reference_index_bytes: reference_index?.0,
         transport: transport?,
         congestion: congestion?,
+        connections: connections?,
         limit: limit?,
         batch_delay: batch_delay?,
         nbd_unix,
@@ -176,6 +180,29 @@ fn read_congestion(top: &Table<'_>) -> Option<Congestion> {
     };
     top.report("congestion", sentence);
     None
+}
+
+fn read_connections(top: &Table<'_>, congestion: Option<Congestion>) -> Option<Connections> {
+    let text = top.or("connections", "auto".to_owned())?;
+    let connections = match (text.as_str(), text.parse::<usize>()) {
+        ("auto", _) if congestion == Some(Congestion::Auto) => Connections::Auto,
+        ("auto", _) => Connections::Exactly(1),
+        (_, Ok(count @ 1..=CONNECTIONS_MAX)) => Connections::Exactly(count),
+        _ => {
+            let sentence = format!(
+                "`connections` must be \"auto\", or a number from \"1\" to \"{CONNECTIONS_MAX}\""
+            );
+            top.report("connections", sentence);
+            return None;
+        }
+    };
+    let several = matches!(connections, Connections::Exactly(2..));
+    if several && congestion.is_some_and(|congestion| congestion != Congestion::Auto) {
+        let sentence = "`connections` above \"1\" needs `congestion = \"auto\"`: each would take the rate of a link";
+        top.report("connections", sentence);
+        return None;
+    }
+    Some(connections)
 }
 
 fn read_machine(table: &Table<'_>) -> Option<MachineConfig> {

@@ -83,6 +83,7 @@ pub async fn run(
         transport: TransportOptions {
             congestion: config.congestion,
             rate_limit: ceiling.clone(),
+            connections: config.connections,
             ..TransportOptions::default()
         },
         lan_over_tcp,
@@ -200,7 +201,7 @@ async fn converse(
         ended = messages => ended,
         ended = answers => ended,
         reason = connection.closed() => return reason,
-        () = connection.knock_while_silent() => Ok(()),
+        () = connection.look_after() => Ok(()),
     };
     let reason = match ended {
         Ok(()) => "the session ended".to_owned(),

@@ -14,6 +14,7 @@ pub struct Metrics {
     lost_packets: IntGauge,
     lost_bytes: IntGauge,
     mtu_bytes: IntGauge,
+    connections: IntGauge,
     receive_buffer_bytes: IntGauge,
     dropped_datagrams: IntGauge,
     compression_level: IntGauge,
@@ -62,6 +63,7 @@ impl Metrics {
             lost_packets: gauge("link_lost_packets", "Packets lost on this connection")?,
             lost_bytes: gauge("link_retransmitted_bytes", "Bytes of those, sent again")?,
             mtu_bytes: gauge("link_mtu_bytes", "The path's MTU, as a UDP payload")?,
+            connections: gauge("link_connections", "QUIC connections that carry batches")?,
             receive_buffer_bytes: gauge("socket_receive_buffer_bytes", "Granted by the system")?,
             dropped_datagrams: gauge("socket_dropped_datagrams", "Arrived, and found no room")?,
             compression_level: gauge(
@@ -107,6 +109,7 @@ impl Metrics {
             self.lost_packets.set(stats.lost_packets as i64);
             self.lost_bytes.set(stats.lost_bytes as i64);
             self.mtu_bytes.set(stats.mtu_bytes.into());
+            self.connections.set(stats.connections.into());
             self.receive_buffer_bytes.set(stats.socket.receive_bytes as i64);
             self.dropped_datagrams.set(stats.socket.dropped_datagrams() as i64);
         }

@@ -168,7 +168,10 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
             let places = Arc::clone(&places);
             tokio::spawn(async move {
                 match handshake.finish().await {
-                    Ok(connection) => link::run(id, connection, &places, &store, events).await,
+                    Ok(Some(connection)) => {
+                        link::run(id, connection, &places, &store, events).await
+                    }
+                    Ok(None) => {}
                     Err(error) => tracing::warn!("{error}"),
                 }
             });

@@ -94,7 +94,7 @@ async fn receive(address: &str, keys: &Path) -> Result<(), Failure> {
     while let Some(handshake) = listener.accept().await {
         let arrived = Arc::clone(&arrived);
         tokio::spawn(async move {
-            if let Ok(connection) = handshake.finish().await {
+            if let Ok(Some(connection)) = handshake.finish().await {
                 let _ = probe::drain(&connection, arrived).await;
             }
         });

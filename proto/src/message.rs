@@ -305,6 +305,12 @@ pub struct Heartbeat {
     /// Returned as it came.
     #[prost(uint64, tag = "1")]
     pub nonce: u64,
+    /// What the target's busiest driver of this link took of a core of late, in percent.
+    #[prost(uint32, tag = "2")]
+    pub load_percent: u32,
+    /// Connections that the target's cores are worth; 0 says that it takes one.
+    #[prost(uint32, tag = "3")]
+    pub connections_max: u32,
 }
 
 /// The link as the agent's transport sees it. Counters are those of the present connection.
@@ -367,6 +373,9 @@ pub struct LinkReport {
     /// Bytes of data that travelled as references on this connection, of all machines.
     #[prost(uint64, tag = "20")]
     pub referenced_bytes: u64,
+    /// QUIC connections that carry its batches; 0 over TCP, which has one.
+    #[prost(uint32, tag = "21")]
+    pub connections: u32,
 }
 
 /// One step of a probe. Batches that come in meanwhile are counted and thrown away.

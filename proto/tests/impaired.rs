@@ -32,7 +32,7 @@ async fn pair(
     let through = relay::start(listener.local_address().unwrap(), delay, ill).await;
     let (choice, expected) = (TransportChoice::Quic, None);
     let options = ConnectOptions { choice, expected, transport, lan_over_tcp: false };
-    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap().unwrap() };
     let (ours, theirs) = tokio::join!(connect(&through, &agent, &options), accepting);
     (dir, listener, ours.unwrap(), theirs)
 }
@@ -84,10 +84,14 @@ async fn a_question_whose_packet_is_lost_is_answered_all_the_same() {
     for nonce in 0..QUESTIONS {
         let asked = Instant::now();
         lose_next.store(true, Ordering::Relaxed);
-        let kind = Some(agent_message::Kind::Heartbeat(Heartbeat { nonce }));
+        let kind =
+            Some(agent_message::Kind::Heartbeat(Heartbeat { nonce, ..Heartbeat::default() }));
         ask.send(&AgentMessage { kind }).await.unwrap();
         let answer = answered.recv::<TargetMessage>().await.unwrap().unwrap();
-        assert_eq!(answer.kind, Some(target_message::Kind::Heartbeat(Heartbeat { nonce })));
+        assert_eq!(
+            answer.kind,
+            Some(target_message::Kind::Heartbeat(Heartbeat { nonce, ..Heartbeat::default() }))
+        );
         prompt += u64::from(asked.elapsed() < 3 * one_way);
     }
     let lost = agent.stats().lost_packets;

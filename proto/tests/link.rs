@@ -60,7 +60,8 @@ async fn control_passes_bulk(choice: TransportChoice) {
     let (_listener, agent, target) = pair(dir.path(), choice).await;
     let (mut control, _) = agent.open_control().await.unwrap();
     let (_, mut heard) = {
-        let kind = Some(agent_message::Kind::Heartbeat(Heartbeat { nonce: 1 }));
+        let kind =
+            Some(agent_message::Kind::Heartbeat(Heartbeat { nonce: 1, ..Heartbeat::default() }));
         control.send(&AgentMessage { kind }).await.unwrap();
         target.accept_control().await.unwrap()
     };
@@ -74,7 +75,8 @@ async fn control_passes_bulk(choice: TransportChoice) {
         }
     });
     for nonce in 2..50 {
-        let kind = Some(agent_message::Kind::Heartbeat(Heartbeat { nonce }));
+        let kind =
+            Some(agent_message::Kind::Heartbeat(Heartbeat { nonce, ..Heartbeat::default() }));
         control.send(&AgentMessage { kind }).await.unwrap();
         let waited = tokio::time::timeout(Duration::from_secs(5), heard.recv::<AgentMessage>());
         let Some(AgentMessage { kind: Some(agent_message::Kind::Heartbeat(heartbeat)) }) =
@@ -97,7 +99,7 @@ async fn another_sites_identity_and_another_targets_name_are_refused() {
         let mut failures = Vec::new();
         while let Some(handshake) = listener.accept().await {
             match handshake.finish().await {
-                Ok(connection) => drop(connection.closed().await),
+                Ok(connection) => drop(connection.unwrap().closed().await),
                 Err(error) => failures.push(error),
             }
             if failures.len() == 2 {
@@ -153,7 +155,7 @@ async fn tcp_is_taken_when_udp_is_silent_and_reasons_travel() {
     });
     let agent = identity(dir.path(), "a1", Role::Agent);
     let options = options(TransportChoice::Auto, Some("t1"));
-    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap().unwrap() };
     let (ours, theirs) = tokio::join!(connect(&through, &agent, &options), accepting);
     let ours = ours.unwrap();
     assert_eq!(ours.transport(), Transport::Tcp);
@@ -206,7 +208,7 @@ async fn whoever_closes_a_connection_knows_why() {
     let agent = identity(dir.path(), "a1", Role::Agent);
     for choice in BOTH {
         let options = options(choice, Some("t1"));
-        let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+        let accepting = async { listener.accept().await.unwrap().finish().await.unwrap().unwrap() };
         let (ours, _theirs) = tokio::join!(connect(&address, &agent, &options), accepting);
         let ours = ours.unwrap();
         ours.close("a machine begins a new generation");
@@ -264,7 +266,7 @@ async fn a_new_source_address_keeps_the_connection() {
     });
     let agent = identity(dir.path(), "a1", Role::Agent);
     let quic = options(TransportChoice::Quic, Some("t1"));
-    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap().unwrap() };
     let (ours, theirs) = tokio::join!(connect(&through, &agent, &quic), accepting);
     let (ours, first_address) = (ours.unwrap(), theirs.remote_address());
     let sending = async {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use backhaul_api::{Consistency, Stage};
+use backhaul_api::{Consistency, Link, Stage};
 use backhaul_lab::rig::MACHINE;
 use backhaul_tests::{STEP_TIME_MAX, Scenario};
 
@@ -11,25 +11,34 @@ const RATE_BYTES: u64 = 24 << 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_killed_again_and_again_loses_nothing_and_the_guest_never_notices() {
-    kill_the_target_again_and_again("quic", "quic").await;
+    kill_the_target_again_and_again("quic", "quic", 1).await;
 }
 
 /// Within a LAN, as loopback is one, the link is TCP's.
 #[tokio::test(flavor = "multi_thread")]
 async fn nor_does_one_in_the_same_lan() {
-    kill_the_target_again_and_again("auto", "tcp").await;
+    kill_the_target_again_and_again("auto", "tcp", 0).await;
 }
 
-async fn kill_the_target_again_and_again(transport: &str, chosen: &str) {
+/// The batches of one session come over three connections, in whatever order, and all are lost at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn nor_does_one_whose_link_has_three_connections() {
+    kill_the_target_again_and_again("quic", "quic", 3).await;
+}
+
+async fn kill_the_target_again_and_again(transport: &str, chosen: &str, connections: u32) {
     let mut scenario = Scenario::prepare(DISK_BYTES, |spec| {
         spec.point_period = Duration::from_secs(1);
         spec.transport = transport.into();
+        spec.agent_options = format!("connections = \"{}\"\n", connections.max(1));
     })
     .unwrap();
     scenario.start().unwrap();
     let guest = scenario.start_guest(11, RATE_BYTES).await.unwrap();
     for round in 0..5 {
         scenario.wait_received(1 + round * (3 << 20)).await.unwrap();
+        let all = |link: &Link| transport == "auto" || link.connections == connections;
+        scenario.rig.wait_link("all connections", STEP_TIME_MAX, all).await.unwrap();
         scenario.rig.kill_target();
         scenario.rig.start_target().unwrap();
         scenario.rig.wait_log("master-target", "waiting for agents").await.unwrap();

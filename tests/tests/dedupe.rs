@@ -324,7 +324,7 @@ async fn a_target_of_version_1_is_sent_no_references() {
         let listener = fake_target(&scenario).await;
         scenario.rig.edit_configuration("agent", |text| slow(text, "400 Mbit/s")).unwrap();
         scenario.rig.start_agent().unwrap();
-        let connection = listener.accept().await.unwrap().finish().await.unwrap();
+        let connection = listener.accept().await.unwrap().finish().await.unwrap().unwrap();
         let folded = take_as(version, &connection, 2 * HALF as u64).await;
         assert_eq!(folded > 0, version == VERSION_2, "{folded}");
     }

@@ -112,7 +112,7 @@ async fn an_agent_says_why_a_target_of_another_version_refuses_it() {
     let listener =
         Listener::bind(address.parse().unwrap(), &target, &options, false).await.unwrap();
     scenario.rig.start_agent().unwrap();
-    let connection = listener.accept().await.unwrap().finish().await.unwrap();
+    let connection = listener.accept().await.unwrap().finish().await.unwrap().unwrap();
     let (mut sender, mut receiver) = connection.accept_control().await.unwrap();
     receiver.recv::<AgentMessage>().await.unwrap().unwrap();
     let sentence = "speak version 9; update the agent".to_owned();

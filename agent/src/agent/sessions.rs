@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 use backhaul_proto::batch::BodyError;
 use backhaul_proto::id::{BatchSeq, MachineIndex, PointId};
 use backhaul_proto::message::{
-    DiskHello, Heartbeat, Hello, MachineHello, MachineWelcome, Standing, agent_message,
-    target_message,
+    DiskHello, Hello, MachineHello, MachineWelcome, Standing, agent_message, target_message,
 };
 use backhaul_proto::session::Sender;
 use backhaul_proto::version::{VERSION_2, VERSION_MAX, VERSION_MIN, Version};
@@ -178,8 +177,11 @@ impl Agent {
             target_message::Kind::Resend(resend) => self.handle_resend(&resend),
             target_message::Kind::Job(job) => self.handle_job(job),
             target_message::Kind::Machine(welcome) => self.handle_standing(&welcome),
-            target_message::Kind::Heartbeat(Heartbeat { nonce }) => {
-                self.heartbeat_us = now_us().saturating_sub(nonce);
+            target_message::Kind::Heartbeat(beat) => {
+                self.heartbeat_us = now_us().saturating_sub(beat.nonce);
+                if let Some(link) = &self.link {
+                    link.connection.handle_peer_load(beat.load_percent, beat.connections_max);
+                }
             }
             target_message::Kind::Welcome(_)
             | target_message::Kind::Refused(_)

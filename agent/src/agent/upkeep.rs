@@ -50,7 +50,10 @@ impl Agent {
         if now.duration_since(self.last_progress) >= Duration::from_secs(1) {
             self.check_sizes();
             self.report_progress();
-            self.say(agent_message::Kind::Heartbeat(Heartbeat { nonce: now_us() }));
+            self.say(agent_message::Kind::Heartbeat(Heartbeat {
+                nonce: now_us(),
+                ..Heartbeat::default()
+            }));
             self.report_link();
         }
         self.metrics.link(self.link.as_ref().map(|link| link.connection.stats()));
@@ -140,6 +143,7 @@ impl Agent {
             min_rtt_us: min_rtt.as_micros() as u64,
             compression_level: self.pool.level().unsigned_abs(),
             referenced_bytes: self.referenced_bytes,
+            connections: stats.connections,
         }));
     }
 

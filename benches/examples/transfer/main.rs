@@ -24,7 +24,7 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 /// What is written at a time, and on a stream of its own: the size of a full batch.
 const CHUNK_BYTES: usize = 256 << 10;
 
-const USAGE: &str = "usage: transfer receive|send KIND ADDRESS KEYS, where KIND is ours, tls, \
+const USAGE: &str = "usage: transfer receive|send KIND ADDRESS KEYS, where KIND is ours, ours-two, tls, \
     quinn-cubic, quinn-bbr, quinn-default, noq-cubic, noq-bbr3 or noq-default";
 
 #[tokio::main]
@@ -36,7 +36,7 @@ async fn main() -> Result<(), Failure> {
     let (family, method) = kind.split_once('-').unwrap_or((kind, ""));
     match (*end, family) {
         ("receive", "ours") => ours::receive(address, keys).await,
-        ("send", "ours") => ours::send(address, keys).await,
+        ("send", "ours") => ours::send(address, keys, if method == "two" { 2 } else { 1 }).await,
         ("receive", "tls") => tls::receive(address, keys).await,
         ("send", "tls") => tls::send(address, keys).await,
         ("receive", "quinn") => bare::quinn::receive(address, keys, method).await,

@@ -6,13 +6,13 @@ use std::path::Path;
 use backhaul_proto::batch::{Compression, Compressor, PlainBatch};
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role, create_ca, issue};
-use backhaul_proto::quic::{BatchStream, Listener, TransportOptions, connect};
+use backhaul_proto::quic::{BatchStream, Connections, Listener, TransportOptions, connect};
 
 use crate::count::Count;
 use crate::{CHUNK_BYTES, Failure, noise, ready};
 
 /// Batches under way at the same time: more than the longest line holds.
-const LANES: u32 = 128;
+const AT_ONCE: u32 = 128;
 
 fn identity(keys: &Path, name: &str, role: Role) -> Result<Identity, Failure> {
     let files = IdentityFiles {
@@ -31,6 +31,12 @@ pub(crate) async fn receive(address: SocketAddr, keys: &Path) -> Result<(), Fail
     let listener = Listener::bind(address, &target, &TransportOptions::default())?;
     let count = ready();
     let connection = listener.accept().await.ok_or("the endpoint is closed")?.finish().await?;
+    let connection = connection.ok_or("a lane came first")?;
+    tokio::spawn(async move {
+        while let Some(lane) = listener.accept().await {
+            let _ = lane.finish().await;
+        }
+    });
     while let Ok(stream) = connection.accept_batch().await {
         tokio::spawn(read(stream, count.clone()));
     }
@@ -48,15 +54,22 @@ async fn read(mut stream: BatchStream, count: Count) -> Result<(), Failure> {
     Ok(stream.read_end().await?)
 }
 
-pub(crate) async fn send(address: SocketAddr, keys: &Path) -> Result<(), Failure> {
+pub(crate) async fn send(
+    address: SocketAddr,
+    keys: &Path,
+    connections: usize,
+) -> Result<(), Failure> {
     let agent = identity(keys, "a1", Role::Agent)?;
-    let options = TransportOptions::default();
+    let connections = Connections::Exactly(connections);
+    let options = TransportOptions { connections, ..TransportOptions::default() };
     let connection = connect(&address.to_string(), &agent, Some("t1".parse()?), &options).await?;
     // The same batch again and again: what its making costs is not the transport's.
     let plain = PlainBatch::of_one_write(Generation(1), BatchSeq(1), 0, noise()?);
     let mut compressor = Compressor::default();
     let batch = plain.encode(Compression::Off, &mut compressor).chunks(MachineIndex(0));
-    for _ in 0..LANES {
+    let link = connection.clone();
+    tokio::spawn(async move { link.look_after().await });
+    for _ in 0..AT_ONCE {
         let (connection, batch) = (connection.clone(), batch.clone());
         tokio::spawn(async move { while connection.send_batch(batch.clone()).await.is_ok() {} });
     }

@@ -72,6 +72,9 @@ pub struct Link {
     /// Bytes of data that travelled as references.
     #[serde(default)]
     pub referenced_bytes: u64,
+    /// QUIC connections that carry its batches; 0 over TCP.
+    #[serde(default)]
+    pub connections: u32,
     /// Bytes that may be in flight.
     pub window_bytes: u64,
     /// The path's MTU: over QUIC as a UDP payload, over TCP with all headers.

@@ -159,7 +159,11 @@ impl Output {
                 level => format!("zstd {level}"),
             };
             let referenced = ByteSize(link.referenced_bytes).display().iec();
-            say!("{}: {level}; {referenced} went as references", link.agent);
+            let connections = match link.connections {
+                0 | 1 => String::new(),
+                several => format!("; {several} connections carry batches"),
+            };
+            say!("{}: {level}; {referenced} went as references{connections}", link.agent);
         }
     }
 

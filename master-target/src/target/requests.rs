@@ -173,6 +173,7 @@ impl Link {
                 .filter(|rate| *rate > 0),
             compression_level: report.compression_level,
             referenced_bytes: report.referenced_bytes,
+            connections: report.connections,
             window_bytes: report.window_bytes,
             mtu_bytes: report.mtu_bytes,
             sent_bytes: report.sent_bytes,

@@ -10,6 +10,7 @@ use backhaul_proto::message::{
     Code, Heartbeat, Hello, LinkReport, MachineHello, MachineWelcome, Progress, Refusal, Standing,
     Welcome, agent_message, target_message,
 };
+use backhaul_proto::quic::connections_here;
 use backhaul_proto::session::{Receiver, ReceiverConfig};
 use backhaul_proto::version::{VERSION_MAX, VERSION_MIN, Version, negotiate};
 
@@ -296,9 +297,13 @@ impl Target {
         match message {
             agent_message::Kind::Hello(_) => self.drop_link(id, "the agent said hello twice"),
             agent_message::Kind::Probe(_) => self.drop_link(id, "the agent probes in a session"),
-            agent_message::Kind::Heartbeat(Heartbeat { nonce }) => {
+            agent_message::Kind::Heartbeat(Heartbeat { nonce, .. }) => {
                 if let Some(link) = self.links.get(&id) {
-                    link.up.control(target_message::Kind::Heartbeat(Heartbeat { nonce }));
+                    link.up.control(target_message::Kind::Heartbeat(Heartbeat {
+                        nonce,
+                        load_percent: link.up.connection.load_percent(),
+                        connections_max: connections_here() as u32,
+                    }));
                 }
             }
             agent_message::Kind::Progress(progress) => self.handle_progress(id, progress),

@@ -243,11 +243,12 @@ impl Listener {
 }
 
 impl Handshake {
-    /// Finishes the handshake, and checks that the peer is an agent of this site.
-    pub async fn finish(self) -> Result<Connection, AcceptError> {
+    /// Finishes the handshake, and checks that the peer is an agent of this site. `None` for a
+    /// connection that joined a link which stands already.
+    pub async fn finish(self) -> Result<Option<Connection>, AcceptError> {
         match self {
-            Self::Quic(handshake) => handshake.finish().await.map(Connection::Quic),
-            Self::Tcp(connection) => Ok(Connection::Tcp(connection)),
+            Self::Quic(handshake) => Ok(handshake.finish().await?.map(Connection::Quic)),
+            Self::Tcp(connection) => Ok(Some(Connection::Tcp(connection))),
         }
     }
 }

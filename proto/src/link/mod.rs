@@ -98,6 +98,8 @@ pub struct LinkStats {
     pub socket: SocketFacts,
     /// Packets sent.
     pub sent_packets: u64,
+    /// QUIC connections that carry its batches; 0 over TCP, which has one.
+    pub connections: u32,
 }
 
 /// An authenticated connection. Clones share it.
@@ -224,12 +226,30 @@ impl Connection {
         }
     }
 
-    /// Looks after a link that may go dark for seconds; never returns, runs beside the session. TCP has
-    /// its own ways.
-    pub async fn knock_while_silent(&self) {
+    /// Looks after an agent's link, which may go dark for seconds or want more connections; never
+    /// returns, runs beside the session. TCP has its own ways.
+    pub async fn look_after(&self) {
         match self {
-            Self::Quic(connection) => connection.knock_while_silent().await,
+            Self::Quic(connection) => connection.look_after().await,
             Self::Tcp(_) => std::future::pending().await,
+        }
+    }
+
+    /// What the busiest driver of the link took of a core since this was called before, in percent; 0
+    /// over TCP.
+    pub fn load_percent(&self) -> u32 {
+        match self {
+            Self::Quic(connection) => connection.load_percent(),
+            Self::Tcp(_) => 0,
+        }
+    }
+
+    /// The target says what its busiest driver takes of a core, and how many connections its cores
+    /// are worth.
+    pub fn handle_peer_load(&self, percent: u32, connections_max: u32) {
+        match self {
+            Self::Quic(connection) => connection.handle_peer_load(percent, connections_max),
+            Self::Tcp(_) => {}
         }
     }
 

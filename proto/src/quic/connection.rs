@@ -1,52 +1,80 @@
 //! A connection between an agent and a target, and the streams on it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quinn::{RecvStream, SendStream, VarInt};
+use quinn::{RecvStream, SendStream};
+use tokio::sync::{Mutex, mpsc};
 
 use crate::id::PeerName;
 use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
 use crate::quic::SocketFacts;
 use crate::quic::bulk::Bulk;
-use crate::quic::congestion::{self, CongestionStats};
+use crate::quic::congestion::{self, CongestionStats, RateLimit};
+use crate::quic::lanes::{Lanes, Opener};
 use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
 
 /// Control goes before everything, hashes before batches.
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
 
-/// How long the peer is silent before the first knock, and how long until the next: heartbeats, which
-/// are answered, come as often.
-const KNOCK_PERIOD: Duration = Duration::from_secs(1);
+/// How often a link is looked after, and so how long the peer is silent before the first knock:
+/// heartbeats, which are answered, come as often.
+const UPKEEP_PERIOD: Duration = Duration::from_secs(1);
 
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Connection {
+    /// The first connection, for everything but some of the batches.
     quinn: quinn::Connection,
     peer: PeerName,
     socket: SocketFacts,
+    /// It and those beside it.
+    pub(super) lanes: Arc<Lanes>,
     /// What batches may take of the transport's window.
     bulk: Arc<Bulk>,
     /// Batches sent so far.
     batches: Arc<AtomicU32>,
-    /// Why it was closed here, if it was.
-    closing: Arc<OnceLock<String>>,
+    /// Opens more connections (agents).
+    pub(super) opener: Option<Arc<Opener>>,
+    /// The ceiling of an agent's connections.
+    rate_limit: RateLimit,
+    /// Batches of the other connections (targets).
+    lane_batches: Option<Arc<Mutex<mpsc::Receiver<RecvStream>>>>,
 }
 
 impl Connection {
     /// `window_bytes` is what the transport holds of data that the peer has not acknowledged.
-    pub(crate) fn new(
+    pub(super) fn new(
         quinn: quinn::Connection,
         peer: PeerName,
         socket: SocketFacts,
         window_bytes: u32,
+        lanes: Arc<Lanes>,
     ) -> Self {
-        let bulk = Arc::new(Bulk::new(window_bytes));
-        let (batches, closing) = (Arc::default(), Arc::default());
-        Self { quinn, peer, socket, bulk, batches, closing }
+        Self {
+            quinn,
+            peer,
+            socket,
+            lanes,
+            bulk: Arc::new(Bulk::new(window_bytes)),
+            batches: Arc::default(),
+            opener: None,
+            rate_limit: RateLimit::default(),
+            lane_batches: None,
+        }
+    }
+
+    /// The same, of an agent, which can open more under one ceiling for all.
+    pub(super) fn with_opener(self, opener: Opener, rate_limit: RateLimit) -> Self {
+        Self { opener: Some(Arc::new(opener)), rate_limit, ..self }
+    }
+
+    /// The same, of a target, where others may bring `batches`.
+    pub(super) fn with_lanes_coming(self, batches: mpsc::Receiver<RecvStream>) -> Self {
+        Self { lane_batches: Some(Arc::new(Mutex::new(batches))), ..self }
     }
 
     /// The name in the peer's certificate.
@@ -115,14 +143,16 @@ impl Connection {
     pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
-        self.bulk.follow(self.quinn.stats().path.cwnd);
+        self.bulk.follow(self.lanes.congestion_windows());
         let _place = self.bulk.place(bytes).await;
-        let mut stream = self.quinn.open_uni().await.map_err(ended)?;
+        // A ceiling is kept by each connection for itself.
+        let lane = self.lanes.pick(bytes as u64, self.rate_limit.get().is_some());
+        let mut stream = lane.connection.open_uni().await.map_err(ended)?;
         let _ = stream.set_priority(self.next_priority());
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
         stream.finish().map_err(|error| broken(error.to_string()))?;
         let acknowledged = stream.stopped().await;
-        self.bulk.follow(self.quinn.stats().path.cwnd);
+        self.bulk.follow(self.lanes.congestion_windows());
         acknowledged.map(drop).map_err(|error| broken(error.to_string()))
     }
 
@@ -136,56 +166,89 @@ impl Connection {
         -((sent % i32::MAX as u32) as i32)
     }
 
-    /// The next batch stream that the peer opens.
+    /// The next batch stream that the peer opens, on whichever connection. Cancel safe.
     pub async fn accept_batch(&self) -> Result<BatchStream, StreamError> {
-        Ok(BatchStream::new(self.quinn.accept_uni().await.map_err(ended)?))
+        let of_lanes = async {
+            match &self.lane_batches {
+                Some(batches) => batches.lock().await.recv().await,
+                None => None,
+            }
+        };
+        tokio::select! {
+            stream = self.quinn.accept_uni() => Ok(BatchStream::new(stream.map_err(ended)?)),
+            Some(stream) = of_lanes => Ok(BatchStream::new(stream)),
+        }
     }
 
     /// What the transport knows of the link.
     pub fn stats(&self) -> LinkStats {
-        let stats = self.quinn.stats();
-        LinkStats {
-            rtt: stats.path.rtt,
-            congestion_window_bytes: stats.path.cwnd,
-            mtu_bytes: stats.path.current_mtu,
-            sent_bytes: stats.udp_tx.bytes,
-            received_bytes: stats.udp_rx.bytes,
-            lost_packets: stats.path.lost_packets,
-            lost_bytes: stats.path.lost_bytes,
-            mtu_black_holes: stats.path.black_holes_detected,
+        let first = self.quinn.stats();
+        let mut stats = LinkStats {
+            rtt: first.path.rtt,
+            congestion_window_bytes: self.lanes.congestion_windows(),
+            mtu_bytes: first.path.current_mtu,
             socket: self.socket,
-            sent_packets: stats.path.sent_packets,
+            connections: self.lanes.in_use() as u32,
             ..LinkStats::default()
-        }
+        };
+        self.lanes.each(|connection| {
+            let one = connection.stats();
+            stats.sent_bytes += one.udp_tx.bytes;
+            stats.received_bytes += one.udp_rx.bytes;
+            stats.sent_packets += one.path.sent_packets;
+            stats.lost_packets += one.path.lost_packets;
+            stats.lost_bytes += one.path.lost_bytes;
+            stats.mtu_black_holes += one.path.black_holes_detected;
+        });
+        stats
     }
 
-    /// What the congestion controller knows of the path. This copies the controller: ask once a
+    /// What the congestion controller of the first connection knows of the path. This copies the controller: ask once a
     /// second, not once a packet.
     pub fn congestion(&self) -> Option<CongestionStats> {
         congestion::stats(&self.quinn)
     }
 
-    /// Knocks for as long as the peer is silent; never returns. In a blackout the window is full of
-    /// what was lost, and the transport's own probes come at intervals that double: a link that is
-    /// back after five seconds would stay idle for another five. So every knock lets a few packets
-    /// out; with heartbeats to carry, the first acknowledgement comes within about a second.
-    pub async fn knock_while_silent(&self) {
-        let mut period = tokio::time::interval(KNOCK_PERIOD);
+    /// Looks after an agent's link once a second; never returns.
+    ///
+    /// It knocks for as long as the peer is silent. In a blackout the window is full of what was lost,
+    /// and the transport's own probes come at intervals that double: a link that is back after five
+    /// seconds would stay idle for another five. So every knock lets a few packets out; with heartbeats
+    /// to carry, the first acknowledgement comes within about a second.
+    ///
+    /// And it opens more connections while one core is what limits the link.
+    pub async fn look_after(&self) {
+        let mut period = tokio::time::interval(UPKEEP_PERIOD);
         let mut heard = 0;
         loop {
-            period.tick().await;
-            let now_heard = self.quinn.stats().udp_rx.datagrams;
+            let now = period.tick().await;
+            let mut now_heard = 0;
+            self.lanes.each(|connection| now_heard += connection.stats().udp_rx.datagrams);
             if now_heard == heard {
-                congestion::knock(&self.quinn);
+                self.lanes.knock();
+            } else if let Some(opener) = &self.opener {
+                opener.handle_second(now.into_std(), &self.lanes, self.remote_address());
             }
             heard = now_heard;
         }
     }
 
-    /// Closes the connection, telling the peer why. The first reason counts.
+    /// What the busiest driver of this link took of a core since this was called before, in percent.
+    pub fn load_percent(&self) -> u32 {
+        (self.lanes.busiest(Instant::now()) * 100.0) as u32
+    }
+
+    /// The target says what its busiest driver takes of a core, and how many connections its cores
+    /// are worth.
+    pub fn handle_peer_load(&self, percent: u32, connections_max: u32) {
+        if let Some(opener) = &self.opener {
+            opener.handle_peer(percent, connections_max);
+        }
+    }
+
+    /// Closes the link, telling the peer why. The first reason counts.
     pub fn close(&self, reason: &str) {
-        let _ = self.closing.set(reason.to_owned());
-        self.quinn.close(VarInt::from_u32(0), reason.as_bytes());
+        self.lanes.close(reason);
     }
 
     /// Waits until the connection has ended, and says why.
@@ -196,7 +259,7 @@ impl Connection {
             }
             quinn::ConnectionError::TimedOut => "the link fell silent".into(),
             quinn::ConnectionError::LocallyClosed => {
-                self.closing.get().cloned().unwrap_or_else(|| "it was closed here".into())
+                self.lanes.closed_here().unwrap_or_else(|| "it was closed here".into())
             }
             other => other.to_string(),
         }

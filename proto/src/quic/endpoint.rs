@@ -4,13 +4,15 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ConnectionError, Endpoint, TokioRuntime};
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
+use quinn::{ConnectionError, Endpoint, VarInt};
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 
 use crate::id::PeerName;
 use crate::identity::{Identity, IdentityError, Role, certificate_reason, holder};
+use crate::quic::lanes::{LANE_ALPN, Lanes, Opener, Registry};
+use crate::quic::load::{MeasuredRuntime, of_driver};
 use crate::quic::socket::{self, SocketFacts};
 use crate::quic::{Connection, TransportOptions};
 
@@ -98,6 +100,7 @@ pub struct Listener {
     endpoint: Endpoint,
     facts: SocketFacts,
     window_bytes: u32,
+    links: Arc<Registry>,
 }
 
 impl Listener {
@@ -107,10 +110,21 @@ impl Listener {
         identity: &Identity,
         options: &TransportOptions,
     ) -> Result<Self, BindError> {
-        let tls = QuicServerConfig::try_from(identity.server_config()?)
-            .map_err(|error| BindError::Tls(error.to_string()))?;
+        let mut tls = identity.server_config()?;
+        tls.alpn_protocols.push(LANE_ALPN.to_vec());
+        Self::bind_with(address, identity, tls, options)
+    }
+
+    pub(super) fn bind_with(
+        address: SocketAddr,
+        identity: &Identity,
+        tls: rustls::ServerConfig,
+        options: &TransportOptions,
+    ) -> Result<Self, BindError> {
+        let tls =
+            QuicServerConfig::try_from(tls).map_err(|error| BindError::Tls(error.to_string()))?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
-        config.transport_config(Arc::new(options.to_quinn()));
+        config.transport_config(Arc::new(options.to_quinn_target()));
         let bind = |source| BindError::Bind { address, source };
         let socket = socket::open(address, options.socket_buffer_bytes).map_err(bind)?;
         let facts = socket::facts(&socket).map_err(bind)?;
@@ -118,10 +132,11 @@ impl Listener {
             TransportOptions::endpoint_config(identity.reset_secret()),
             Some(config),
             socket,
-            Arc::new(TokioRuntime),
+            Arc::new(MeasuredRuntime),
         )
         .map_err(bind)?;
-        Ok(Self { endpoint, facts, window_bytes: options.window_bytes })
+        let (window_bytes, links) = (options.window_bytes, Arc::default());
+        Ok(Self { endpoint, facts, window_bytes, links })
     }
 
     /// The address that was bound.
@@ -136,12 +151,13 @@ impl Listener {
             incoming: self.endpoint.accept().await?,
             facts: self.facts,
             window_bytes: self.window_bytes,
+            links: Arc::clone(&self.links),
         })
     }
 
     /// Ends every connection and stops listening.
     pub async fn close(&self, reason: &str) {
-        self.endpoint.close(quinn::VarInt::from_u32(0), reason.as_bytes());
+        self.endpoint.close(VarInt::from_u32(0), reason.as_bytes());
         self.endpoint.wait_idle().await;
     }
 }
@@ -152,25 +168,41 @@ pub struct Handshake {
     incoming: quinn::Incoming,
     facts: SocketFacts,
     window_bytes: u32,
+    links: Arc<Registry>,
 }
 
 impl Handshake {
-    /// Finishes the handshake, and checks that the peer is an agent of this site.
-    pub async fn finish(self) -> Result<Connection, AcceptError> {
+    /// Finishes the handshake, and checks that the peer is an agent of this site. `None` for a
+    /// connection that joined a link which stands already.
+    pub async fn finish(self) -> Result<Option<Connection>, AcceptError> {
         let address = self.incoming.remote_address();
         let failed =
             |error: ConnectionError| AcceptError::Handshake { address, reason: error.to_string() };
-        let connection = self.incoming.await.map_err(failed)?;
-        match peer(&connection) {
-            Some((Role::Agent, name)) => {
-                Ok(Connection::new(connection, name, self.facts, self.window_bytes))
-            }
-            _ => {
-                connection.close(quinn::VarInt::from_u32(1), b"your certificate is not an agent's");
-                Err(AcceptError::NotAnAgent { address })
-            }
+        let (begun, load) = of_driver(|| self.incoming.accept());
+        let connection = begun.map_err(failed)?.await.map_err(failed)?;
+        let Some((Role::Agent, name)) = peer(&connection) else {
+            connection.close(VarInt::from_u32(0), b"your certificate is not an agent's");
+            return Err(AcceptError::NotAnAgent { address });
+        };
+        if is_lane(&connection) {
+            let joined = self.links.join(connection.clone(), &name, load).await;
+            return joined.map(|()| None).map_err(|reason| {
+                connection.close(VarInt::from_u32(0), reason.as_bytes());
+                AcceptError::Handshake { address, reason: reason.into() }
+            });
         }
+        connection.set_receive_window(VarInt::from_u32(self.window_bytes));
+        let lanes = Arc::new(Lanes::new(connection.clone(), load));
+        let batches = self.links.open(&connection, &name, &lanes, self.window_bytes);
+        let connection = Connection::new(connection, name, self.facts, self.window_bytes, lanes);
+        Ok(Some(connection.with_lanes_coming(batches)))
     }
+}
+
+/// Whether an agent opened it beside its first one.
+fn is_lane(connection: &quinn::Connection) -> bool {
+    let data = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    data.is_some_and(|data| data.protocol.as_deref() == Some(LANE_ALPN))
 }
 
 fn peer(connection: &quinn::Connection) -> Option<(Role, PeerName)> {
@@ -208,18 +240,36 @@ pub async fn connect(
         TransportOptions::endpoint_config(identity.reset_secret()),
         None,
         socket,
-        Arc::new(TokioRuntime),
+        Arc::new(MeasuredRuntime),
     )
     .map_err(|error| local(error.to_string()))?;
-    let connecting = endpoint
-        .connect_with(config, address, "backhaul")
-        .map_err(|error| local(error.to_string()))?;
+    let (begun, load) = of_driver(|| endpoint.connect_with(config, address, "backhaul"));
+    let connecting = begun.map_err(|error| local(error.to_string()))?;
     let connection = connecting.await.map_err(|error| explain(address, &error))?;
     let Some((_, name)) = peer(&connection) else {
         let reason = "it showed no certificate".into();
         return Err(ConnectError::Certificate { address, reason });
     };
-    Ok(Connection::new(connection, name, facts, options.window_bytes))
+    let of_lanes = lane_config(identity, Some(name.clone()), options)?;
+    let opener = Opener::new(endpoint, of_lanes, options.connections);
+    let lanes = Arc::new(Lanes::new(connection.clone(), load));
+    let connection = Connection::new(connection, name, facts, options.window_bytes, lanes);
+    Ok(connection.with_opener(opener, options.rate_limit.clone()))
+}
+
+/// How an agent connects a lane.
+pub(super) fn lane_config(
+    identity: &Identity,
+    expected: Option<PeerName>,
+    options: &TransportOptions,
+) -> Result<quinn::ClientConfig, ConnectError> {
+    let local = |error: String| ConnectError::Local(error);
+    let mut tls = identity.client_config(expected).map_err(|error| local(error.to_string()))?;
+    tls.alpn_protocols = vec![LANE_ALPN.to_vec()];
+    let tls = QuicClientConfig::try_from(tls).map_err(|error| local(error.to_string()))?;
+    let mut config = quinn::ClientConfig::new(Arc::new(tls));
+    config.transport_config(Arc::new(options.to_quinn_lane()));
+    Ok(config)
 }
 
 /// TLS alerts travel as QUIC error codes from 0x100 (RFC 9001, section 4.8).

@@ -7,6 +7,7 @@ use std::time::Duration;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
 
 use crate::quic::congestion::{Limited, Method, RateLimit};
+use crate::quic::{CONNECTIONS_MAX, Connections};
 
 /// Largest UDP payload that path-MTU discovery tries. quinn sends ten segments at a time, and ten
 /// times more than this exceeds what one UDP send can carry: the packets would vanish.
@@ -15,6 +16,9 @@ const UDP_PAYLOAD_BYTES_MAX: u16 = 6500;
 /// Copies of control frames that wait to leave, or to be read, in bytes; older ones give way. The
 /// stream has them all, so this only has to reach a moment.
 const COPIES_BYTES: usize = 64 << 10;
+
+/// Receive window of a lane at an agent, which needs none.
+const LANE_WINDOW_BYTES: u32 = 4 << 10;
 
 /// How the sending rate is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +54,9 @@ pub struct TransportOptions {
     /// A ceiling on what is sent, changed through any clone while connections run (default: none).
     /// It holds for each connection that is made with these options.
     pub rate_limit: RateLimit,
+    /// How many connections an agent's link is given (default [`Connections::Auto`]). A link with a
+    /// ceiling uses one, whatever this says.
+    pub connections: Connections,
     /// Most bytes that may be under way in each direction (default 48 MiB), a bound on memory: batches
     /// take of it what the path is measured to carry. A link whose bandwidth × delay is more than a
     /// fifth of it may not be filled.
@@ -69,6 +76,7 @@ impl Default for TransportOptions {
         Self {
             congestion: Congestion::Auto,
             rate_limit: RateLimit::default(),
+            connections: Connections::Auto,
             window_bytes: 48 << 20,
             streams_max: 256,
             idle_timeout: Duration::from_secs(10),
@@ -109,6 +117,23 @@ impl TransportOptions {
         };
         let limit = self.rate_limit.clone();
         config.congestion_controller_factory(Arc::new(Limited { method, limit }));
+        config
+    }
+
+    /// For a target, which learns only after the handshake whether a connection is a lane: it begins
+    /// with a lane's share of the window, and a link's first one is given all of it then.
+    pub(crate) fn to_quinn_target(&self) -> quinn::TransportConfig {
+        let mut config = self.to_quinn();
+        config.receive_window(VarInt::from_u32(self.window_bytes / CONNECTIONS_MAX as u32));
+        config
+    }
+
+    /// For lanes of an agent, on which nothing but acknowledgements comes back.
+    pub(crate) fn to_quinn_lane(&self) -> quinn::TransportConfig {
+        let mut config = self.to_quinn();
+        config.receive_window(VarInt::from_u32(LANE_WINDOW_BYTES));
+        config.max_concurrent_uni_streams(VarInt::from_u32(0));
+        config.max_concurrent_bidi_streams(VarInt::from_u32(0));
         config
     }
 

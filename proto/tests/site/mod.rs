@@ -58,7 +58,7 @@ pub(crate) async fn pair(
     let (listener, address) = listener(dir).await;
     let agent = identity(dir, "a1", Role::Agent);
     let options = options(choice, Some("t1"));
-    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap() };
+    let accepting = async { listener.accept().await.unwrap().finish().await.unwrap().unwrap() };
     let (ours, theirs) = tokio::join!(connect(&address, &agent, &options), accepting);
     (listener, ours.unwrap(), theirs)
 }

@@ -1,0 +1,133 @@
+//! Where lanes find their link, at a target.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use quinn::RecvStream;
+use tokio::sync::mpsc;
+
+use crate::id::PeerName;
+use crate::quic::lanes::{Lanes, TICKET_BYTES, Ticket, ticket};
+use crate::quic::load::Load;
+
+/// How long a lane may take to show its ticket.
+const TICKET_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Batches of all lanes that wait to be accepted; more wait in the transport.
+const WAITING_MAX: usize = 1;
+
+/// Lanes of one agent that have not shown their ticket yet; it opens one at a time. More are closed, so
+/// that one agent's certificate cannot take the target's memory.
+const STRAYS_MAX: usize = 2;
+
+/// The links of a listener that may have lanes.
+#[derive(Debug, Default)]
+pub(in crate::quic) struct Registry {
+    links: Mutex<HashMap<Ticket, Link>>,
+    /// How many lanes of each agent have not shown their ticket yet.
+    strays: Mutex<HashMap<PeerName, usize>>,
+}
+
+#[derive(Debug)]
+struct Link {
+    peer: PeerName,
+    lanes: Weak<Lanes>,
+    batches: mpsc::Sender<RecvStream>,
+    window_bytes: u32,
+}
+
+impl Registry {
+    /// Lets lanes join the link of `lanes`, whose first connection is `first`; returns what they bring.
+    pub(in crate::quic) fn open(
+        &self,
+        first: &quinn::Connection,
+        peer: &PeerName,
+        lanes: &Arc<Lanes>,
+        window_bytes: u32,
+    ) -> mpsc::Receiver<RecvStream> {
+        let (batches, waiting) = mpsc::channel(WAITING_MAX);
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.retain(|_, link| link.lanes.strong_count() > 0);
+        if let Some(ticket) = ticket(first) {
+            let (peer, lanes) = (peer.clone(), Arc::downgrade(lanes));
+            links.insert(ticket, Link { peer, lanes, batches, window_bytes });
+        }
+        waiting
+    }
+
+    /// Adds `lane`, which came from `peer`, to the link whose ticket it shows.
+    ///
+    /// # Errors
+    /// It shows none, or none of a link of this peer, or the link has as many as it may.
+    pub(in crate::quic) async fn join(
+        &self,
+        lane: quinn::Connection,
+        peer: &PeerName,
+        load: Arc<Load>,
+    ) -> Result<(), &'static str> {
+        let Some(stray) = Stray::take(&self.strays, peer) else {
+            return Err("an agent opens too many lanes at a time");
+        };
+        let shown = async {
+            let mut ticket = [0; TICKET_BYTES];
+            lane.accept_uni().await.ok()?.read_exact(&mut ticket).await.ok()?;
+            Some(ticket)
+        };
+        let Ok(Some(ticket)) = tokio::time::timeout(TICKET_TIME_MAX, shown).await else {
+            return Err("a lane showed no ticket");
+        };
+        drop(stray);
+        let (lanes, batches, window_bytes) = {
+            let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+            let link = links.get(&ticket).filter(|link| link.peer == *peer);
+            let found = link.and_then(|link| Some((link.lanes.upgrade()?, link)));
+            let Some((lanes, link)) = found else {
+                return Err("a lane showed the ticket of no link of its agent");
+            };
+            (lanes, link.batches.clone(), link.window_bytes)
+        };
+        if !lanes.add(lane.clone(), load, Some(window_bytes)) {
+            return Err("a link has as many connections as it may");
+        }
+        drop(lanes);
+        tokio::spawn(async move {
+            while let Ok(stream) = lane.accept_uni().await {
+                if batches.send(stream).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// A lane's place among those without a link.
+struct Stray<'a> {
+    strays: &'a Mutex<HashMap<PeerName, usize>>,
+    peer: &'a PeerName,
+}
+
+impl<'a> Stray<'a> {
+    fn take(strays: &'a Mutex<HashMap<PeerName, usize>>, peer: &'a PeerName) -> Option<Self> {
+        let mut held = strays.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = held.entry(peer.clone()).or_default();
+        if *count >= STRAYS_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Self { strays, peer })
+    }
+}
+
+impl Drop for Stray<'_> {
+    fn drop(&mut self) {
+        let mut held = self.strays.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = held.get_mut(self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(self.peer);
+            }
+        }
+    }
+}
