@@ -14,7 +14,7 @@ use crate::identity::{Identity, IdentityError, Role, certificate_reason, holder}
 use crate::quic::lanes::{LANE_ALPN, Lanes, Opener, Registry};
 use crate::quic::load::{MeasuredRuntime, of_driver};
 use crate::quic::socket::{self, SocketFacts};
-use crate::quic::{Connection, TransportOptions};
+use crate::quic::{Connection, TransportOptions, connections_here};
 
 /// Why a listener could not be opened.
 #[derive(Debug, Error)]
@@ -251,7 +251,7 @@ pub async fn connect(
         return Err(ConnectError::Certificate { address, reason });
     };
     let of_lanes = lane_config(identity, Some(name.clone()), options)?;
-    let opener = Opener::new(endpoint, of_lanes, options.connections);
+    let opener = Opener::new(endpoint, of_lanes, options.connections, connections_here());
     let lanes = Arc::new(Lanes::new(connection.clone(), load));
     let connection = Connection::new(connection, name, facts, options.window_bytes, lanes);
     Ok(connection.with_opener(opener, options.rate_limit.clone()))

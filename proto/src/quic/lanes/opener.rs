@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::quic::lanes::count::{Connections, LaneCount};
-use crate::quic::lanes::{Lanes, connections_here, ticket};
+use crate::quic::lanes::{Lanes, ticket};
 use crate::quic::load::of_driver;
 
 /// How long a lane may take to stand.
@@ -20,22 +20,26 @@ pub(in crate::quic) struct Opener {
     count: Mutex<LaneCount>,
     /// What the target's busiest driver takes of a core, in percent.
     peer_load_percent: AtomicU32,
+    /// Connections that the agent's cores are worth.
+    pub(super) most: usize,
     /// Connections that the target's cores are worth.
     peer_most: AtomicUsize,
     /// One is being opened, or the target does not take any.
-    occupied: Arc<AtomicBool>,
+    pub(super) occupied: Arc<AtomicBool>,
 }
 
 impl Opener {
-    /// `config` is that of lanes.
+    /// `config` is that of lanes; the agent's cores are worth `most` connections.
     pub(in crate::quic) fn new(
         endpoint: quinn::Endpoint,
         config: quinn::ClientConfig,
         connections: Connections,
+        most: usize,
     ) -> Self {
         Self {
             endpoint,
             config,
+            most,
             count: Mutex::new(LaneCount::new(connections)),
             peer_load_percent: AtomicU32::new(0),
             peer_most: AtomicUsize::new(1),
@@ -56,7 +60,7 @@ impl Opener {
         lanes: &Arc<Lanes>,
         address: SocketAddr,
     ) {
-        let most = connections_here().min(self.peer_most.load(Ordering::Relaxed));
+        let most = self.most.min(self.peer_most.load(Ordering::Relaxed));
         let peer = f64::from(self.peer_load_percent.load(Ordering::Relaxed)) / 100.0;
         let busiest = lanes.busiest(now).max(peer);
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);

@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quinn::VarInt;
 
-use super::LANE_ALPN;
+use super::{LANE_ALPN, Opener};
 use crate::identity::{Identity, IdentityFiles, Role, create_ca, issue};
 use crate::quic::endpoint::lane_config;
 use crate::quic::{AcceptError, Connection, Connections, Listener, TransportOptions, connect};
@@ -37,12 +38,9 @@ struct Link {
 }
 
 impl Link {
-    async fn of(count: usize) -> Self {
+    async fn of(connections: Connections) -> Self {
         let dir = site();
-        let options = TransportOptions {
-            connections: Connections::Exactly(count),
-            ..TransportOptions::default()
-        };
+        let options = TransportOptions { connections, ..TransportOptions::default() };
         let any = "127.0.0.1:0".parse().unwrap();
         let target = identity(dir.path(), "t1", Role::Target);
         let listener = Listener::bind(any, &target, &options).unwrap();
@@ -56,10 +54,10 @@ impl Link {
 
     /// The same with a lane of its own.
     async fn with_lane() -> Self {
-        let link = Self::of(2).await;
+        let link = Self::of(Connections::Exactly(2)).await;
         let opener = link.agent.opener.as_ref().unwrap();
         let address = link.listener.local_address().unwrap();
-        opener.handle_second(std::time::Instant::now(), &link.agent.lanes, address);
+        opener.handle_second(Instant::now(), &link.agent.lanes, address);
         assert!(link.listener.accept().await.unwrap().finish().await.unwrap().is_none());
         assert_eq!(link.target.lanes.lock().len(), 2);
         // The agent has its own side of it when it sent the ticket, which has been read.
@@ -102,7 +100,7 @@ impl Link {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lane_without_the_links_ticket_is_refused_and_harms_nobody() {
-    let link = Link::of(1).await;
+    let link = Link::of(Connections::Auto).await;
     let ticket = super::ticket(&link.agent.lanes.lock()[0].connection).unwrap();
     let cases: [(&str, &[u8], &str); 3] = [
         ("a1", &[0; 32], "the ticket of no link of its agent"),
@@ -116,6 +114,31 @@ async fn a_lane_without_the_links_ticket_is_refused_and_harms_nobody() {
     }
     link.assert_a_batch_passes().await;
     assert_eq!(link.target.lanes.lock().len(), 1);
+}
+
+/// Two cores, as many test machines have, are worth one connection; so the agent is told of more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_whose_driver_is_busy_for_three_seconds_gets_a_lane() {
+    let mut link = Link::of(Connections::Auto).await;
+    let address = link.listener.local_address().unwrap();
+    let opener = link.agent.opener.take().unwrap();
+    let mut opener = Arc::into_inner(opener).unwrap();
+    opener.most = 4;
+    let mut now = Instant::now();
+    let mut after = |opener: &Opener, seconds, percent, most| {
+        opener.handle_peer(percent, most);
+        for _ in 0..seconds {
+            now += Duration::from_secs(1);
+            opener.handle_second(now, &link.agent.lanes, address);
+        }
+        opener.occupied.load(Ordering::Relaxed)
+    };
+    assert!(!after(&opener, 2, 95, 4), "too early");
+    assert!(!after(&opener, 1, 60, 4), "it had a rest");
+    assert!(!after(&opener, 9, 95, 1), "its cores are worth one");
+    assert!(after(&opener, 3, 95, 4));
+    assert!(link.listener.accept().await.unwrap().finish().await.unwrap().is_none());
+    assert_eq!(link.target.lanes.lock().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -181,9 +204,9 @@ async fn a_target_that_takes_no_lanes_keeps_its_link() {
     let connecting = async { connect(&name, &agent, None, &options).await.unwrap() };
     let (agent, target) = tokio::join!(connecting, accepting);
     let opener = Arc::clone(agent.opener.as_ref().unwrap());
-    opener.handle_second(std::time::Instant::now(), &agent.lanes, address);
+    opener.handle_second(Instant::now(), &agent.lanes, address);
     assert!(listener.accept().await.unwrap().finish().await.is_err());
-    opener.handle_second(std::time::Instant::now(), &agent.lanes, address);
+    opener.handle_second(Instant::now(), &agent.lanes, address);
     let dir_of = Link { dir, listener, options, agent, target };
     dir_of.assert_a_batch_passes().await;
     assert_eq!(dir_of.agent.lanes.lock().len(), 1);
