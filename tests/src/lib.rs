@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use backhaul_api::{Consistency, FailoverRequest, Machine, Stage};
+use backhaul_api::{Consistency, FailoverRequest, Link, Machine, Stage};
 use backhaul_lab::rig::{MACHINE, Rig, RigSpec};
 use backhaul_lab::workload::WorkloadSpec;
 use backhaul_lab::writer::Written;
@@ -96,6 +96,19 @@ impl Scenario {
         let enough = |machine: &Machine| machine.received_plain_bytes >= bytes;
         self.rig.wait("more batches", STEP_TIME_MAX, enough).await?;
         Ok(())
+    }
+
+    /// Waits until the agent's link is as `wanted` says.
+    pub async fn wait_link(&self, what: &str, wanted: impl Fn(&Link) -> bool) -> Link {
+        let (began, mut looks) = (Instant::now(), tokio::time::interval(Duration::from_millis(50)));
+        loop {
+            looks.tick().await;
+            let links = self.rig.client().links().await.unwrap();
+            match links.into_iter().next() {
+                Some(link) if wanted(&link) => return link,
+                last => assert!(began.elapsed() < STEP_TIME_MAX, "{what} did not happen: {last:?}"),
+            }
+        }
     }
 
     /// Fails over to the latest point.

@@ -1,7 +1,7 @@
 //! The link: its ceilings, its status, and TCP where UDP does not pass.
 
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use backhaul_api::{Consistency, Link, Machine};
 use backhaul_lab::random::Random;
@@ -306,19 +306,6 @@ async fn a_line_that_flaps_reorders_and_duplicates_brings_the_machine_home() {
     scenario.compare().unwrap();
 }
 
-/// Waits until the agent's link is as `wanted` says.
-async fn wait_link(scenario: &Scenario, what: &str, wanted: impl Fn(&Link) -> bool) -> Link {
-    let (began, mut looks) = (Instant::now(), tokio::time::interval(Duration::from_millis(50)));
-    loop {
-        looks.tick().await;
-        let links = scenario.rig.client().links().await.unwrap();
-        match links.into_iter().next() {
-            Some(link) if wanted(&link) => return link,
-            last => assert!(began.elapsed() < STEP_TIME_MAX, "{what} did not happen: {last:?}"),
-        }
-    }
-}
-
 /// Headers of IPv4 and UDP.
 const HEADER_BYTES: u32 = 28;
 
@@ -340,7 +327,7 @@ async fn the_mtu_of_a_tunnel_is_found() {
         let most = tunnel_bytes - HEADER_BYTES;
         // The search ends when less than 20 bytes are at stake.
         let found = |link: &Link| (most - 20..=most).contains(&link.mtu_bytes);
-        let link = wait_link(&scenario, "the MTU's discovery", found).await;
+        let link = scenario.wait_link("the MTU's discovery", found).await;
         assert_eq!(link.mtu_black_holes, 0, "{link:?}");
         scenario.fail_over().await.unwrap();
         guest.await.unwrap().unwrap();
@@ -361,12 +348,12 @@ async fn a_path_whose_mtu_shrinks_goes_on_and_says_so() {
     scenario.start().unwrap();
     let guest = scenario.start_guest(87, 4 << 20).await.unwrap();
     let wide = |link: &Link| link.mtu_bytes > 1300;
-    wait_link(&scenario, "the MTU's discovery", wide).await;
+    scenario.wait_link("the MTU's discovery", wide).await;
     scenario.rig.set_link("200mbit,5ms,mtu=1420,blackhole=1300".parse().unwrap()).unwrap();
     let narrow = |link: &Link| link.mtu_black_holes > 0 && link.mtu_bytes <= 1300 - HEADER_BYTES;
-    let link = wait_link(&scenario, "the black hole's discovery", narrow).await;
+    let link = scenario.wait_link("the black hole's discovery", narrow).await;
     let sent_bytes = link.sent_bytes + (4 << 20);
-    wait_link(&scenario, "more data", |link| link.sent_bytes > sent_bytes).await;
+    scenario.wait_link("more data", |link| link.sent_bytes > sent_bytes).await;
     scenario.wait_consistent().await.unwrap();
     let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
     assert_eq!(log.matches("connected target=").count(), 1, "{log}");

@@ -400,27 +400,6 @@ impl Rig {
         }
     }
 
-    /// Waits until the agent's link is as `wanted`.
-    pub async fn wait_link(
-        &mut self,
-        what: &str,
-        limit: Duration,
-        mut wanted: impl FnMut(&backhaul_api::Link) -> bool,
-    ) -> anyhow::Result<()> {
-        let start = Instant::now();
-        loop {
-            self.check_alive()?;
-            let links = self.client.links().await;
-            if links.as_ref().is_ok_and(|links| links.first().is_some_and(&mut wanted)) {
-                return Ok(());
-            }
-            if start.elapsed() > limit {
-                bail!("{what} did not happen within {limit:?}; at the end: {links:?}");
-            }
-            tokio::time::sleep(POLL).await;
-        }
-    }
-
     /// Waits until a daemon (`agent` or `master-target`) has logged `text` since it was last started.
     pub async fn wait_log(&mut self, daemon: &str, text: &str) -> anyhow::Result<()> {
         let start = Instant::now();
