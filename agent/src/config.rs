@@ -106,7 +106,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
         None => None,
     };
     let congestion = read_congestion(top);
-    let connections = read_connections(top, congestion);
+    let connections = read_connections(top, congestion, transport);
     let limit = top.or("limit", BandwidthLimits::default());
     let batch_delay = top.within(
         "batch_delay",
@@ -182,12 +182,17 @@ fn read_congestion(top: &Table<'_>) -> Option<Congestion> {
     None
 }
 
-fn read_connections(top: &Table<'_>, congestion: Option<Congestion>) -> Option<Connections> {
+fn read_connections(
+    top: &Table<'_>,
+    congestion: Option<Congestion>,
+    transport: Option<TransportChoice>,
+) -> Option<Connections> {
     let text = top.or("connections", "auto".to_owned())?;
-    let connections = match (text.as_str(), text.parse::<usize>()) {
-        ("auto", _) if congestion == Some(Congestion::Auto) => Connections::Auto,
-        ("auto", _) => Connections::Exactly(1),
-        (_, Ok(count @ 1..=CONNECTIONS_MAX)) => Connections::Exactly(count),
+    let connections = match text.as_bytes() {
+        b"auto" => return Some(Connections::Auto),
+        [digit @ b'1'..=b'9'] if usize::from(digit - b'0') <= CONNECTIONS_MAX => {
+            Connections::Exactly((digit - b'0').into())
+        }
         _ => {
             let sentence = format!(
                 "`connections` must be \"auto\", or a number from \"1\" to \"{CONNECTIONS_MAX}\""
@@ -196,9 +201,14 @@ fn read_connections(top: &Table<'_>, congestion: Option<Congestion>) -> Option<C
             return None;
         }
     };
-    let several = matches!(connections, Connections::Exactly(2..));
-    if several && congestion.is_some_and(|congestion| congestion != Congestion::Auto) {
-        let sentence = "`connections` above \"1\" needs `congestion = \"auto\"`: each would take the rate of a link";
+    if connections != Connections::Exactly(1) {
+        let sentence = if congestion.is_some_and(|congestion| congestion != Congestion::Auto) {
+            "`connections` above \"1\" needs `congestion = \"auto\"`: each would take the rate of a link"
+        } else if transport == Some(TransportChoice::Tcp) {
+            "`connections` above \"1\" needs QUIC: with `transport = \"tcp\"` there is one for batches"
+        } else {
+            return Some(connections);
+        };
         top.report("connections", sentence);
         return None;
     }

@@ -9,7 +9,7 @@ use backhaul_proto::message::{
     AgentMessage, HashReply, HashRequest, Hello, TargetMessage, Welcome, agent_message,
     target_message,
 };
-use backhaul_proto::quic::{Congestion, RateLimit, TransportOptions};
+use backhaul_proto::quic::{Congestion, Connections, RateLimit, TransportOptions};
 use backhaul_proto::session::Backoff;
 use tokio::sync::{mpsc, oneshot};
 
@@ -75,8 +75,9 @@ pub async fn run(
     ceiling: RateLimit,
     events: mpsc::UnboundedSender<LinkEvent>,
 ) {
-    // Who asked for another controller asked for QUIC.
-    let lan_over_tcp = config.congestion == Congestion::Auto;
+    // Who asked for another controller, or for several connections, asked for QUIC.
+    let one_or_more = matches!(config.connections, Connections::Auto | Connections::Exactly(1));
+    let lan_over_tcp = config.congestion == Congestion::Auto && one_or_more;
     let mut options = ConnectOptions {
         choice: config.transport,
         expected: config.target_name.clone(),

@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use crate::batch_buffer::IncomingBatch;
 use crate::machine::LinkId;
 use crate::probe;
-use crate::receive::{FoldedBatch, Received, Unresolved, read_batch};
+use crate::receive::{FoldedBatch, ReceiveError, Received, Unresolved, read_batch};
 
 /// How long an agent may take to say hello.
 const HELLO_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(10);
@@ -245,6 +245,8 @@ async fn batches(
                 Ok((header, Received::Folded(batch))) => {
                     let _ = events.send((id, LinkEvent::Folded(header, batch, place)));
                 }
+                // The connection's own end says why.
+                Err(ReceiveError::Stream(StreamError::Connection(_))) => {}
                 Err(error) => {
                     tracing::warn!(agent = %connection.peer(), %error, "a batch was not taken");
                     connection.close(&error.to_string());

@@ -12,7 +12,7 @@ use crate::id::PeerName;
 use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
 use crate::quic::SocketFacts;
 use crate::quic::bulk::Bulk;
-use crate::quic::congestion::{self, CongestionStats, RateLimit};
+use crate::quic::congestion::CongestionStats;
 use crate::quic::lanes::{Lanes, Opener};
 use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
 
@@ -39,8 +39,6 @@ pub struct Connection {
     batches: Arc<AtomicU32>,
     /// Opens more connections (agents).
     pub(super) opener: Option<Arc<Opener>>,
-    /// The ceiling of an agent's connections.
-    rate_limit: RateLimit,
     /// Batches of the other connections (targets).
     lane_batches: Option<Arc<Mutex<mpsc::Receiver<RecvStream>>>>,
 }
@@ -62,14 +60,13 @@ impl Connection {
             bulk: Arc::new(Bulk::new(window_bytes)),
             batches: Arc::default(),
             opener: None,
-            rate_limit: RateLimit::default(),
             lane_batches: None,
         }
     }
 
-    /// The same, of an agent, which can open more under one ceiling for all.
-    pub(super) fn with_opener(self, opener: Opener, rate_limit: RateLimit) -> Self {
-        Self { opener: Some(Arc::new(opener)), rate_limit, ..self }
+    /// The same, of an agent, which can open more.
+    pub(super) fn with_opener(self, opener: Opener) -> Self {
+        Self { opener: Some(Arc::new(opener)), ..self }
     }
 
     /// The same, of a target, where others may bring `batches`.
@@ -145,8 +142,7 @@ impl Connection {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         self.bulk.follow(self.lanes.congestion_windows());
         let _place = self.bulk.place(bytes).await;
-        // A ceiling is kept by each connection for itself.
-        let lane = self.lanes.pick(bytes as u64, self.rate_limit.get().is_some());
+        let lane = self.lanes.pick(bytes as u64);
         let mut stream = lane.connection.open_uni().await.map_err(ended)?;
         let _ = stream.set_priority(self.next_priority());
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
@@ -203,10 +199,10 @@ impl Connection {
         stats
     }
 
-    /// What the congestion controller of the first connection knows of the path. This copies the controller: ask once a
-    /// second, not once a packet.
+    /// What the congestion controllers know of the path. This copies them: ask once a second, not once
+    /// a packet.
     pub fn congestion(&self) -> Option<CongestionStats> {
-        congestion::stats(&self.quinn)
+        self.lanes.congestion()
     }
 
     /// Looks after an agent's link once a second; never returns.

@@ -14,7 +14,9 @@ use crate::identity::{Identity, IdentityError, Role, certificate_reason, holder}
 use crate::quic::lanes::{LANE_ALPN, Lanes, Opener, Registry};
 use crate::quic::load::{MeasuredRuntime, of_driver};
 use crate::quic::socket::{self, SocketFacts};
-use crate::quic::{Connection, TransportOptions, connections_here};
+use crate::quic::{
+    Congestion, Connection, Connections, RateLimit, TransportOptions, connections_here,
+};
 
 /// Why a listener could not be opened.
 #[derive(Debug, Error)]
@@ -155,6 +157,12 @@ impl Listener {
         })
     }
 
+    /// Forgets which links stand, so that no lane finds its own.
+    #[cfg(test)]
+    pub(super) fn forget_links(&self) {
+        self.links.forget();
+    }
+
     /// Ends every connection and stops listening.
     pub async fn close(&self, reason: &str) {
         self.endpoint.close(VarInt::from_u32(0), reason.as_bytes());
@@ -192,8 +200,9 @@ impl Handshake {
             });
         }
         connection.set_receive_window(VarInt::from_u32(self.window_bytes));
-        let lanes = Arc::new(Lanes::new(connection.clone(), load));
-        let batches = self.links.open(&connection, &name, &lanes, self.window_bytes);
+        let (ceiling, window_bytes) = (RateLimit::default(), self.window_bytes);
+        let lanes = Arc::new(Lanes::new(connection.clone(), load, ceiling, window_bytes));
+        let batches = self.links.open(&connection, &name, &lanes);
         let connection = Connection::new(connection, name, self.facts, self.window_bytes, lanes);
         Ok(Some(connection.with_lanes_coming(batches)))
     }
@@ -251,10 +260,15 @@ pub async fn connect(
         return Err(ConnectError::Certificate { address, reason });
     };
     let of_lanes = lane_config(identity, Some(name.clone()), options)?;
-    let opener = Opener::new(endpoint, of_lanes, options.connections, connections_here());
-    let lanes = Arc::new(Lanes::new(connection.clone(), load));
+    let connections = match options.congestion {
+        Congestion::Auto => options.connections,
+        _ => Connections::Exactly(1),
+    };
+    let opener = Opener::new(endpoint, of_lanes, connections, connections_here());
+    let (ceiling, window_bytes) = (options.rate_limit.clone(), options.window_bytes);
+    let lanes = Arc::new(Lanes::new(connection.clone(), load, ceiling, window_bytes));
     let connection = Connection::new(connection, name, facts, options.window_bytes, lanes);
-    Ok(connection.with_opener(opener, options.rate_limit.clone()))
+    Ok(connection.with_opener(opener))
 }
 
 /// How an agent connects a lane.

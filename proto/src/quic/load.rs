@@ -11,32 +11,48 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
+
+/// A share of less time than this says little: a single poll may fill it.
+const ASKED_PERIOD_MIN: Duration = Duration::from_millis(500);
 
 /// The time that one driver was at work.
 #[derive(Debug)]
 pub(super) struct Load {
     busy_nanos: AtomicU64,
-    /// When somebody asked for the last time, and what it was then.
-    asked: Mutex<(Instant, u64)>,
+    asked: Mutex<Asked>,
+}
+
+/// When somebody asked for the last time, what it was then, and what he was told.
+#[derive(Debug)]
+struct Asked {
+    at: Instant,
+    busy_nanos: u64,
+    share: f64,
 }
 
 impl Default for Load {
     fn default() -> Self {
-        Self { busy_nanos: AtomicU64::new(0), asked: Mutex::new((Instant::now(), 0)) }
+        let asked = Asked { at: Instant::now(), busy_nanos: 0, share: 0.0 };
+        Self { busy_nanos: AtomicU64::new(0), asked: Mutex::new(asked) }
     }
 }
 
 impl Load {
     /// The share of the time since this was called before, from 0 to 1, that the driver was at work.
+    /// Whoever asks too soon is told the same again.
     pub(super) fn share(&self, now: Instant) -> f64 {
-        let busy = self.busy_nanos.load(Ordering::Relaxed);
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let (since, before) = std::mem::replace(&mut *asked, (now, busy));
-        let nanos = now.saturating_duration_since(since).as_nanos() as f64;
-        if nanos == 0.0 { 0.0 } else { ((busy - before) as f64 / nanos).min(1.0) }
+        let passed = now.saturating_duration_since(asked.at);
+        if passed < ASKED_PERIOD_MIN {
+            return asked.share;
+        }
+        let busy_nanos = self.busy_nanos.load(Ordering::Relaxed);
+        let busy = (busy_nanos - asked.busy_nanos) as f64 / passed.as_nanos() as f64;
+        *asked = Asked { at: now, busy_nanos, share: busy.min(1.0) };
+        asked.share
     }
 }
 
@@ -104,13 +120,12 @@ mod tests {
     #[test]
     fn a_share_is_of_the_time_since_it_was_asked_for() {
         let load = Load::default();
-        let start = Instant::now();
-        load.share(start);
+        let start = load.asked.lock().unwrap().at;
         load.busy_nanos.fetch_add(250_000_000, Ordering::Relaxed);
         assert_eq!(load.share(start + Duration::from_secs(1)), 0.25);
         assert_eq!(load.share(start + Duration::from_secs(2)), 0.0);
-        assert_eq!(load.share(start + Duration::from_secs(2)), 0.0, "no time has passed");
         load.busy_nanos.fetch_add(9_000_000_000, Ordering::Relaxed);
+        assert_eq!(load.share(start + Duration::from_millis(2100)), 0.0, "too soon");
         assert_eq!(load.share(start + Duration::from_secs(3)), 1.0);
     }
 

@@ -4,7 +4,7 @@ use std::future::pending;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use quinn::{RecvStream, SendStream};
+use quinn::{ReadError, ReadExactError, RecvStream, SendStream};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
@@ -162,7 +162,10 @@ impl BatchStream {
 
     /// Fills `buf`: the one copy between the datagram and the buffer that is journalled.
     pub async fn read_exact(&mut self, buf: &mut [u8]) -> Result<(), StreamError> {
-        self.0.read_exact(buf).await.map_err(|error| StreamError::Stream(error.to_string()))
+        self.0.read_exact(buf).await.map_err(|error| match error {
+            ReadExactError::ReadError(ReadError::ConnectionLost(error)) => ended(error),
+            error => StreamError::Stream(error.to_string()),
+        })
     }
 
     /// Checks that nothing follows.
@@ -171,6 +174,7 @@ impl BatchStream {
         match self.0.read(&mut more).await {
             Ok(None) => Ok(()),
             Ok(Some(_)) => Err(StreamError::Stream("more bytes follow a batch".into())),
+            Err(ReadError::ConnectionLost(error)) => Err(ended(error)),
             Err(error) => Err(StreamError::Stream(error.to_string())),
         }
     }

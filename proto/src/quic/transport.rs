@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
 
+use crate::quic::Connections;
 use crate::quic::congestion::{Limited, Method, RateLimit};
-use crate::quic::{CONNECTIONS_MAX, Connections};
+use crate::quic::lanes::lane_window_bytes;
 
 /// Largest UDP payload that path-MTU discovery tries. quinn sends ten segments at a time, and ten
 /// times more than this exceeds what one UDP send can carry: the packets would vanish.
@@ -55,7 +56,7 @@ pub struct TransportOptions {
     /// It holds for each connection that is made with these options.
     pub rate_limit: RateLimit,
     /// How many connections an agent's link is given (default [`Connections::Auto`]). A link with a
-    /// ceiling uses one, whatever this says.
+    /// ceiling, or with another [`Congestion`] than [`Congestion::Auto`], uses one, whatever this says.
     pub connections: Connections,
     /// Most bytes that may be under way in each direction (default 48 MiB), a bound on memory: batches
     /// take of it what the path is measured to carry. A link whose bandwidth × delay is more than a
@@ -124,7 +125,7 @@ impl TransportOptions {
     /// with a lane's share of the window, and a link's first one is given all of it then.
     pub(crate) fn to_quinn_target(&self) -> quinn::TransportConfig {
         let mut config = self.to_quinn();
-        config.receive_window(VarInt::from_u32(self.window_bytes / CONNECTIONS_MAX as u32));
+        config.receive_window(VarInt::from_u32(lane_window_bytes(self.window_bytes)));
         config
     }
 

@@ -53,12 +53,14 @@ impl LaneCount {
     }
 
     /// How many there should be, now that another second is over. `busiest` is the largest share of
-    /// that second for which a driver in use, at either end, was at work; `most` is what the cores at
-    /// both ends are worth.
-    pub(super) fn handle_second(&mut self, busiest: f64, most: usize) -> usize {
+    /// that second for which a driver, at either end, was at work; `most` is what the cores at both
+    /// ends are worth; `standing` is how many there are.
+    pub(super) fn handle_second(&mut self, busiest: f64, most: usize, standing: usize) -> usize {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
+        // What could not be opened does not count.
+        self.count = self.count.min(standing.max(1));
         let fewer = self.count.saturating_sub(1);
         let is_calm = fewer > 0 && busiest * self.count as f64 / (fewer as f64) < CALM_SHARE;
         self.busy_seconds = if busiest >= BUSY_SHARE { self.busy_seconds + 1 } else { 0 };
@@ -80,7 +82,12 @@ mod tests {
     use super::{CALM_SECONDS, CONNECTIONS_MAX, Connections, LaneCount, most_for};
 
     fn after(count: &mut LaneCount, seconds: u32, busiest: f64, most: usize) -> usize {
-        (0..seconds).map(|_| count.handle_second(busiest, most)).last().unwrap()
+        let mut standing = 1;
+        for _ in 0..seconds {
+            standing = standing.max(count.count);
+            standing = count.handle_second(busiest, most, standing).max(standing);
+        }
+        count.count
     }
 
     #[test]
@@ -118,7 +125,10 @@ mod tests {
         assert_eq!([1, 2, 3, 4, 8, 128].map(most_for), [1, 1, 1, 2, 4, CONNECTIONS_MAX]);
         let mut count = LaneCount::new(Connections::Auto);
         assert_eq!(after(&mut count, 60, 1.0, most_for(2)), 1);
-        assert_eq!(LaneCount::new(Connections::Exactly(3)).handle_second(0.0, 1), 3);
-        assert_eq!(LaneCount::new(Connections::Exactly(99)).handle_second(0.0, 1), CONNECTIONS_MAX);
+        assert_eq!(LaneCount::new(Connections::Exactly(3)).handle_second(0.0, 1, 1), 3);
+        assert_eq!(
+            LaneCount::new(Connections::Exactly(99)).handle_second(0.0, 1, 1),
+            CONNECTIONS_MAX
+        );
     }
 }

@@ -19,9 +19,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use quinn::{ConnectionError, VarInt};
+use bytes::Bytes;
+use quinn::VarInt;
 
-use crate::quic::congestion;
+use crate::quic::congestion::{self, CongestionStats, RateLimit};
 use crate::quic::load::Load;
 
 pub use count::{CONNECTIONS_MAX, Connections};
@@ -38,13 +39,27 @@ const TICKET_LABEL: &[u8] = b"EXPORTER-backhaul-lane";
 /// Bytes of that secret.
 const TICKET_BYTES: usize = 32;
 
-/// A link that is closed on purpose has all its connections closed, and the reason comes with the first
-/// one: so long it may come after the others.
-const CLOSE_GRACE: Duration = Duration::from_secs(1);
+/// What a target answers to a ticket that it takes.
+const TAKEN: u8 = 1;
+
+/// What is wrong with a link, or why it was closed, comes with its first connection, and so long it may
+/// come after the others.
+const FIRST_GRACE: Duration = Duration::from_secs(1);
+
+/// A datagram that nobody reads.
+const KNOCK: &[u8] = &[0];
 
 /// Connections of a link that this machine's cores are worth.
 pub fn connections_here() -> usize {
-    count::most_for(std::thread::available_parallelism().map_or(1, usize::from))
+    static CORES: OnceLock<usize> = OnceLock::new();
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    count::most_for(*CORES.get_or_init(cores))
+}
+
+/// Receive window of a lane at a target whose links have `window_bytes`. Their first connections keep all of
+/// that: whatever becomes of the lanes, they can carry everything.
+pub(super) fn lane_window_bytes(window_bytes: u32) -> u32 {
+    window_bytes / CONNECTIONS_MAX as u32
 }
 
 type Ticket = [u8; TICKET_BYTES];
@@ -72,6 +87,10 @@ pub(super) struct Lanes {
     lanes: Mutex<Vec<Lane>>,
     /// How many of them are used; batches go to the first ones.
     in_use: AtomicUsize,
+    /// The ceiling of an agent's link. Each connection keeps it for itself, so one alone is used under it.
+    ceiling: RateLimit,
+    /// What may be under way on each lane.
+    lane_window_bytes: u64,
     /// Why the link was closed here, if it was.
     closing: Arc<OnceLock<String>>,
 }
@@ -90,34 +109,51 @@ impl Drop for Picked {
 }
 
 impl Lanes {
-    pub(super) fn new(first: quinn::Connection, load: Arc<Load>) -> Self {
+    /// `window_bytes` is the receive window of links.
+    pub(super) fn new(
+        first: quinn::Connection,
+        load: Arc<Load>,
+        ceiling: RateLimit,
+        window_bytes: u32,
+    ) -> Self {
         let lane = Lane { connection: first, load, pending_bytes: Arc::default() };
-        Self { lanes: Mutex::new(vec![lane]), in_use: AtomicUsize::new(1), closing: Arc::default() }
+        Self {
+            lanes: Mutex::new(vec![lane]),
+            in_use: AtomicUsize::new(1),
+            ceiling,
+            lane_window_bytes: lane_window_bytes(window_bytes).into(),
+            closing: Arc::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Lane>> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn usable<'a>(&self, lanes: &'a [Lane]) -> &'a [Lane] {
+        let count = if self.is_capped() { 1 } else { self.in_use.load(Ordering::Relaxed) };
+        &lanes[..count.clamp(1, lanes.len())]
+    }
+
+    /// Whether a ceiling keeps the link to its first connection.
+    fn is_capped(&self) -> bool {
+        self.ceiling.get().is_some()
+    }
+
     /// The connections in use.
     pub(super) fn in_use(&self) -> usize {
-        self.in_use.load(Ordering::Relaxed).clamp(1, self.lock().len())
+        self.usable(&self.lock()).len()
     }
 
-    /// Uses so many connections from now on, as far as there are.
-    fn make_use_of(&self, count: usize) {
-        self.in_use.store(count.max(1), Ordering::Relaxed);
-    }
-
-    /// The connection that has the least to do, of those in use; the first one `alone`.
-    pub(super) fn pick(&self, bytes: u64, alone: bool) -> Picked {
+    /// The connection that has the least to do, of those in use.
+    pub(super) fn pick(&self, bytes: u64) -> Picked {
         let lanes = self.lock();
-        let usable =
-            if alone { 1 } else { self.in_use.load(Ordering::Relaxed).clamp(1, lanes.len()) };
-        let least =
-            lanes[..usable].iter().min_by_key(|lane| lane.pending_bytes.load(Ordering::Relaxed));
-        // A link has its first connection from the beginning.
-        let lane = least.unwrap_or(&lanes[0]);
+        let (first, others) = (&lanes[0], &self.usable(&lanes)[1..]);
+        let pending = |lane: &Lane| lane.pending_bytes.load(Ordering::Relaxed);
+        // What waits for a window would come after batches that were sent later.
+        let has_room = |lane: &&Lane| pending(lane) + bytes <= self.lane_window_bytes;
+        let least = others.iter().filter(has_room).min_by_key(|lane| pending(lane));
+        let lane = least.filter(|lane| pending(lane) < pending(first)).unwrap_or(first);
         lane.pending_bytes.fetch_add(bytes, Ordering::Relaxed);
         let (connection, pending_bytes) =
             (lane.connection.clone(), Arc::clone(&lane.pending_bytes));
@@ -132,8 +168,20 @@ impl Lanes {
     /// What all connections in use may have in flight, in bytes.
     pub(super) fn congestion_windows(&self) -> u64 {
         let lanes = self.lock();
-        let usable = self.in_use.load(Ordering::Relaxed).clamp(1, lanes.len());
-        lanes[..usable].iter().map(|lane| lane.connection.stats().path.cwnd).sum()
+        self.usable(&lanes).iter().map(|lane| lane.connection.stats().path.cwnd).sum()
+    }
+
+    /// What the congestion controllers know: the first one's state, and the sums of those in use.
+    pub(super) fn congestion(&self) -> Option<CongestionStats> {
+        let lanes = self.lock();
+        let mut known = self.usable(&lanes).iter().map(|lane| congestion::stats(&lane.connection));
+        let mut sum = known.next()??;
+        for one in known.flatten() {
+            sum.bandwidth_bytes_per_second += one.bandwidth_bytes_per_second;
+            sum.window_bytes += one.window_bytes;
+            sum.lost_bytes += one.lost_bytes;
+        }
+        Some(sum)
     }
 
     /// The largest share of the time since this was called before for which the driver of a
@@ -144,35 +192,45 @@ impl Lanes {
 
     /// Lets a few packets of every connection out.
     pub(super) fn knock(&self) {
-        self.each(congestion::knock);
+        let lanes = self.lock();
+        lanes.iter().for_each(|lane| congestion::knock(&lane.connection));
+        for lane in &lanes[1..] {
+            // The first connection has heartbeats to send; a lane may have nothing.
+            let _ = lane.connection.send_datagram(Bytes::from_static(KNOCK));
+        }
     }
 
-    /// Takes a connection in, and shares `window_bytes` of receive window, if given, out among all.
-    /// `false` when the link has as many as it may, or is closed.
-    fn add(
-        &self,
-        connection: quinn::Connection,
-        load: Arc<Load>,
-        window_bytes: Option<u32>,
-    ) -> bool {
+    /// Takes a connection in. `false` when the link has as many as it may, or is closed.
+    fn add(&self, connection: quinn::Connection, load: Arc<Load>) -> bool {
         let mut lanes = self.lock();
         if lanes.len() >= CONNECTIONS_MAX || self.closing.get().is_some() {
             return false;
         }
-        let first = lanes[0].connection.clone();
-        tokio::spawn(bind(connection.clone(), first, Arc::clone(&self.closing)));
         lanes.push(Lane { connection, load, pending_bytes: Arc::default() });
-        if let Some(window_bytes) = window_bytes {
-            let share = VarInt::from_u32(window_bytes / lanes.len() as u32);
-            lanes.iter().for_each(|lane| lane.connection.set_receive_window(share));
-        }
         true
     }
 
-    /// Closes every connection. The first reason counts.
+    /// Forgets a connection that never carried anything.
+    fn remove(&self, connection: &quinn::Connection) {
+        self.lock().retain(|lane| lane.connection.stable_id() != connection.stable_id());
+    }
+
+    /// From now on the link is lost when this lane is.
+    fn bind(&self, lane: quinn::Connection) {
+        let first = self.lock()[0].connection.clone();
+        tokio::spawn(end_with(lane, first, Arc::clone(&self.closing)));
+    }
+
+    /// Closes every connection. The first reason counts, and what was closed before keeps its own.
     pub(super) fn close(&self, reason: &str) {
-        let _ = self.closing.set(reason.to_owned());
-        self.each(|connection| connection.close(VarInt::from_u32(0), reason.as_bytes()));
+        let lanes = self.lock();
+        let is_open = |lane: &&Lane| lane.connection.close_reason().is_none();
+        if is_open(&&lanes[0]) {
+            let _ = self.closing.set(reason.to_owned());
+        }
+        for lane in lanes.iter().filter(is_open) {
+            lane.connection.close(VarInt::from_u32(0), reason.as_bytes());
+        }
     }
 
     /// Why the link was closed here, if it was.
@@ -190,14 +248,16 @@ impl Drop for Lanes {
 }
 
 /// Ends the link when a lane of it is lost.
-async fn bind(lane: quinn::Connection, first: quinn::Connection, closing: Arc<OnceLock<String>>) {
+async fn end_with(
+    lane: quinn::Connection,
+    first: quinn::Connection,
+    closing: Arc<OnceLock<String>>,
+) {
     let error = tokio::select! {
         error = lane.closed() => error,
         _ = first.closed() => return lane.close(VarInt::from_u32(0), b""),
     };
-    let on_purpose =
-        matches!(error, ConnectionError::LocallyClosed | ConnectionError::ApplicationClosed(_));
-    if on_purpose && tokio::time::timeout(CLOSE_GRACE, first.closed()).await.is_ok() {
+    if tokio::time::timeout(FIRST_GRACE, first.closed()).await.is_ok() {
         return;
     }
     let reason = closing.get_or_init(|| format!("one of the link's connections was lost: {error}"));

@@ -6,11 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::quic::lanes::count::{Connections, LaneCount};
-use crate::quic::lanes::{Lanes, ticket};
+use crate::quic::lanes::{Lanes, TAKEN, ticket};
 use crate::quic::load::of_driver;
 
 /// How long a lane may take to stand.
 const OPEN_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// When one could not be opened, the link does well enough with what it has for so long.
+const RETRY_AFTER: Duration = Duration::from_secs(60);
 
 /// What an agent needs to open lanes, and knows of the need for them.
 #[derive(Debug)]
@@ -24,7 +27,7 @@ pub(in crate::quic) struct Opener {
     pub(super) most: usize,
     /// Connections that the target's cores are worth.
     peer_most: AtomicUsize,
-    /// One is being opened, or the target does not take any.
+    /// One is being opened, or could not be.
     pub(super) occupied: Arc<AtomicBool>,
 }
 
@@ -63,26 +66,31 @@ impl Opener {
         let most = self.most.min(self.peer_most.load(Ordering::Relaxed));
         let peer = f64::from(self.peer_load_percent.load(Ordering::Relaxed)) / 100.0;
         let busiest = lanes.busiest(now).max(peer);
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = count.handle_second(busiest, most);
-        lanes.make_use_of(wanted);
         let standing = lanes.lock().len();
-        if standing >= wanted || self.occupied.swap(true, Ordering::Relaxed) {
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = count.handle_second(busiest, most, standing);
+        lanes.in_use.store(wanted, Ordering::Relaxed);
+        if standing >= wanted || lanes.is_capped() || self.occupied.swap(true, Ordering::Relaxed) {
             return;
         }
         let (endpoint, config) = (self.endpoint.clone(), self.config.clone());
         let (lanes, occupied) = (Arc::downgrade(lanes), Arc::clone(&self.occupied));
         tokio::spawn(async move {
             let opening = open(&endpoint, config, address, &lanes);
-            match tokio::time::timeout(OPEN_TIME_MAX, opening).await {
-                Ok(Ok(())) => {
+            let opened = match tokio::time::timeout(OPEN_TIME_MAX, opening).await {
+                Ok(opened) => opened,
+                Err(_) => Err("the target does not answer".into()),
+            };
+            match opened {
+                Ok(()) => {
                     tracing::debug!(connections = standing + 1, "the link has one more connection");
-                    occupied.store(false, Ordering::Relaxed);
                 }
-                // It stays occupied: the link does well enough with what it has.
-                Ok(Err(reason)) => tracing::debug!(%reason, "the link gets no further connection"),
-                Err(_) => occupied.store(false, Ordering::Relaxed),
+                Err(reason) => {
+                    tracing::debug!(%reason, "the link gets no further connection for now");
+                    tokio::time::sleep(RETRY_AFTER).await;
+                }
             }
+            occupied.store(false, Ordering::Relaxed);
         });
     }
 }
@@ -98,9 +106,13 @@ async fn open(
     let lane = lane.await.map_err(|error| error.to_string())?;
     let lanes = lanes.upgrade().ok_or("the link is gone")?;
     let ticket = ticket(&lanes.lock()[0].connection).ok_or("the link has no ticket")?;
-    let mut stream = lane.open_uni().await.map_err(|error| error.to_string())?;
-    stream.write_all(&ticket).await.map_err(|error| error.to_string())?;
-    stream.finish().map_err(|error| error.to_string())?;
-    // Batches that follow at once wait until the target has read the ticket.
-    if lanes.add(lane, load, None) { Ok(()) } else { Err("the link is closed".into()) }
+    let (mut showing, mut answer) = lane.open_bi().await.map_err(|error| error.to_string())?;
+    showing.write_all(&ticket).await.map_err(|error| error.to_string())?;
+    let mut taken = [0];
+    answer.read_exact(&mut taken).await.map_err(|error| error.to_string())?;
+    if taken != [TAKEN] || !lanes.add(lane.clone(), load) {
+        return Err("the lane was not taken".into());
+    }
+    lanes.bind(lane);
+    Ok(())
 }

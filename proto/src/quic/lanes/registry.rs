@@ -8,7 +8,7 @@ use quinn::RecvStream;
 use tokio::sync::mpsc;
 
 use crate::id::PeerName;
-use crate::quic::lanes::{Lanes, TICKET_BYTES, Ticket, ticket};
+use crate::quic::lanes::{Lanes, TAKEN, TICKET_BYTES, Ticket, ticket};
 use crate::quic::load::Load;
 
 /// How long a lane may take to show its ticket.
@@ -34,7 +34,6 @@ struct Link {
     peer: PeerName,
     lanes: Weak<Lanes>,
     batches: mpsc::Sender<RecvStream>,
-    window_bytes: u32,
 }
 
 impl Registry {
@@ -44,16 +43,20 @@ impl Registry {
         first: &quinn::Connection,
         peer: &PeerName,
         lanes: &Arc<Lanes>,
-        window_bytes: u32,
     ) -> mpsc::Receiver<RecvStream> {
         let (batches, waiting) = mpsc::channel(WAITING_MAX);
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|_, link| link.lanes.strong_count() > 0);
         if let Some(ticket) = ticket(first) {
             let (peer, lanes) = (peer.clone(), Arc::downgrade(lanes));
-            links.insert(ticket, Link { peer, lanes, batches, window_bytes });
+            links.insert(ticket, Link { peer, lanes, batches });
         }
         waiting
+    }
+
+    #[cfg(test)]
+    pub(in crate::quic) fn forget(&self) {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Adds `lane`, which came from `peer`, to the link whose ticket it shows.
@@ -70,32 +73,41 @@ impl Registry {
             return Err("an agent opens too many lanes at a time");
         };
         let shown = async {
+            let (answer, mut showing) = lane.accept_bi().await.ok()?;
             let mut ticket = [0; TICKET_BYTES];
-            lane.accept_uni().await.ok()?.read_exact(&mut ticket).await.ok()?;
-            Some(ticket)
+            showing.read_exact(&mut ticket).await.ok()?;
+            Some((ticket, answer))
         };
-        let Ok(Some(ticket)) = tokio::time::timeout(TICKET_TIME_MAX, shown).await else {
+        let Ok(Some((ticket, mut answer))) = tokio::time::timeout(TICKET_TIME_MAX, shown).await
+        else {
             return Err("a lane showed no ticket");
         };
         drop(stray);
-        let (lanes, batches, window_bytes) = {
+        let (lanes, batches) = {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
             let link = links.get(&ticket).filter(|link| link.peer == *peer);
-            let found = link.and_then(|link| Some((link.lanes.upgrade()?, link)));
-            let Some((lanes, link)) = found else {
-                return Err("a lane showed the ticket of no link of its agent");
-            };
-            (lanes, link.batches.clone(), link.window_bytes)
+            let found = link.and_then(|link| Some((link.lanes.upgrade()?, link.batches.clone())));
+            found.ok_or("a lane showed the ticket of no link of its agent")?
         };
-        if !lanes.add(lane.clone(), load, Some(window_bytes)) {
+        if !lanes.add(lane.clone(), load) {
             return Err("a link has as many connections as it may");
         }
-        drop(lanes);
+        let lanes = Arc::downgrade(&lanes);
         tokio::spawn(async move {
-            while let Ok(stream) = lane.accept_uni().await {
+            let _ = answer.write_all(&[TAKEN]).await;
+            // An agent that did not wait for the answer closes it, and loses nothing by that.
+            let mut next = lane.accept_uni().await;
+            if let Some(lanes) = lanes.upgrade() {
+                match &next {
+                    Ok(_) => lanes.bind(lane.clone()),
+                    Err(_) => lanes.remove(&lane),
+                }
+            }
+            while let Ok(stream) = next {
                 if batches.send(stream).await.is_err() {
                     return;
                 }
+                next = lane.accept_uni().await;
             }
         });
         Ok(())

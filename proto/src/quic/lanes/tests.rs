@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use quinn::VarInt;
 
-use super::{LANE_ALPN, Opener};
+use super::{LANE_ALPN, Lanes, Opener};
 use crate::identity::{Identity, IdentityFiles, Role, create_ca, issue};
 use crate::quic::endpoint::lane_config;
 use crate::quic::{AcceptError, Connection, Connections, Listener, TransportOptions, connect};
@@ -27,6 +27,18 @@ fn identity(dir: &Path, name: &str, role: Role) -> Identity {
     let ca = dir.join("ca.pem");
     let (cert, key) = (dir.join(format!("{name}.pem")), dir.join(format!("{name}.key")));
     Identity::load(&IdentityFiles { ca, cert, key }, role).unwrap()
+}
+
+impl Connection {
+    /// Waits until the lanes are as wanted.
+    async fn soon(&self, what: &str, wanted: impl Fn(&Lanes) -> bool) {
+        let looking = async {
+            while !wanted(&self.lanes) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), looking).await.expect(what);
+    }
 }
 
 struct Link {
@@ -60,10 +72,7 @@ impl Link {
         opener.handle_second(Instant::now(), &link.agent.lanes, address);
         assert!(link.listener.accept().await.unwrap().finish().await.unwrap().is_none());
         assert_eq!(link.target.lanes.lock().len(), 2);
-        // The agent has its own side of it when it sent the ticket, which has been read.
-        while link.agent.lanes.in_use() < 2 {
-            tokio::task::yield_now().await;
-        }
+        link.agent.soon("the target's answer", |lanes| lanes.in_use() == 2).await;
         link
     }
 
@@ -75,7 +84,7 @@ impl Link {
         let address = self.listener.local_address().unwrap();
         let showing = async {
             let lane = endpoint.connect_with(config, address, "backhaul").unwrap().await.unwrap();
-            let mut stream = lane.open_uni().await.unwrap();
+            let (mut stream, _answer) = lane.open_bi().await.unwrap();
             stream.write_all(ticket).await.unwrap();
             stream.finish().unwrap();
             lane.closed().await.to_string()
@@ -85,14 +94,23 @@ impl Link {
         (finished.map(|_| ()).unwrap_err(), closed)
     }
 
+    /// A batch that goes on the lane, since the first connection has something to do.
+    async fn assert_a_batch_passes_on_the_lane(&self) {
+        let before = self.agent.lanes.lock()[1].connection.stats().udp_tx.bytes;
+        let busy = self.agent.lanes.pick(1000);
+        self.assert_a_batch_passes().await;
+        drop(busy);
+        assert!(self.agent.lanes.lock()[1].connection.stats().udp_tx.bytes >= before + 10_000);
+    }
+
     async fn assert_a_batch_passes(&self) {
-        let sending = self.agent.send_batch(vec![Bytes::from_static(&[7; 100])]);
+        let sending = self.agent.send_batch(vec![Bytes::from_static(&[7; 10_000])]);
         let receiving = async {
             let mut stream = self.target.accept_batch().await.unwrap();
-            let mut body = [0; 100];
+            let mut body = [0; 10_000];
             stream.read_exact(&mut body).await.unwrap();
             stream.read_end().await.unwrap();
-            assert_eq!(body, [7; 100]);
+            assert_eq!(body, [7; 10_000]);
         };
         tokio::join!(async { sending.await.unwrap() }, receiving);
     }
@@ -144,12 +162,50 @@ async fn a_target_whose_driver_is_busy_for_three_seconds_gets_a_lane() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_that_loses_a_lane_is_lost_and_says_why() {
     let link = Link::with_lane().await;
-    link.assert_a_batch_passes().await;
+    link.assert_a_batch_passes_on_the_lane().await;
     link.agent.lanes.lock()[1].connection.close(VarInt::from_u32(9), b"a test");
     for end in [&link.agent, &link.target] {
         let reason = end.closed().await;
         assert!(reason.contains("one of the link's connections was lost"), "{reason}");
     }
+}
+
+/// The agent took a lane for its own once it had sent the ticket. One that the target then refused took the
+/// link with it, and so did the one of the next link.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_is_refused_leaves_its_link_alone() {
+    let link = Link::of(Connections::Exactly(2)).await;
+    link.listener.forget_links();
+    let opener = link.agent.opener.as_ref().unwrap();
+    let address = link.listener.local_address().unwrap();
+    opener.handle_second(Instant::now(), &link.agent.lanes, address);
+    assert!(link.listener.accept().await.unwrap().finish().await.is_err());
+    link.assert_a_batch_passes().await;
+    assert_eq!((link.agent.lanes.in_use(), link.target.lanes.in_use()), (1, 1));
+}
+
+/// An agent that died, or did not wait for the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_goes_before_it_carried_a_batch_leaves_its_link_alone() {
+    let link = Link::of(Connections::Auto).await;
+    let ticket = super::ticket(&link.agent.lanes.lock()[0].connection).unwrap();
+    let agent = identity(link.dir.path(), "a1", Role::Agent);
+    let config = lane_config(&agent, None, &link.options).unwrap();
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = link.listener.local_address().unwrap();
+    let showing = async {
+        let lane = endpoint.connect_with(config, address, "backhaul").unwrap().await.unwrap();
+        let (mut stream, _answer) = lane.open_bi().await.unwrap();
+        stream.write_all(&ticket).await.unwrap();
+        lane
+    };
+    let accepting = async { link.listener.accept().await.unwrap().finish().await };
+    let (lane, finished) = tokio::join!(showing, accepting);
+    assert!(finished.unwrap().is_none());
+    assert_eq!(link.target.lanes.lock().len(), 2);
+    lane.close(VarInt::from_u32(0), b"");
+    link.target.soon("the end of the lane", |lanes| lanes.lock().len() == 1).await;
+    link.assert_a_batch_passes().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -164,26 +220,43 @@ async fn a_link_that_is_closed_closes_its_lanes_and_keeps_its_reason() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_connection_with_the_least_to_do_is_next_and_none_gets_more_than_its_window() {
+    let link = Link::with_lane().await;
+    let lanes = &link.agent.lanes;
+    let ids = [0, 1].map(|at| lanes.lock()[at].connection.stable_id());
+    let picked = |bytes| {
+        let picked = lanes.pick(bytes);
+        let id = picked.connection.stable_id();
+        (picked, id)
+    };
+    let (first, id) = picked(1000);
+    assert_eq!(id, ids[0]);
+    let (second, id) = picked(2000);
+    assert_eq!(id, ids[1]);
+    let (third, id) = picked(8 << 20);
+    assert_eq!(id, ids[0]);
+    let (fourth, id) = picked(7 << 20);
+    assert_eq!(id, ids[0], "a lane's window is 6 MiB, and what waits for it would be late");
+    drop((first, second, third, fourth));
+    assert!(lanes.lock().iter().all(|lane| lane.pending_bytes.load(Ordering::Relaxed) == 0));
+    link.assert_a_batch_passes_on_the_lane().await;
+}
+
 /// A ceiling is kept packet by packet, by each connection for itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_with_a_ceiling_sends_on_its_first_connection_alone() {
     let link = Link::with_lane().await;
     link.options.rate_limit.set(Some(1 << 30));
     let first = link.agent.lanes.lock()[0].connection.stable_id();
-    let picked: Vec<_> = (0..3).map(|_| link.agent.lanes.pick(1000, true)).collect();
+    let picked: Vec<_> = (0..3).map(|_| link.agent.lanes.pick(1000)).collect();
     assert!(picked.iter().all(|lane| lane.connection.stable_id() == first));
-    let before = link.agent.lanes.lock()[1].connection.stats().frame_tx.stream;
-    for _ in 0..20 {
-        link.assert_a_batch_passes().await;
-    }
-    assert_eq!(link.agent.lanes.lock()[1].connection.stats().frame_tx.stream, before);
-    drop(picked);
-    assert!(
-        link.agent.lanes.lock().iter().all(|lane| lane.pending_bytes.load(Ordering::Relaxed) == 0)
-    );
-    let other = link.agent.lanes.pick(1000, true);
-    let next = link.agent.lanes.pick(1000, false);
-    assert_ne!(next.connection.stable_id(), other.connection.stable_id(), "the idle one is next");
+    assert_eq!(link.agent.stats().connections, 1);
+    let cwnd = link.agent.lanes.lock()[0].connection.stats().path.cwnd;
+    assert_eq!(link.agent.lanes.congestion_windows(), cwnd);
+    link.options.rate_limit.set(None);
+    assert_eq!(link.agent.stats().connections, 2);
+    link.assert_a_batch_passes_on_the_lane().await;
 }
 
 /// A target from before lanes.
@@ -206,8 +279,8 @@ async fn a_target_that_takes_no_lanes_keeps_its_link() {
     let opener = Arc::clone(agent.opener.as_ref().unwrap());
     opener.handle_second(Instant::now(), &agent.lanes, address);
     assert!(listener.accept().await.unwrap().finish().await.is_err());
-    opener.handle_second(Instant::now(), &agent.lanes, address);
-    let dir_of = Link { dir, listener, options, agent, target };
-    dir_of.assert_a_batch_passes().await;
-    assert_eq!(dir_of.agent.lanes.lock().len(), 1);
+    let link = Link { dir, listener, options, agent, target };
+    link.assert_a_batch_passes().await;
+    assert_eq!(link.agent.lanes.lock().len(), 1);
+    assert!(opener.occupied.load(Ordering::Relaxed), "it is not asked again at once");
 }
