@@ -270,6 +270,13 @@ impl MapDisk for Disk {
             Err(error) => Box::new(std::iter::once(Err(error))),
         }
     }
+
+    fn survey(&self, progress: &mut dyn Progress) -> Result<()> {
+        for placed in &self.extents {
+            placed.extent.survey(progress)?;
+        }
+        self.parent.as_ref().map_or(Ok(()), |parent| parent.survey(progress))
+    }
 }
 
 impl WriteDisk for Disk {

@@ -43,6 +43,11 @@ pub(crate) trait Extent: Send + Sync {
         Vec::new()
     }
 
+    /// Looks at the metadata as a whole, so that what is read is judged as a check judges it.
+    fn survey(&self, _progress: &mut dyn Progress) -> Result<()> {
+        Ok(())
+    }
+
     /// Looks at all metadata; with [`Deep::Yes`] at everything that carries its own check.
     fn check(&self, deep: Deep, sink: &mut Sink<'_>, progress: &mut dyn Progress) -> Result<()>;
 

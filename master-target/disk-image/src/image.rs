@@ -38,6 +38,17 @@ pub trait MapDisk: ReadDisk {
     /// Looks as it goes and holds no list, so the cost is the caller's pace, and a write made
     /// meanwhile may or may not show. Neighbours of one state come as one run.
     fn extents(&self, offset: u64, length: u64) -> Runs<'_>;
+
+    /// Looks at the metadata of the whole chain, for a caller who is to read all of the disk: from then
+    /// on, grains that share a place in the file, of which one has lost its content, cannot be read.
+    /// Who reads parts without it meets the other damage, but not that. Takes as long as reading the
+    /// tables does, 64 MiB for each TiB that is stored, and a bit of memory for each grain.
+    ///
+    /// # Errors
+    /// The file system fails, or `progress` stops it. Damage is no error here.
+    fn survey(&self, _progress: &mut dyn Progress) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Changing a disk, and making the changes durable.

@@ -37,6 +37,9 @@ pub fn compare(
 ) -> Result<CompareReport> {
     let threads = threads_or_all(threads);
     let total = one.size_bytes().max(other.size_bytes());
+    for image in [one, other] {
+        image.survey(&mut |_: u64, _: u64| progress.advance(0, total))?;
+    }
     // The lowest difference known: nothing behind it matters any more.
     let found = AtomicU64::new(u64::MAX);
     // Data of either disk. What is data in both is compared twice, but what a cache holds is cheap.

@@ -93,6 +93,7 @@ pub fn convert(
         let sentence = "a conversion makes a whole disk; create a delta without one";
         return Err(ImageError::new(ErrorKind::Invalid, target, sentence));
     }
+    source.survey(&mut |_: u64, _: u64| progress.advance(0, create.size_bytes))?;
     let job = Job { source, options, threads: threads_or_all(options.threads), create: &create };
     let written_bytes = match create.kind {
         Kind::StreamOptimized => job.stream(target, progress)?,
@@ -126,6 +127,7 @@ pub fn overwrite(
             format!("a disk of {total} bytes does not fit into its {room}; choose a larger one");
         return Err(ImageError::new(ErrorKind::Invalid, device, sentence));
     }
+    source.survey(&mut |_: u64, _: u64| progress.advance(0, total))?;
     target.fill_in_bulk(options.durable);
     let work = |chunk: Chunk, bytes: &mut Vec<u8>| {
         if chunk.data {

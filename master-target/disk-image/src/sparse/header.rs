@@ -153,6 +153,11 @@ impl Header {
         self.flags & flag != 0
     }
 
+    /// Whether both pointers name one directory, so that there is one copy only.
+    pub(crate) fn has_one_directory(&self) -> bool {
+        self.has(FLAG_REDUNDANT) && self.redundant_sector == self.directory_sector
+    }
+
     pub(crate) fn is_compressed(&self) -> bool {
         self.has(FLAG_COMPRESSED)
     }

@@ -9,11 +9,14 @@
 //! So after a crash every entry names a whole grain, at least one copy of each table is whole, and
 //! what was flushed is there. What may be left over is space that nothing names.
 
+mod bits;
 mod check;
 pub(crate) mod create;
 pub(crate) mod header;
 pub(crate) mod inflate;
+mod layout;
 mod pointers;
+mod survey;
 pub(crate) mod tables;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -158,7 +161,9 @@ impl SparseExtent {
                 (u64::from(self.header.entries_per_table) - at as u64) * grain_bytes - within;
             return Ok((Spot::Missing, left.min(limit)));
         }
-        let entries = &state.tables.get(&self.store, index)?.entries;
+        state.tables.get(&self.store, index)?;
+        let tables = &state.tables;
+        let entries = tables.entries(index);
         let first = entries.get(at).copied().unwrap_or(BAD);
         let spot = match first {
             BAD => {
@@ -170,6 +175,14 @@ impl SparseExtent {
             }
             MISSING => Spot::Missing,
             ZEROED if self.header.has(FLAG_ZEROED_GRAINS) => Spot::Zero,
+            sector if tables.is_shared(sector) => {
+                let sentence = format!(
+                    "the grain of byte {offset} shares its place in the file with another one, and \
+                     nothing tells whose the content is; restore the image, or repair it, which gives \
+                     both the same {grain_bytes} bytes"
+                );
+                return Err(ImageError::new(ErrorKind::Damaged, &self.store.path, sentence));
+            }
             sector if self.header.is_compressed() => {
                 let grain = offset / grain_bytes;
                 return Ok((Spot::Compressed(sector, grain), (grain_bytes - within).min(limit)));
@@ -181,6 +194,7 @@ impl SparseExtent {
             let goes_on = match spot {
                 Spot::At(_) => {
                     u64::from(*entry) == u64::from(first) + count as u64 * self.header.grain_sectors
+                        && !tables.is_shared(*entry)
                 }
                 _ => *entry == first,
             };
@@ -565,6 +579,11 @@ impl Extent for SparseExtent {
         let mut findings = self.misled_findings();
         findings.extend(self.state().tables.findings(&self.store.path));
         findings
+    }
+
+    fn survey(&self, progress: &mut dyn Progress) -> Result<()> {
+        let _guard = self.own();
+        self.state().tables.survey(&self.store, progress).map(drop)
     }
 
     fn check(&self, deep: Deep, sink: &mut Sink<'_>, progress: &mut dyn Progress) -> Result<()> {

@@ -1,20 +1,24 @@
 //! Grain directory and grain tables of a hosted sparse extent, two copies of each.
 //!
-//! What is read is judged entry by entry: an entry of the primary copy that cannot be right, or that
-//! names nothing, is taken from the redundant one, and told. What is changed stays in memory until a
-//! checkpoint.
+//! A table whose copies agree is read as it is; where they differ, a look at both copies as a whole
+//! decides, and that is told. What is changed stays in memory until a checkpoint.
 
 use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
     path::Path,
+    sync::Arc,
 };
 
 use crate::{
     error::{ErrorKind, ImageError, Result},
     image::SECTOR_BYTES,
-    report::{FINDINGS_MAX, Finding, Severity},
-    sparse::header::{FLAG_REDUNDANT, FLAG_ZEROED_GRAINS, Header},
+    report::{FINDINGS_MAX, Finding, Progress, Severity, Silent},
+    sparse::{
+        header::{FLAG_REDUNDANT, FLAG_ZEROED_GRAINS, Header},
+        layout::Layout,
+        survey::Survey,
+    },
     storage::Store,
 };
 
@@ -49,11 +53,17 @@ pub(crate) struct Tables {
     pub(crate) redundant: Vec<u32>,
     /// Where the directory is that `primary` was read from.
     pub(crate) directory_sector: u64,
+    /// What the directories told when they were read.
+    pub(crate) layout: Layout,
+    /// Both copies as a whole, once that was needed.
+    survey: Option<Arc<Survey>>,
     cached: HashMap<usize, Table>,
     /// Tables with dirty sectors.
     dirty: BTreeSet<usize>,
     /// Tables that are new: their directory entries are not on disk.
     new: BTreeSet<usize>,
+    /// Tables that got their place from this writer, so that it is known to be theirs.
+    placed: BTreeSet<usize>,
     pub(crate) file_sectors: u64,
     /// For each copy, a range of the file's bytes that was a hole when it was last asked for: most
     /// tables of a large disk lie in one.
@@ -61,6 +71,8 @@ pub(crate) struct Tables {
     /// The lowest sector that an entry may name.
     pub(crate) first_sector: u64,
     findings: Vec<Finding>,
+    /// Findings of opening, the first ones; the others a check makes by itself.
+    found_at_opening: usize,
     /// Tables that were read from the redundant copy where the primary names nothing, at most
     /// [`FINDINGS_MAX`].
     behind: BTreeSet<usize>,
@@ -74,17 +86,20 @@ impl Tables {
             primary: Vec::new(),
             redundant: Vec::new(),
             directory_sector: header.directory_sector,
+            layout: Layout::of(&header, header.directory_sector, [&[], &[]], file_sectors),
+            survey: None,
             cached: HashMap::new(),
             dirty: BTreeSet::new(),
             new: BTreeSet::new(),
+            placed: BTreeSet::new(),
             file_sectors,
             holes: [0..0, 0..0],
             first_sector: if writable { header.overhead_sectors.max(1) } else { 1 },
             findings: Vec::new(),
+            found_at_opening: 0,
             behind: BTreeSet::new(),
         };
-        let redundant = header
-            .has(FLAG_REDUNDANT)
+        let redundant = (header.has(FLAG_REDUNDANT) && !header.has_one_directory())
             .then(|| tables.load_directory(store, header.redundant_sector))
             .transpose();
         match (tables.load_directory(store, header.directory_sector), redundant) {
@@ -114,6 +129,9 @@ impl Tables {
             }
             tables.first_sector = 1;
         }
+        let copies = [&tables.primary, &tables.redundant].map(Vec::as_slice);
+        tables.layout = Layout::of(&header, tables.directory_sector, copies, file_sectors);
+        tables.found_at_opening = tables.findings.len();
         Ok(tables)
     }
 
@@ -132,9 +150,13 @@ impl Tables {
     }
 
     fn note(&mut self, error: &ImageError) {
+        self.note_as(Severity::Redundancy, error);
+    }
+
+    fn note_as(&mut self, severity: Severity, error: &ImageError) {
         if self.findings.len() < FINDINGS_MAX {
             self.findings.push(Finding {
-                severity: Severity::Redundancy,
+                severity,
                 path: error.path().to_owned(),
                 offset: error.offset(),
                 sentence: error.to_string(),
@@ -144,7 +166,7 @@ impl Tables {
 
     /// What was met that is damaged, but for what every check finds by itself.
     pub(crate) fn damage(&self) -> &[Finding] {
-        &self.findings
+        &self.findings[..self.found_at_opening]
     }
 
     /// What was met and read from the other copy, as far as no checkpoint has mended it.
@@ -189,6 +211,11 @@ impl Tables {
             .ok_or_else(|| ImageError::new(ErrorKind::Damaged, &store.path, "a table vanished"))
     }
 
+    /// Entries of the table at `index` as they are in memory; none if it is not there.
+    pub(crate) fn entries(&self, index: usize) -> &[u32] {
+        self.cached.get(&index).map_or(&[], |table| &table.entries)
+    }
+
     /// Whether the table at `index` has its place in the primary copy.
     pub(crate) fn is_placed(&self, index: usize) -> bool {
         self.places(index)[0] != MISSING
@@ -199,11 +226,30 @@ impl Tables {
         self.places(index) != [MISSING; 2]
     }
 
-    /// Whether the table at `index` is in a `copy`, 0 for the primary, and not in a hole of the file:
-    /// there, it is empty.
+    /// Whether the directory of a copy names the regular place for the table at `index`.
+    pub(crate) fn is_regular_in(&self, copy: usize, index: usize) -> bool {
+        u64::from(self.places(index)[copy]) == self.layout.regular_place(copy, index)
+    }
+
+    /// Whether all copies of the table at `index` are at their regular places.
+    pub(crate) fn is_regular(&self, index: usize) -> bool {
+        self.is_regular_in(0, index) && (self.redundant.is_empty() || self.is_regular_in(1, index))
+    }
+
+    /// Whether the table at `index` is on disk only after the next checkpoint.
+    pub(crate) fn is_new(&self, index: usize) -> bool {
+        self.new.contains(&index)
+    }
+
+    /// Whether there may be something in a `copy`, 0 for the primary, of the table at `index`: in a
+    /// hole of the file, it is empty. What the directory does not name may be at its regular place.
     pub(crate) fn is_stored(&mut self, store: &Store, copy: usize, index: usize) -> bool {
-        let sector = self.places(index)[copy];
-        sector != MISSING && !self.is_hole(store, copy, u64::from(sector))
+        let named = self.places(index)[copy];
+        let place = match named == MISSING || self.layout.is_strayed(copy, index) {
+            true => self.layout.free_place(copy, index).unwrap_or(named),
+            false => named,
+        };
+        place != MISSING && !self.is_hole(store, copy, u64::from(place))
     }
 
     /// Whether the place of a table at `sector` is a hole of the file.
@@ -268,64 +314,77 @@ impl Tables {
         sector >= self.first_sector && entry != BAD && sector + needed <= self.file_sectors
     }
 
-    /// Whether an entry names a place where writers put grains: beyond the header's metadata.
-    fn is_grain(&self, entry: u32) -> bool {
-        let is_zeros = entry == ZEROED && self.header.has(FLAG_ZEROED_GRAINS);
-        is_zeros || u64::from(entry) >= self.header.overhead_sectors
+    /// Both copies as a whole, as they are on disk; made when it is first asked for.
+    pub(crate) fn survey(
+        &mut self,
+        store: &Store,
+        progress: &mut dyn Progress,
+    ) -> Result<Arc<Survey>> {
+        if let Some(survey) = &self.survey {
+            return Ok(survey.clone());
+        }
+        let survey = Arc::new(Survey::of(self, store, progress)?);
+        self.survey = Some(survey.clone());
+        Ok(survey)
     }
 
-    /// Entry `at` of the table at `index`, as both copies have it; `None` for a copy that cannot be
-    /// read. [`BAD`] where neither can be right.
-    pub(crate) fn choose(&self, copies: [Option<u32>; 2], index: usize, at: usize) -> u32 {
-        let sound = |entry: Option<u32>| entry.filter(|entry| self.is_sound(*entry, index, at));
-        match copies.map(sound) {
-            // A crash between the two copies leaves the redundant one ahead, and what was zeroed by
-            // accident is no reason to forget a grain.
-            [Some(MISSING), Some(ahead)] => ahead,
-            [Some(entry), Some(other)] if !self.is_grain(entry) && self.is_grain(other) => other,
-            [Some(entry), _] | [None, Some(entry)] => entry,
-            [None, None] => BAD,
-        }
+    /// Whether the grain at `entry` is known to share its place with another, and nothing tells whose
+    /// it is.
+    pub(crate) fn is_shared(&self, entry: u32) -> bool {
+        self.survey.as_ref().is_some_and(|survey| survey.is_shared(entry))
     }
 
     fn read(&mut self, store: &Store, index: usize) -> Result<Table> {
-        let count = self.entries_of(index);
+        if let Some(table) = self.read_agreed(store, index) {
+            return Ok(table);
+        }
+        let survey = self.survey(store, &mut Silent)?;
         let places = self.places(index);
-        let clean = |entries| Table { entries, dirty: BTreeSet::new(), damaged: false };
-        if !self.is_named(index) {
-            return Ok(clean(vec![MISSING; count]));
-        }
-        let primary = self.raw(store, places[0], index).ok().flatten();
-        if let Some(entries) = &primary
-            && (0..count).all(|at| {
-                let entry = entries[at];
-                entry != MISSING && self.is_grain(entry) && self.is_sound(entry, index, at)
-            })
-        {
-            return Ok(clean(entries.clone()));
-        }
-        let redundant = self.raw(store, places[1], index).ok().flatten();
-        let of = |copy: &Option<Vec<u32>>, at: usize| copy.as_ref().map(|entries| entries[at]);
-        let entries: Vec<u32> = (0..count)
-            .map(|at| self.choose([of(&primary, at), of(&redundant, at)], index, at))
-            .collect();
-        let sound = |at: usize| {
-            let first = of(&primary, at).filter(|entry| self.is_sound(*entry, index, at));
-            first.is_some_and(|entry| entry == MISSING || entry == entries[at])
+        let copies = survey.copies(self, store, index);
+        let mut crossed = 0;
+        let judge = |at| {
+            let judged = survey.judge(&copies, index, at);
+            crossed += u64::from(judged.is_crossed);
+            judged.entry
         };
-        if entries.contains(&BAD) || (places[0] != MISSING && !(0..count).all(sound)) {
-            let sentence = match entries.contains(&BAD) {
-                true => "a grain table has entries that cannot be right in any copy",
-                false => "a grain table is damaged; it is read from its other copy",
+        let mut entries: Vec<u32> = (0..self.entries_of(index)).map(judge).collect();
+        if copies == [None, None] && places == [MISSING; 2] {
+            entries.fill(MISSING);
+        }
+        let primary = |at: usize| copies[0].as_ref().map_or(BAD, |entries| entries[at]);
+        let is_strayed = [0, 1].map(|copy| places[copy] != MISSING && copies[copy].is_none());
+        let is_found = [0, 1].map(|copy| survey.is_found(copy, index));
+        let is_sound = |at: usize| primary(at) == MISSING || primary(at) == entries[at];
+        let count = entries.len();
+        let is_bad = entries.contains(&BAD);
+        let is_damaged = is_bad
+            || crossed > 0
+            || is_strayed.contains(&true)
+            || (places[0] != MISSING && !(0..count).all(is_sound))
+            // What is found, and not in the other copy, is not sure enough to be written.
+            || (is_found.contains(&true) && copies[0] != copies[1]);
+        if is_damaged {
+            let (severity, sentence) = match (is_bad, crossed) {
+                (true, _) => (
+                    Severity::Loss,
+                    "a grain table has entries that cannot be right in any copy".to_owned(),
+                ),
+                (false, 0) => (
+                    Severity::Redundancy,
+                    "a grain table is damaged; it is read from its other copy".to_owned(),
+                ),
+                (false, crossed) => (Severity::Loss, crossed_sentence(index, crossed)),
             };
             let sector = places.into_iter().find(|place| *place != MISSING).unwrap_or(MISSING);
-            self.note(
+            self.note_as(
+                severity,
                 &ImageError::new(ErrorKind::Damaged, &store.path, sentence)
                     .at(u64::from(sector) * SECTOR_BYTES),
             );
             return Ok(Table { damaged: true, ..clean(entries) });
         }
-        let lacking = |at: &usize| of(&primary, *at).unwrap_or(MISSING) != entries[*at];
+        let named = |at: usize| if places[0] == MISSING { MISSING } else { primary(at) };
+        let lacking = |at: &usize| named(*at) != entries[*at];
         let dirty: BTreeSet<usize> =
             (0..count).filter(lacking).map(|at| at * 4 / SECTOR_BYTES as usize).collect();
         if !dirty.is_empty() && self.behind.len() < FINDINGS_MAX {
@@ -334,11 +393,51 @@ impl Tables {
         Ok(Table { dirty, ..clean(entries) })
     }
 
+    /// The table at `index` where its copies are the same, or there is only one.
+    fn read_agreed(&mut self, store: &Store, index: usize) -> Option<Table> {
+        let (count, places) = (self.entries_of(index), self.places(index));
+        let is_stored = [0, 1].map(|copy| self.is_stored(store, copy, index));
+        if places == [MISSING; 2] {
+            return (is_stored == [false; 2]).then(|| clean(vec![MISSING; count]));
+        }
+        let copies = if self.redundant.is_empty() { 1 } else { 2 };
+        let is_named =
+            |copy: usize| places[copy] != MISSING && !self.layout.is_strayed(copy, index);
+        if !(0..copies).all(is_named) {
+            return None;
+        }
+        let mut entries = self.raw(store, places[0], index).ok().flatten()?;
+        if copies == 2 && self.raw(store, places[1], index).ok().flatten()? != entries {
+            return None;
+        }
+        let mut damaged = false;
+        for (at, entry) in entries.iter_mut().enumerate() {
+            if !self.is_sound(*entry, index, at) {
+                *entry = BAD;
+                damaged = true;
+            }
+        }
+        if damaged {
+            let sentence = "a grain table has entries that cannot be right in any copy";
+            let error = ImageError::new(ErrorKind::Damaged, &store.path, sentence)
+                .at(u64::from(places[0]) * SECTOR_BYTES);
+            self.note_as(Severity::Loss, &error);
+        }
+        Some(Table { damaged, ..clean(entries) })
+    }
+
     /// The table at `index`, to be changed.
     ///
     /// # Errors
     /// It is damaged, so that writing it could make things worse.
     pub(crate) fn get_sound(&mut self, store: &Store, index: usize) -> Result<&mut Table> {
+        if !self.is_regular(index) && !self.placed.contains(&index) {
+            // A directory entry that leads into a grain looks like any other.
+            let survey = self.survey(store, &mut Silent)?;
+            if [0, 1].into_iter().any(|copy| survey.is_strayed(self, copy, index)) {
+                self.get(store, index)?.damaged = true;
+            }
+        }
         let table = self.get(store, index)?;
         if table.damaged {
             let sentence = "its grain table is damaged; repair the image before writing here";
@@ -383,6 +482,7 @@ impl Tables {
         }
         self.primary[index] = sector + used as u32;
         self.new.insert(index);
+        self.placed.insert(index);
         self.dirty.insert(index);
         used + sectors
     }
@@ -456,6 +556,18 @@ impl Tables {
         }
         Ok(())
     }
+}
+
+fn clean(entries: Vec<u32>) -> Table {
+    Table { entries, dirty: BTreeSet::new(), damaged: false }
+}
+
+/// What is said of a table whose copies are both consistent and name grains crosswise.
+pub(crate) fn crossed_sentence(index: usize, grains: u64) -> String {
+    format!(
+        "the two copies of grain table {index} exchange the places of {grains} grains, and nothing tells \
+         which copy is right; the first one is used"
+    )
 }
 
 /// Writes some sectors of a table to the copy at `sector`, if there is that copy.
