@@ -422,6 +422,7 @@ impl SparseExtent {
             let (spot, run) = self.locate(&mut state, at, offset + length - at)?;
             let (index, _) = self.place_of(at);
             let is_behind = state.tables.is_behind(index);
+            state.tables.refuse_crossed(&self.store, index)?;
             drop(state);
             match spot {
                 Spot::At(_) if is_behind => {
@@ -494,7 +495,9 @@ impl Extent for SparseExtent {
                 let _guard = self.share();
                 let mut state = self.state();
                 let (spot, length) = self.locate(&mut state, at, left)?;
-                let is_behind = state.tables.is_behind(self.place_of(at).0);
+                let (index, _) = self.place_of(at);
+                let is_behind = state.tables.is_behind(index);
+                state.tables.refuse_crossed(&self.store, index)?;
                 drop(state);
                 if let Spot::At(place) = spot
                     && !is_behind

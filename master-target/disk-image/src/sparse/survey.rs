@@ -293,6 +293,11 @@ impl Survey {
         }
     }
 
+    /// Whether a copy names a place.
+    fn names_slot(&self, slot: u64) -> bool {
+        self.both.has(slot) || self.own.iter().any(|own| own.has(slot))
+    }
+
     /// Judges a table whose place is not the regular one, or that its directory does not name.
     fn find_table(&mut self, tables: &Tables, store: &Store, copy: usize, index: usize) {
         let named = tables.places(index)[copy];
@@ -312,8 +317,17 @@ impl Survey {
                 return;
             }
             let sectors = self.header.table_sectors();
-            let mut slots = self.slots(u64::from(named), sectors);
-            let is_grain = slots.any(|slot| self.both.has(slot) || self.own[copy].has(slot));
+            let slots = self.slots(u64::from(named), sectors);
+            // The other copy's table is not in the account yet.
+            let other = match tables.is_regular_in(1 - copy, index) {
+                true => tables.raw(store, tables.places(index)[1 - copy], index).ok().flatten(),
+                false => None,
+            };
+            let is_grain = slots.clone().any(|slot| self.names_slot(slot))
+                || other.iter().flatten().any(|entry| {
+                    self.is_within(*entry)
+                        && self.slot_of(*entry).is_some_and(|slot| slots.contains(&slot))
+                });
             if !is_grain || has_table(self, named) {
                 for slot in self.slots(u64::from(named), sectors) {
                     if self.sector_of(slot) + self.header.grain_sectors

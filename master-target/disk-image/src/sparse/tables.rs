@@ -42,6 +42,8 @@ pub(crate) struct Table {
     dirty: BTreeSet<usize>,
     /// An entry was not as it should be, so writing the table could make things worse.
     pub(crate) damaged: bool,
+    /// Nothing tells which copy is right, so that a write could hit another grain.
+    crossed: bool,
 }
 
 /// Directory and tables.
@@ -381,7 +383,7 @@ impl Tables {
                 &ImageError::new(ErrorKind::Damaged, &store.path, sentence)
                     .at(u64::from(sector) * SECTOR_BYTES),
             );
-            return Ok(Table { damaged: true, ..clean(entries) });
+            return Ok(Table { damaged: true, crossed: crossed > 0, ..clean(entries) });
         }
         let named = |at: usize| if places[0] == MISSING { MISSING } else { primary(at) };
         let lacking = |at: &usize| named(*at) != entries[*at];
@@ -444,6 +446,16 @@ impl Tables {
             return Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence));
         }
         Ok(table)
+    }
+
+    /// Refuses to write over grains of the table at `index`, which was just read, if they may be others.
+    pub(crate) fn refuse_crossed(&self, store: &Store, index: usize) -> Result<()> {
+        if !self.cached.get(&index).is_some_and(|table| table.crossed) {
+            return Ok(());
+        }
+        let sentence = "its grain table is damaged, and the grain here may be another one's; repair the \
+                        image before writing here";
+        Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence))
     }
 
     /// Sets an entry, in memory, of a table that has its place.
@@ -559,7 +571,7 @@ impl Tables {
 }
 
 fn clean(entries: Vec<u32>) -> Table {
-    Table { entries, dirty: BTreeSet::new(), damaged: false }
+    Table { entries, dirty: BTreeSet::new(), damaged: false, crossed: false }
 }
 
 /// What is said of a table whose copies are both consistent and name grains crosswise.
