@@ -277,6 +277,13 @@ impl MapDisk for Disk {
         }
         self.parent.as_ref().map_or(Ok(()), |parent| parent.survey(progress))
     }
+
+    fn findings(&self) -> Vec<Finding> {
+        let mut findings: Vec<_> =
+            self.extents.iter().flat_map(|placed| placed.extent.findings()).collect();
+        findings.extend(self.parent.iter().flat_map(|parent| parent.findings()));
+        findings
+    }
 }
 
 impl WriteDisk for Disk {

@@ -6,7 +6,7 @@ use crate::{
     error::Result,
     identity::{ContentId, DiskUuid},
     kind::Kind,
-    report::{CheckReport, ImageInfo, Progress},
+    report::{CheckReport, Finding, ImageInfo, Progress},
 };
 
 /// Bytes of a sector: the unit in which VMware's formats count.
@@ -48,6 +48,12 @@ pub trait MapDisk: ReadDisk {
     /// The file system fails, or `progress` stops it. Damage is no error here.
     fn survey(&self, _progress: &mut dyn Progress) -> Result<()> {
         Ok(())
+    }
+
+    /// What was met so far, in the whole chain, of damage that could be worked around: at most
+    /// [`FINDINGS_MAX`](crate::FINDINGS_MAX) for each extent.
+    fn findings(&self) -> Vec<Finding> {
+        Vec::new()
     }
 }
 

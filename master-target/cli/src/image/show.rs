@@ -167,6 +167,16 @@ impl Output {
         if let Some(caution) = report.caution {
             say!("{caution}");
         }
+        for finding in report.findings.iter().take(ROWS_MAX) {
+            let path = finding.path.display().to_string();
+            let sentence = &finding.sentence;
+            let place = if sentence.starts_with(&path) { String::new() } else { path + ": " };
+            eprintln!("{place}{sentence}; see `backhaul image check`");
+        }
+        let more = report.findings.len().saturating_sub(ROWS_MAX);
+        if more > 0 {
+            eprintln!("and {more} more places are damaged; --json has all of them");
+        }
     }
 
     pub(crate) fn compared(&self, report: &CompareReport) {

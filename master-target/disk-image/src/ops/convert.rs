@@ -19,7 +19,7 @@ use crate::{
     kind::Kind,
     open::{OpenOptions, open_disk},
     ops::pipeline::{self, Chunk, all_chunks, data_chunks, threads_or_all},
-    report::{Progress, advance},
+    report::{Finding, Progress, advance},
     storage::Store,
     stream::{Deflater, GRAIN_BYTES, StreamWriter},
 };
@@ -62,6 +62,11 @@ pub struct ConvertReport {
     /// What to know before the image is taken elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub caution: Option<&'static str>,
+    /// Damage of the source that could be worked around, at most [`FINDINGS_MAX`](crate::FINDINGS_MAX)
+    /// for each of its extents: a [`Severity::Loss`](crate::Severity::Loss) among them says that some
+    /// grains may have got another one's content.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<Finding>,
 }
 
 /// Copies `source`'s disk into a new image at `target`, which appears when it is whole, and durable unless
@@ -102,7 +107,15 @@ pub fn convert(
     let (path, size_bytes) = (target.to_owned(), create.size_bytes);
     let padding_bytes = size_bytes - source.size_bytes();
     let caution = create.kind.caution(size_bytes);
-    Ok(ConvertReport { path, kind: create.kind, size_bytes, written_bytes, padding_bytes, caution })
+    Ok(ConvertReport {
+        path,
+        kind: create.kind,
+        size_bytes,
+        written_bytes,
+        padding_bytes,
+        caution,
+        findings: source.findings(),
+    })
 }
 
 /// Copies `source`'s disk over what is at `device`: a block device, which stays where it is and as large
@@ -154,6 +167,7 @@ pub fn overwrite(
         written_bytes,
         padding_bytes: 0,
         caution: None,
+        findings: source.findings(),
     })
 }
 
