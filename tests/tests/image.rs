@@ -248,6 +248,87 @@ fn repair_does_nothing_without_being_asked() {
     backhaul_tests::compare(&raw, &image).unwrap();
 }
 
+/// A conversion said nothing of damage that it read around, where a check did.
+#[test]
+fn a_conversion_tells_the_damage_that_it_met() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, image) = (dir.path().join("disk.raw"), dir.path().join("image.vmdk"));
+    std::fs::write(&raw, content()).unwrap();
+    good(&["convert", "-f", "raw", "-O", "monolithicSparse", text(&raw), text(&image)]);
+    let whole = std::fs::read(&image).unwrap();
+    let quiet = backhaul(&["convert", "-O", "raw", text(&image), text(&dir.path().join("0.raw"))]);
+    assert!(quiet.status.success() && said(&quiet).is_empty(), "{}", said(&quiet));
+
+    damage(&image);
+    let back = dir.path().join("1.raw");
+    let told = backhaul(&["convert", "-O", "raw", text(&image), text(&back)]);
+    assert!(told.status.success(), "{}", said(&told));
+    for words in ["image.vmdk", "a grain table is damaged", "image check"] {
+        assert!(said(&told).contains(words), "{}", said(&told));
+    }
+    assert!(std::fs::read(&back).unwrap() == content());
+    let third = dir.path().join("2.raw");
+    let (_, report) = json(&["convert", "-O", "raw", text(&image), text(&third)]);
+    assert_eq!(report["findings"][0]["severity"], "redundancy", "{report}");
+
+    // One place for two grains, in both copies: one of the two is gone.
+    let mut shared = whole;
+    for field in [48, 56] {
+        let at = |at: usize| u32::from_le_bytes(shared[at..at + 4].try_into().unwrap()) as usize;
+        let table = at(at(field) * 512) * 512;
+        let entry = shared[table + 4..table + 8].to_vec();
+        shared[table + 8..table + 12].copy_from_slice(&entry);
+    }
+    std::fs::write(&image, shared).unwrap();
+    let refused =
+        backhaul(&["convert", "-O", "raw", text(&image), text(&dir.path().join("3.raw"))]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(said(&refused).contains("shares its place"), "{}", said(&refused));
+    let (_, answer) = json(&["repair", text(&image)]);
+    assert_eq!(answer["plan"]["lost_bytes"], 65_536, "{answer}");
+}
+
+#[test]
+fn leaked_space_is_given_back_only_where_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, image) = (dir.path().join("disk.raw"), dir.path().join("image.vmdk"));
+    std::fs::write(&raw, content()).unwrap();
+    good(&["convert", "-f", "raw", "-O", "monolithicSparse", text(&raw), text(&image)]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let whole = bytes.len();
+    bytes.resize(whole + 3 * 65_536, 7);
+    std::fs::write(&image, &bytes).unwrap();
+    let kept = backhaul(&["repair", "--yes", text(&image)]);
+    let told = String::from_utf8_lossy(&kept.stdout).into_owned();
+    assert!(told.contains("196608 bytes") && told.contains("--free-leaks"), "{told}");
+    assert!(std::fs::read(&image).unwrap() == bytes);
+    let (code, answer) = json(&["repair", "--yes", "--free-leaks", text(&image)]);
+    assert_eq!((code, &answer["clean"]), (Some(0), &true.into()), "{answer}");
+    assert!(std::fs::read(&image).unwrap() == bytes[..whole]);
+    backhaul_tests::compare(&raw, &image).unwrap();
+}
+
+/// The reasons were guesses: a killed run, another program.
+#[test]
+fn a_target_that_cannot_be_is_told_with_the_right_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, image) = (dir.path().join("disk.raw"), dir.path().join("image.vmdk"));
+    std::fs::write(&raw, content()).unwrap();
+    good(&["convert", "-f", "raw", "-O", "monolithicSparse", text(&raw), text(&image)]);
+    for folder in [raw.clone(), raw.join("deeper")] {
+        let refused =
+            backhaul(&["convert", "-O", "vmfs", text(&image), text(&folder.join("x.vmdk"))]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(said(&refused).contains("is a file, where a folder must be"), "{}", said(&refused));
+    }
+    let link = dir.path().join("link.vmdk");
+    std::fs::hard_link(&image, &link).unwrap();
+    let refused = backhaul(&["convert", "-O", "vmfs", "--force", text(&image), text(&link)]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(said(&refused).contains("two names of one file"), "{}", said(&refused));
+    backhaul_tests::compare(&raw, &link).unwrap();
+}
+
 /// A loop device over a file full of somebody's old data, detached at the end.
 struct LoopDevice(String);
 

@@ -19,7 +19,8 @@ pub struct Fix {
     pub path: PathBuf,
     /// What it does.
     pub sentence: String,
-    /// Bytes of the disk that read as zeros afterwards because their place is lost.
+    /// Bytes of the disk that read as zeros afterwards because their place is lost, or that may be another
+    /// place's.
     pub lost_bytes: u64,
     #[serde(skip)]
     pub(crate) actions: Vec<Action>,

@@ -35,6 +35,9 @@ impl Folder {
         // The parent of a bare file name is the empty path.
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let path = path.canonicalize()?;
+        if !path.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
         Ok(Self { file: File::open(&path)?, path, durable: true })
     }
 
@@ -42,11 +45,16 @@ impl Folder {
     pub(crate) fn of_new(file: &Path) -> Result<Self> {
         let path = file.parent().unwrap_or(Path::new(""));
         Self::open(path).map_err(|source| {
-            let missing = source.kind() == io::ErrorKind::NotFound;
+            let kind = source.kind();
             let error = ImageError::io("open", path, source);
-            match missing {
-                true => error.because("the folder does not exist; make it, or correct the path"),
-                false => error,
+            match kind {
+                io::ErrorKind::NotFound => {
+                    error.because("the folder does not exist; make it, or correct the path")
+                }
+                io::ErrorKind::NotADirectory => error.because(
+                    "it, or a part of it, is a file, where a folder must be; correct the path",
+                ),
+                _ => error,
             }
         })
     }

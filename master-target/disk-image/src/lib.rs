@@ -21,10 +21,11 @@
 //! engine that submits its own I/O.
 //!
 //! The bytes of an image come from outside and are treated as hostile: every number is checked,
-//! memory is bounded by constants (the largest: 16 MiB for a grain directory, 31 MiB for one of
-//! seSparse, 4 MiB for a descriptor, a bit for every grain of the file while it is checked), and an
-//! extent outside the descriptor's folder is refused unless asked for. `FORMATS.md` describes every
-//! kind, with the published source of each field.
+//! memory is bounded by constants (the largest: 16 MiB for a grain directory and 64 MiB to judge two of
+//! which no table is where tables regularly are, 31 MiB for one of seSparse, 4 MiB for a descriptor, a
+//! bit for every grain of the file while it is checked or read whole, and up to six where its copies
+//! differ), and an extent outside the descriptor's folder is refused unless asked for. `FORMATS.md`
+//! describes every kind, with the published source of each field.
 
 mod bulk;
 mod create;

@@ -279,7 +279,8 @@ fn open_raw_or_vhd(store: Arc<Store>, options: &OpenOptions) -> Result<Disk> {
     Ok(plain_disk(Kind::Raw, &path, length, Box::new(region), options))
 }
 
-/// Refuses a VMDK that lost its first sector, which would be a raw disk full of nonsense.
+/// Refuses a VMDK that lost its first sector and a VHD that lost its last, which would be raw disks full of
+/// nonsense, or with some at the end.
 fn refuse_headless(store: &Store) -> Result<()> {
     let damaged = |sentence| Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(0));
     if last_footer(store)?.is_some() {
@@ -289,7 +290,17 @@ fn refuse_headless(store: &Store) -> Result<()> {
              looks so, open it as raw: -f raw)",
         );
     }
-    if store.path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("vmdk")) {
+    let is_named = |ending: &str| {
+        store.path.extension().is_some_and(|found| found.eq_ignore_ascii_case(ending))
+    };
+    if is_named("vhd") {
+        let end = store.length()?.saturating_sub(vhd::FOOTER_BYTES);
+        let sentence = "it has the name of a VHD but does not end as one: its footer is gone, and what is \
+                        before it may be cut off; restore it from its source, or, if it holds a disk's \
+                        bare data, open it as raw (-f raw)";
+        return Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(end));
+    }
+    if is_named("vmdk") {
         return damaged(
             "it has the name of a VMDK but does not begin as one; if it holds a disk's bare data, \
              open the descriptor that names it, or open it as raw (-f raw); else its first sector is \
@@ -349,7 +360,8 @@ fn open_sparse(
             return Err(ImageError::new(ErrorKind::Unsupported, &path, sentence));
         }
     };
-    let extent = SparseExtent::open(store.clone(), options.writable)?;
+    let line_sectors = descriptor.extents().iter().map(|line| line.sectors).sum();
+    let extent = SparseExtent::open(store.clone(), line_sectors, options.writable)?;
     let size_bytes = extent.header().capacity_bytes();
     let parent = open_parent(&path, folder, &descriptor, options, link)?;
     let mut disk = plain_disk(kind, &path, size_bytes, Box::new(extent), options);
@@ -501,7 +513,7 @@ fn open_extent(
     }
     let store = Arc::new(store);
     let (extent, capacity): (Box<dyn Extent>, u64) = if is("SPARSE") {
-        let extent = SparseExtent::open(store.clone(), options.writable)?;
+        let extent = SparseExtent::open(store.clone(), line.sectors, options.writable)?;
         let capacity = extent.header().capacity_bytes();
         (Box::new(extent), capacity)
     } else {

@@ -5,6 +5,8 @@
 //! or random gave grains to empty parts of the disk, and a primary copy that was damaged like that was
 //! written over the redundant one, which was whole; "0 bytes lost" was said of both.
 
+#[path = "support/metadata.rs"]
+mod metadata;
 mod support;
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
@@ -13,105 +15,12 @@ use backhaul_disk_image::{
     CreateOptions, Deep, DiskImage, Kind, OpenOptions, Severity, Silent, create, open,
     ops::{ConvertOptions, Leaks, apply_repair, check, convert, plan_repair},
 };
+use metadata::Metadata;
 use support::{Random, qemu, qemu_img, text};
 
 const GRAIN: usize = 65_536;
 /// Four tables: one full, one with every fourth grain, one empty, one with the disk's odd end.
 const DISK_BYTES: usize = (96 << 20) + 3 * GRAIN + 512 * 3;
-
-/// A sparse file whose metadata is changed behind everybody's back.
-struct Metadata {
-    file: File,
-    grain_sectors: u64,
-    entries_per_table: usize,
-    /// Sectors of the directories: the primary's, the redundant's.
-    directories: [u64; 2],
-    overhead: u64,
-    tables: usize,
-}
-
-impl Metadata {
-    fn open(path: &Path) -> Self {
-        let file = File::options().read(true).write(true).open(path).unwrap();
-        let mut header = [0; 512];
-        file.read_exact_at(&mut header, 0).unwrap();
-        let wide = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().unwrap());
-        let entries_per_table = u32::from_le_bytes(header[44..48].try_into().unwrap()) as usize;
-        let grain_sectors = wide(20);
-        let grains = wide(12).div_ceil(grain_sectors) as usize;
-        Self {
-            file,
-            grain_sectors,
-            entries_per_table,
-            directories: [wide(56), wide(48)],
-            overhead: wide(64),
-            tables: grains.div_ceil(entries_per_table),
-        }
-    }
-
-    fn read(&self, at: u64, count: usize) -> Vec<u32> {
-        let mut bytes = vec![0; count * 4];
-        self.file.read_exact_at(&mut bytes, at).unwrap();
-        bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
-    }
-
-    fn write(&self, at: u64, words: &[u32]) {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        self.file.write_all_at(&bytes, at).unwrap();
-    }
-
-    fn directory(&self, copy: usize) -> Vec<u32> {
-        self.read(self.directories[copy] * 512, self.tables)
-    }
-
-    fn name(&self, copy: usize, table: usize, sector: u32) {
-        self.write(self.directories[copy] * 512 + table as u64 * 4, &[sector]);
-    }
-
-    fn table_at(&self, copy: usize, table: usize) -> u64 {
-        u64::from(self.directory(copy)[table]) * 512
-    }
-
-    fn table(&self, copy: usize, table: usize) -> Vec<u32> {
-        self.read(self.table_at(copy, table), self.entries_per_table)
-    }
-
-    fn fill(&self, copy: usize, table: usize, entries: &[u32]) {
-        self.write(self.table_at(copy, table), entries);
-    }
-
-    fn put(&self, copy: usize, table: usize, at: usize, entry: u32) {
-        self.write(self.table_at(copy, table) + at as u64 * 4, &[entry]);
-    }
-
-    fn fill_all(&self, copy: usize, mut entry: impl FnMut() -> u32) {
-        for table in 0..self.tables {
-            let entries: Vec<u32> = (0..self.entries_per_table).map(|_| entry()).collect();
-            self.fill(copy, table, &entries);
-        }
-    }
-
-    fn fill_directory(&self, copy: usize, mut entry: impl FnMut() -> u32) {
-        for table in 0..self.tables {
-            self.name(copy, table, entry());
-        }
-    }
-
-    /// Entries of a table that name a grain.
-    fn named(&self, table: usize) -> Vec<usize> {
-        let entries = self.table(0, table);
-        (0..entries.len()).filter(|at| entries[*at] > 1).collect()
-    }
-
-    /// Entries of a table that name none.
-    fn missing(&self, table: usize) -> usize {
-        self.table(0, table).iter().position(|entry| *entry == 0).unwrap()
-    }
-
-    fn point(&self, copy: usize, sector: u64) {
-        self.file.write_all_at(&sector.to_le_bytes(), [56, 48][copy]).unwrap();
-    }
-}
 
 /// Damage to one copy, 0 for the primary.
 type Damage = fn(&Metadata, usize);

@@ -52,10 +52,12 @@ pub(super) fn came() -> bool {
 pub(super) fn told(error: anyhow::Error, target: &Path) -> anyhow::Error {
     let cancelled = |error: &ImageError| error.kind() == ErrorKind::Cancelled;
     if error.downcast_ref().is_some_and(cancelled) {
-        return anyhow!(
-            "interrupted: {} was not made, and nothing is left of it",
-            target.display()
-        );
+        let shown = target.display();
+        // What is replaced keeps its place until the new image is whole.
+        return match target.symlink_metadata() {
+            Ok(_) => anyhow!("interrupted: {shown} was not replaced and is as it was"),
+            Err(_) => anyhow!("interrupted: {shown} was not made, and nothing is left of it"),
+        };
     }
     error
 }

@@ -29,6 +29,8 @@ pub(super) fn make_new<T>(
     let folder = if given.as_os_str().is_empty() { Path::new(".") } else { given }.canonicalize();
     if let (Ok(folder), Some(name), Err(_)) =
         (&folder, target.file_name(), target.symlink_metadata())
+        // A file in its place is told below.
+        && folder.is_dir()
     {
         staging::clear_new(folder, name)
             .map_err(|error| ImageError::io("clear what a killed run left of", target, error))?;
@@ -123,6 +125,17 @@ pub(super) fn replace(
     let read: BTreeSet<_> = chain_files(&source.info()?).into_iter().collect();
     let in_use = || format!("{shown} holds what is to be converted; choose another name");
     ensure!(!read.contains(&target), in_use());
+    let is_linked = |file: &&PathBuf| {
+        let found = file.metadata();
+        found.is_ok_and(|found| (found.dev(), found.ino()) == (metadata.dev(), metadata.ino()))
+    };
+    if let Some(file) = read.iter().find(is_linked) {
+        bail!(
+            "{shown} and {} are two names of one file, which holds what is to be converted; choose another \
+             name",
+            file.display()
+        );
+    }
     let old = Old::open(&target)?;
     ensure!(old.files.is_disjoint(&read), in_use());
     if old.image.is_some() {

@@ -30,7 +30,8 @@ pub struct RepairPlan {
     pub cannot_open: Option<String>,
     /// The steps, in order. Empty: there is nothing that a repair could do.
     pub fixes: Vec<Fix>,
-    /// Bytes of the disk that will read as zeros because they cannot be found any more.
+    /// Bytes of the disk that will read as zeros because they cannot be found any more, or may read as
+    /// another place's because nothing tells which of two they are.
     pub lost_bytes: u64,
     #[serde(skip)]
     options: OpenOptions,

@@ -72,9 +72,7 @@ impl SparseExtent {
         }
         for (pointer, finding) in self.misled.iter().zip(self.misled_findings()) {
             sink.find(finding);
-            let sentence =
-                format!("correct the header's pointer to a grain directory: {}", pointer.right);
-            sink.fix(&self.store.path, &sentence, || Action::Write {
+            sink.fix(&self.store.path, &pointer.mend(), || Action::Write {
                 offset: pointer.offset,
                 bytes: pointer.right.to_le_bytes().as_slice().into(),
             });
@@ -85,7 +83,7 @@ impl SparseExtent {
         let survey = Survey::of(tables, &self.store, progress)?;
         let kept = Bits::below(survey.slots_end() + 1);
         let mut work = Work { survey, kept, append_sector: tables.file_sectors };
-        if self.header.has_one_directory() {
+        if tables.lacks_redundant() {
             self.part_directories(&mut work, sink);
         }
         sink.report.grains_total += self.header.grains();
@@ -116,29 +114,20 @@ impl SparseExtent {
         Finding { severity, path: self.store.path.clone(), offset: Some(offset), sentence }
     }
 
-    /// Tells that both pointers name one directory, and gives the redundant copy one of its own, without
-    /// tables: the next plan adds those.
+    /// Gives the redundant copy a directory of its own, without tables: the next plan adds those.
     fn part_directories(&self, work: &mut Work, sink: &mut Sink<'_>) {
         const REDUNDANT_POINTER: u64 = 48;
-        let sentence = format!(
-            "the header names one grain directory, at sector {}, for both copies, so that there is one \
-             copy only",
-            self.header.directory_sector
-        );
-        sink.find(self.finding(Severity::Redundancy, REDUNDANT_POINTER, sentence));
         let sectors = (self.header.directory_entries() * 4).div_ceil(SECTOR_BYTES);
         let Ok(sector) = u32::try_from(work.append_sector) else { return };
         work.append_sector += sectors;
-        // The pointer's upper half is that of the primary's, which reaches no 2 TiB either.
-        if self.header.directory_sector > u64::from(u32::MAX) {
-            return;
-        }
         let sentence = "give the redundant grain directory a place of its own".to_owned();
         sink.fix_losing(&self.store.path, sentence, 0, || {
-            let bytes = vec![0; (sectors * SECTOR_BYTES) as usize];
+            let (offset, bytes) =
+                (u64::from(sector) * SECTOR_BYTES, vec![0; (sectors * SECTOR_BYTES) as usize]);
             vec![
-                Action::Write { offset: u64::from(sector) * SECTOR_BYTES, bytes: bytes.into() },
+                Action::Write { offset, bytes: bytes.into() },
                 Action::Name { offset: REDUNDANT_POINTER, bytes: sector.to_le_bytes() },
+                Action::Name { offset: REDUNDANT_POINTER + 4, bytes: [0; 4] },
             ]
         });
     }

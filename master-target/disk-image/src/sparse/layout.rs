@@ -79,7 +79,7 @@ impl Layout {
                 } else if sector + table_sectors > file_sectors {
                     self.strayed[copy].put(index as u64);
                 } else {
-                    irregular.push((*place, index as u32, copy as u8));
+                    irregular.push(pack(*place, index, copy));
                 }
             }
         }
@@ -95,25 +95,27 @@ impl Layout {
         let regions = [region(0), region(1)];
         let others = [0..1, descriptor.clone(), regions[0].clone(), regions[1].clone()];
         let others = &others[..2 + count];
-        irregular.retain(|(place, index, copy)| {
-            let table = u64::from(*place)..u64::from(*place) + table_sectors;
+        irregular.retain(|packed| {
+            let (place, index, copy) = unpack(*packed);
+            let table = place..place + table_sectors;
             let strayed = others.iter().any(|other| overlap(&table, other));
             if strayed {
-                self.strayed[usize::from(*copy)].put(u64::from(*index));
+                self.strayed[copy].put(index);
             }
             !strayed
         });
         irregular.sort_unstable();
         for pair in irregular.windows(2) {
-            let [(first, index, copy), (second, other, other_copy)] = [pair[0], pair[1]];
-            if u64::from(second) < u64::from(first) + table_sectors {
+            let [(first, index, copy), (second, other, other_copy)] =
+                [unpack(pair[0]), unpack(pair[1])];
+            if second < first + table_sectors {
                 // Both directories name one table: it stays the first copy's, and the other gets a
                 // place of its own.
                 if index != other || copy == other_copy || copy == 1 {
-                    self.strayed[usize::from(copy)].put(u64::from(index));
+                    self.strayed[copy].put(index);
                 }
                 if index != other || copy == other_copy || other_copy == 1 {
-                    self.strayed[usize::from(other_copy)].put(u64::from(other));
+                    self.strayed[other_copy].put(other);
                 }
             }
         }
@@ -128,6 +130,16 @@ impl Layout {
                 && (count == 1 || !overlap(this, &regions[1 - copy]))
         });
     }
+}
+
+/// A directory entry in eight bytes, so that a directory without a regular place costs 64 MiB at most: its
+/// place first, to sort by, then its index, which has 22 bits, and its copy.
+fn pack(place: u32, index: usize, copy: usize) -> u64 {
+    u64::from(place) << 32 | (index as u64) << 1 | copy as u64
+}
+
+fn unpack(packed: u64) -> (u64, u64, usize) {
+    (packed >> 32, (packed & 0xffff_ffff) >> 1, (packed & 1) as usize)
 }
 
 fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {

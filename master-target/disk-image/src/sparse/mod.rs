@@ -48,7 +48,7 @@ const FREE_GRAINS_MAX: usize = 1 << 20;
 pub(crate) struct SparseExtent {
     store: Arc<Store>,
     header: Header,
-    /// Pointers that `header` has right and the file has not.
+    /// Fields that `header` has right and the file has not.
     misled: Vec<Misled>,
     writable: bool,
     /// Held for reading while grains are read or written in place, for writing while the map of
@@ -84,8 +84,9 @@ enum Spot {
 }
 
 impl SparseExtent {
-    /// Opens the extent in a file. The descriptor in it is the caller's to read.
-    pub(crate) fn open(store: Arc<Store>, writable: bool) -> Result<Self> {
+    /// Opens the extent in a file, which has so many sectors of the disk as its descriptor says; that is
+    /// the caller's to read, also where it is in the file.
+    pub(crate) fn open(store: Arc<Store>, line_sectors: u64, writable: bool) -> Result<Self> {
         let mut header = read_header(&store, 0)?;
         if header.directory_sector == DIRECTORY_AT_END {
             header = read_footer(&store, &header)?;
@@ -100,7 +101,9 @@ impl SparseExtent {
                             make wrong; open it read only, or convert it";
             return Err(ImageError::new(ErrorKind::ReadOnly, &store.path, sentence));
         }
-        let misled = pointers::correct(&store, &mut header);
+        let capacity = pointers::correct_capacity(&mut header, line_sectors);
+        let misled: Vec<_> =
+            capacity.into_iter().chain(pointers::correct(&store, &mut header)).collect();
         if let Some(pointer) = misled.first().filter(|_| writable) {
             let sentence = format!("{}; repair it before writing", pointer.sentence());
             return Err(

@@ -1,5 +1,6 @@
-//! The header's two pointers to the grain directories: the header has no copy, but every known
-//! writer puts what they name at places that follow from each other.
+//! What the header says of which there is no copy, but that follows from other things: the two pointers to
+//! the grain directories, which every known writer puts at places that follow from each other, and the
+//! capacity, which the descriptor has as well.
 
 use crate::{
     image::SECTOR_BYTES,
@@ -14,30 +15,68 @@ use crate::{
 /// Entries that are looked at to tell a directory: 16 KiB are read for each of few places.
 const ENTRIES_SEEN_MAX: u64 = 4096;
 
-/// Where the header keeps the pointers.
+/// Where the header keeps the capacity and the pointers.
+const CAPACITY_OFFSET: u64 = 12;
 const REDUNDANT_OFFSET: u64 = 48;
 const PRIMARY_OFFSET: u64 = 56;
 
-/// A pointer of the header that leads to no directory, while one stands where it should be.
+/// A field of the header that is wrong beyond doubt, and what it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Misled {
-    /// Byte of the file where the pointer is.
+    /// Byte of the file where the field is.
     pub(crate) offset: u64,
-    /// The sector that it names.
+    /// What is there: a sector, or a number of them.
     pub(crate) found: u64,
-    /// The sector that it should name.
+    /// What should be there.
     pub(crate) right: u64,
 }
 
 impl Misled {
     pub(crate) fn sentence(&self) -> String {
-        let which = if self.offset == REDUNDANT_OFFSET { "redundant" } else { "primary" };
+        let (found, right) = (self.found, self.right);
+        let which = match self.offset {
+            CAPACITY_OFFSET => {
+                return format!(
+                    "the header says that the extent holds {found} sectors of the disk, but its \
+                     descriptor says {right}"
+                );
+            }
+            REDUNDANT_OFFSET => "redundant",
+            _ => "primary",
+        };
         format!(
-            "the header says that the {which} grain directory is at sector {}, where none is, but \
-             it is at sector {}",
-            self.found, self.right
+            "the header says that the {which} grain directory is at sector {found}, where it is not: it is \
+             at sector {right}"
         )
     }
+
+    /// What a repair does.
+    pub(crate) fn mend(&self) -> String {
+        match self.offset {
+            CAPACITY_OFFSET => format!("correct the capacity in the header: {}", self.right),
+            _ => format!("correct the header's pointer to a grain directory: {}", self.right),
+        }
+    }
+}
+
+/// Puts the capacity in `header` right where it is not that of the descriptor, `line_sectors`, and the
+/// directories stand as they do for the descriptor's; an extent that claims more than its descriptor uses
+/// is work for nothing in any case.
+pub(crate) fn correct_capacity(header: &mut Header, line_sectors: u64) -> Option<Misled> {
+    let by_line = Header { capacity_sectors: line_sectors, ..*header };
+    if line_sectors == 0 || header.has(FLAG_MARKERS) || by_line.grains() == header.grains() {
+        return None;
+    }
+    let stands = |header: &Header| {
+        header.redundant_sector.checked_add(copy_sectors(header)) == Some(header.directory_sector)
+    };
+    let is_right = header.has(FLAG_REDUNDANT) && stands(&by_line);
+    let is_embedded = header.descriptor_sectors > 0;
+    if !is_right && (is_embedded || header.capacity_sectors < line_sectors) {
+        return None;
+    }
+    let found = std::mem::replace(&mut header.capacity_sectors, line_sectors);
+    Some(Misled { offset: CAPACITY_OFFSET, found, right: line_sectors })
 }
 
 /// The pointers that are wrong beyond doubt; they are put right in `header`, not in the file.
@@ -57,6 +96,10 @@ pub(crate) fn correct(store: &Store, header: &mut Header) -> Vec<Misled> {
         let mut places = places.iter().flatten().copied();
         places.find(|place| *place != found && is_directory(store, header, *place))
     };
+    if header.has_one_directory() && is_directory(store, header, header.directory_sector) {
+        misled.extend(part(store, header, copy));
+        return misled;
+    }
     let behind = first.checked_add(copy);
     let (places, right_redundant) = match header.has(FLAG_REDUNDANT) {
         true => {
@@ -75,6 +118,19 @@ pub(crate) fn correct(store: &Store, header: &mut Header) -> Vec<Misled> {
         header.directory_sector = right;
     }
     misled
+}
+
+/// Where both pointers name one directory, and the other one stands behind it or before it.
+fn part(store: &Store, header: &mut Header, copy: u64) -> Option<Misled> {
+    let found = header.directory_sector;
+    let stands = |sector: &u64| is_directory(store, header, *sector);
+    if let Some(right) = found.checked_add(copy).filter(stands) {
+        header.directory_sector = right;
+        return Some(Misled { offset: PRIMARY_OFFSET, found, right });
+    }
+    let right = found.checked_sub(copy).filter(stands)?;
+    header.redundant_sector = right;
+    Some(Misled { offset: REDUNDANT_OFFSET, found, right })
 }
 
 /// Whether a directory stands there whose tables follow it in order, as far as it names any; some

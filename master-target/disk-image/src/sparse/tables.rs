@@ -122,6 +122,12 @@ impl Tables {
             }
             (Err(error), _) => return Err(error),
         }
+        if header.has_one_directory() {
+            let sentence =
+                "the header names one grain directory for both copies, so that there is only one";
+            let at = header.directory_sector.saturating_mul(SECTOR_BYTES);
+            tables.note(&ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(at));
+        }
         if tables.first_sector == u64::MAX {
             if writable {
                 let sentence = "its grain directory is damaged and only the redundant one can be \
@@ -196,6 +202,13 @@ impl Tables {
     /// Where the two copies of the table at `index` are: the primary, the redundant.
     pub(crate) fn places(&self, index: usize) -> [u32; 2] {
         [&self.primary, &self.redundant].map(|copy| copy.get(index).copied().unwrap_or(MISSING))
+    }
+
+    /// Whether the header promises a redundant copy, and there is none.
+    pub(crate) fn lacks_redundant(&self) -> bool {
+        self.header.has(FLAG_REDUNDANT)
+            && self.redundant.is_empty()
+            && self.directory_sector == self.header.directory_sector
     }
 
     /// The table at `index`, from memory or from whichever copy is sound.
@@ -398,9 +411,9 @@ impl Tables {
     /// The table at `index` where its copies are the same, or there is only one.
     fn read_agreed(&mut self, store: &Store, index: usize) -> Option<Table> {
         let (count, places) = (self.entries_of(index), self.places(index));
-        let is_stored = [0, 1].map(|copy| self.is_stored(store, copy, index));
         if places == [MISSING; 2] {
-            return (is_stored == [false; 2]).then(|| clean(vec![MISSING; count]));
+            let is_found = [0, 1].map(|copy| self.is_stored(store, copy, index));
+            return (is_found == [false; 2]).then(|| clean(vec![MISSING; count]));
         }
         let copies = if self.redundant.is_empty() { 1 } else { 2 };
         let is_named =

@@ -1,0 +1,304 @@
+//! Damage to headers, footers and directories as a whole, to images of small grains, and repairs that a power
+//! cut ends half way. qemu-img judges.
+
+#[path = "support/metadata.rs"]
+mod metadata;
+mod support;
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use backhaul_disk_image::{
+    CreateOptions, Deep, ErrorKind, Kind, OpenOptions, Silent, create, open,
+    ops::{Leaks, apply_repair, check, plan_repair},
+};
+use metadata::Metadata;
+use support::{Random, qemu, text};
+
+fn content(path: &Path) -> Vec<u8> {
+    let opened = open(path, &OpenOptions::read_only()).unwrap();
+    let mut found = vec![1; opened.size_bytes() as usize];
+    opened.read_at(&mut found, 0).unwrap();
+    found
+}
+
+/// Repairs until nothing is found; returns what is lost.
+fn repair(path: &Path) -> u64 {
+    let mut lost = 0;
+    for _ in 0..6 {
+        let options = OpenOptions::read_only();
+        let plan = plan_repair(path, &options, Leaks::Keep, &mut Silent).unwrap();
+        if plan.fixes.is_empty() {
+            return lost;
+        }
+        lost += plan.lost_bytes;
+        apply_repair(&plan, &mut Silent).unwrap();
+    }
+    panic!("{}: the repair never ends", path.display());
+}
+
+fn judge(path: &Path, disk: &[u8], story: &str) {
+    let report = check(path, &OpenOptions::read_only(), Deep::Yes, &mut Silent).unwrap();
+    assert_eq!((report.losses, report.redundancies), (0, 0), "{story}: {:?}", report.findings);
+    assert!(content(path) == disk, "{story}");
+    qemu(&["check", "-f", "vmdk", text(path)]);
+    let oracle = path.with_extension("oracle");
+    std::fs::write(&oracle, disk).unwrap();
+    qemu(&["compare", "-f", "vmdk", "-F", "raw", text(path), text(&oracle)]);
+}
+
+/// A disk of 64 MiB with grains in both of its tables.
+fn sparse(path: &Path, kind: Kind) -> Vec<u8> {
+    create(path, &CreateOptions::new(kind, 64 << 20)).unwrap();
+    let opened = open(path, &OpenOptions::writable()).unwrap();
+    let mut disk = vec![0; 64 << 20];
+    for start in (0..1024).step_by(64).chain([511, 1023]).map(|grain| grain * 65_536) {
+        Random(start as u64 + 1).fill(&mut disk[start..start + 2000]);
+        opened.write_at(&disk[start..start + 2000], start as u64).unwrap();
+    }
+    opened.flush().unwrap();
+    disk
+}
+
+/// One changed byte of the capacity made a check take a minute: it went through the tables of a disk that
+/// only the header knew of.
+#[test]
+fn a_capacity_that_is_not_the_descriptors_is_told_and_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    for (kind, image, extent) in [
+        (Kind::TwoGbMaxExtentSparse, "split.vmdk", "split-s001.vmdk"),
+        (Kind::MonolithicSparse, "one.vmdk", "one.vmdk"),
+    ] {
+        let (image, extent) = (dir.path().join(image), dir.path().join(extent));
+        let disk = sparse(&image, kind);
+        let whole = std::fs::read(&extent).unwrap();
+        for at in 12..18 {
+            for change in [0x01, 0x80, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= change;
+                std::fs::write(&extent, &bytes).unwrap();
+                let story = format!("{kind}, byte {at} changed by {change:#x}");
+                let start = Instant::now();
+                let capacity = u64::from_le_bytes(bytes[12..20].try_into().unwrap());
+                let options = OpenOptions::read_only();
+                if capacity.div_ceil(128) == 1024 {
+                    continue;
+                }
+                if capacity > (62 << 40) / 512 || capacity == 0 {
+                    // No disk is that large: the header is no header.
+                    open(&image, &options).unwrap_err();
+                    continue;
+                }
+                let report = match check(&image, &options, Deep::No, &mut Silent) {
+                    Ok(report) => report,
+                    Err(error) => panic!("{story}: {error}"),
+                };
+                assert!(start.elapsed() < Duration::from_secs(5), "{story}");
+                // Where the directories stand does not tell capacities of as many tables apart.
+                if report.is_clean() && kind == Kind::MonolithicSparse {
+                    assert_eq!(capacity.div_ceil(65_536), 2, "{story}");
+                    continue;
+                }
+                let said = &report.findings[0].sentence;
+                assert!(
+                    said.contains(&format!("{capacity} sectors")) && said.contains("says 131072"),
+                    "{story}: {said}"
+                );
+                assert!(content(&image) == disk, "{story}");
+                open(&image, &OpenOptions::writable()).unwrap_err();
+                assert_eq!(repair(&image), 0, "{story}");
+                assert!(std::fs::read(&extent).unwrap() == whole, "{story}");
+            }
+        }
+        std::fs::write(&extent, &whole).unwrap();
+        judge(&image, &disk, "at the end");
+    }
+}
+
+/// Both pointers named one directory, so that there was one copy only, and a check called that clean.
+#[test]
+fn one_directory_for_both_copies_is_told_and_parted() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("one.vmdk");
+    for (copy, is_other_gone) in [(0, false), (1, false), (0, true), (1, true)] {
+        let _ = std::fs::remove_file(&image);
+        let disk = sparse(&image, Kind::MonolithicSparse);
+        let metadata = Metadata::open(&image);
+        let whole = std::fs::read(&image).unwrap();
+        metadata.point(copy, metadata.directories[1 - copy]);
+        if is_other_gone {
+            metadata.fill_directory(copy, || 0);
+        }
+        let story = format!("copy {copy}, gone: {is_other_gone}");
+        assert!(content(&image) == disk, "{story}");
+        let report = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert!(report.losses == 0 && report.redundancies > 0, "{story}: {:?}", report.findings);
+        assert_eq!(repair(&image), 0, "{story}");
+        judge(&image, &disk, &story);
+        let [primary, redundant] = Metadata::open(&image).directories;
+        assert_ne!(primary, redundant, "{story}");
+        if !is_other_gone {
+            assert!(std::fs::read(&image).unwrap() == whole, "{story}");
+        }
+    }
+}
+
+/// A VHD without its footer was taken for a raw disk, silently.
+#[test]
+fn a_vhd_without_its_footer_is_no_raw_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let vhd = dir.path().join("disk.VHD");
+    create(&vhd, &CreateOptions::new(Kind::FixedVhd, 4 << 20)).unwrap();
+    let file = File::options().write(true).open(&vhd).unwrap();
+    for length in [(4 << 20) + 511, 4 << 20, (4 << 20) - 512, 512, 0] {
+        file.set_len(length).unwrap();
+        let error = open(&vhd, &OpenOptions::read_only()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Damaged, "{length}: {error}");
+        assert!(error.to_string().contains("(-f raw)"), "{length}: {error}");
+        if length >= 512 && length % 512 == 0 {
+            open(&vhd, &OpenOptions::read_only().of_kind(Kind::Raw)).unwrap();
+        }
+    }
+}
+
+/// An image of grains of so many sectors, made by hand: as this crate lays one out, but for that.
+fn small_grains(path: &Path, grain_sectors: u64) -> Vec<u8> {
+    const ENTRIES: u64 = 512;
+    let (tables, grain) = (3, grain_sectors * 512);
+    let capacity = (ENTRIES * (tables - 1) + 7) * grain_sectors;
+    let (copy, first) = (1 + tables * 4, 21);
+    let overhead = (first + 2 * copy).next_multiple_of(grain_sectors);
+    let mut header = vec![0; 512];
+    let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"KDMV\x01\0\0\0\x03\0\0\0");
+    for (at, value) in [
+        (12, capacity),
+        (20, grain_sectors),
+        (28, 1),
+        (36, 20),
+        (44, ENTRIES),
+        (48, first),
+        (56, first + copy),
+        (64, overhead),
+    ] {
+        put(at, &value.to_le_bytes());
+    }
+    put(73, b"\n \r\n");
+    let file = File::create(path).unwrap();
+    file.write_all_at(&header, 0).unwrap();
+    let descriptor = format!(
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n\
+         createType=\"monolithicSparse\"\nRW {capacity} SPARSE \"{}\"\nddb.adapterType = \"ide\"\n",
+        path.file_name().unwrap().display()
+    );
+    file.write_all_at(descriptor.as_bytes(), 512).unwrap();
+    let mut disk = vec![0; (capacity * 512) as usize];
+    let mut entries = vec![0_u32; (ENTRIES * tables) as usize];
+    // A full table, every third grain, the end.
+    let named = (0..512).chain((512..1024).step_by(3)).chain([1024, 1030]);
+    for (place, number) in named.enumerate() {
+        let sector = overhead + place as u64 * grain_sectors;
+        let start = number * grain as usize;
+        Random(number as u64 + 1).fill(&mut disk[start..start + grain as usize]);
+        file.write_all_at(&disk[start..start + grain as usize], sector * 512).unwrap();
+        entries[number] = sector as u32;
+    }
+    for start in [first, first + copy] {
+        let directory: Vec<u8> =
+            (0..tables).flat_map(|table| ((start + 1 + table * 4) as u32).to_le_bytes()).collect();
+        file.write_all_at(&directory, start * 512).unwrap();
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        file.write_all_at(&bytes, (start + 1) * 512).unwrap();
+    }
+    disk
+}
+
+type Damage = fn(&Metadata, usize);
+
+/// Damage to one copy that the grid of the grains, the places of others, or the directories show.
+const DAMAGES: &[Damage] = &[
+    |m, c| m.put(c, 0, 3, m.table(c, 0)[3] + 1),
+    |m, c| m.put(c, 0, 3, m.table(c, 0)[9]),
+    |m, c| m.put(c, 1, 1, m.table(c, 0)[9]),
+    |m, c| m.fill(c, 1, &m.table(c, 0)),
+    |m, c| m.name(c, 1, m.directory(c)[0]),
+    |m, c| m.name(c, 1, m.table(c, 0)[40]),
+    |m, c| m.name(c, 1, m.directory(1 - c)[1]),
+    |m, c| m.fill_directory(c, || 0),
+    |m, c| m.fill_all(c, || 0),
+    |m, c| {
+        let (mut random, end) = (Random(9), m.file.metadata().unwrap().len() / 512);
+        m.fill_all(c, || (m.overhead + random.below(end - m.overhead)) as u32);
+    },
+    |m, c| {
+        let entries = m.directory(c);
+        m.name(c, 0, entries[1]);
+        m.name(c, 1, entries[0]);
+    },
+];
+
+#[test]
+fn damage_to_images_of_small_grains_is_judged_as_that_to_others() {
+    let dir = tempfile::tempdir().unwrap();
+    for grain_sectors in [8, 16, 64] {
+        let image = dir.path().join("small.vmdk");
+        for (number, copy) in (0..DAMAGES.len()).flat_map(|number| [(number, 0), (number, 1)]) {
+            let disk = small_grains(&image, grain_sectors);
+            let story = format!("{grain_sectors} sectors, copy {copy}, damage {number}");
+            if number == 0 && copy == 0 {
+                judge(&image, &disk, &story);
+            }
+            DAMAGES[number](&Metadata::open(&image), copy);
+            assert!(content(&image) == disk, "{story}");
+            assert_eq!(repair(&image), 0, "{story}");
+            judge(&image, &disk, &story);
+        }
+    }
+    for grain_sectors in [1, 2, 4] {
+        let image = dir.path().join("smaller.vmdk");
+        small_grains(&image, grain_sectors);
+        let error = open(&image, &OpenOptions::read_only()).unwrap_err();
+        assert!(error.to_string().contains("from 4 KiB to 8 MiB"), "{error}");
+    }
+}
+
+/// What a repair has written when the power goes before the directories name it.
+fn cut_before_names(image: &Path, damaged: &[u8], metadata: &Metadata) -> PathBuf {
+    let mut bytes = std::fs::read(image).unwrap();
+    let mut keep = |start: usize, length: usize| {
+        bytes[start..start + length].copy_from_slice(&damaged[start..start + length]);
+    };
+    keep(0, 512);
+    for directory in metadata.directories {
+        keep(directory as usize * 512, metadata.tables * 4);
+    }
+    let cut = image.with_file_name("cut.vmdk");
+    std::fs::write(&cut, bytes).unwrap();
+    cut
+}
+
+/// A cut between the tables that a repair writes and the directory entries that name them must leave an
+/// image that the next repair mends.
+#[test]
+fn a_repair_that_a_power_cut_ends_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("small.vmdk");
+    for (number, copy) in (0..DAMAGES.len()).flat_map(|number| [(number, 0), (number, 1)]) {
+        let disk = small_grains(&image, 8);
+        let metadata = Metadata::open(&image);
+        DAMAGES[number](&metadata, copy);
+        let damaged = std::fs::read(&image).unwrap();
+        let plan =
+            plan_repair(&image, &OpenOptions::read_only(), Leaks::Keep, &mut Silent).unwrap();
+        apply_repair(&plan, &mut Silent).unwrap();
+        let cut = cut_before_names(&image, &damaged, &metadata);
+        let story = format!("copy {copy}, damage {number}");
+        assert!(content(&cut) == disk, "{story}");
+        assert_eq!(repair(&cut), 0, "{story}");
+        judge(&cut, &disk, &story);
+    }
+}
