@@ -10,8 +10,8 @@ use crate::{
     report::{Progress, advance},
     sparse::{
         header::{DIRECTORY_AT_END, FLAG_MARKERS, Header},
-        inflate::{MARKER_BYTES, compressed_bytes_max, split_marker},
-        read_header,
+        inflate::{Inflated, MARKER_BYTES, compressed_bytes_max, split_marker},
+        read_descriptor, read_header,
     },
     storage::Store,
     stream::{MARKER_DIRECTORY, MARKER_FOOTER, MARKER_TABLE, marker},
@@ -34,7 +34,19 @@ pub(crate) fn plan_footer(
         && header.as_ref().is_ok_and(|header| !is_of_one_stream(header, &footer))
             | header.as_ref().is_err_and(|error| error.kind() == ErrorKind::Damaged)
     {
-        return Ok(vec![header_from(&footer, path)]);
+        if is_borne_out(&store, &footer) {
+            return Ok(vec![header_from(&footer, path)]);
+        }
+        let by_header = header.ok().map(|header| Header {
+            directory_sector: footer.directory_sector,
+            unclean: footer.unclean,
+            ..header
+        });
+        let by_header = by_header.filter(|header| is_borne_out(&store, header));
+        return match by_header {
+            Some(header) => Ok(vec![footer_from(&header, path, store.length()?)]),
+            None => Ok(Vec::new()),
+        };
     }
     let Ok(header) = header else { return Ok(Vec::new()) };
     // The end is there, so something else is wrong, and to cut the stream would mend nothing.
@@ -88,6 +100,53 @@ pub(crate) fn last_footer(store: &Store) -> Result<Option<Header>> {
 fn is_of_one_stream(header: &Header, footer: &Header) -> bool {
     Header { directory_sector: header.directory_sector, unclean: header.unclean, ..*footer }
         == *header
+}
+
+/// Whether what the stream holds is as this header says: the length of its directory, the size of its first
+/// grain, and the capacity that its descriptor gives.
+fn is_borne_out(store: &Store, header: &Header) -> bool {
+    let sector_at = |sector: u64| {
+        let mut bytes = [0; SECTOR_BYTES as usize];
+        store.read(&mut bytes, sector.checked_mul(SECTOR_BYTES)?).ok().map(|()| bytes)
+    };
+    let directory_sectors = (header.directory_entries() * 4).div_ceil(SECTOR_BYTES);
+    let before = header.directory_sector.checked_sub(1).and_then(sector_at);
+    if before != Some(marker(directory_sectors, MARKER_DIRECTORY)) {
+        return false;
+    }
+    if let Ok(Some(descriptor)) = read_descriptor(store, header) {
+        let sectors: u64 = descriptor.extents().iter().map(|line| line.sectors).sum();
+        if sectors != header.capacity_sectors {
+            return false;
+        }
+    }
+    let place = header.overhead_sectors.max(1);
+    let Some(bytes) = sector_at(place) else { return false };
+    let mut start = [0; MARKER_BYTES as usize];
+    start.copy_from_slice(&bytes[..MARKER_BYTES as usize]);
+    let (first, size) = split_marker(&start);
+    if size == 0 {
+        // There is no grain.
+        return u64::from(bytes[12]) == u64::from(MARKER_DIRECTORY);
+    }
+    let grain = first / header.grain_sectors;
+    first.is_multiple_of(header.grain_sectors)
+        && first < header.capacity_sectors
+        && u32::try_from(place)
+            .is_ok_and(|place| Inflated::new(*header).inflate(store, place, grain).is_ok())
+}
+
+/// The footer, from the header in front.
+fn footer_from(header: &Header, path: &Path, length: u64) -> Fix {
+    Fix {
+        path: path.to_owned(),
+        sentence: "write the stream's damaged footer anew, from its header".into(),
+        lost_bytes: 0,
+        actions: vec![Action::Write {
+            offset: length - 2 * SECTOR_BYTES,
+            bytes: header.encode().as_slice().into(),
+        }],
+    }
 }
 
 /// A stream has its header twice: in front without the directory's place, and at its end with it.

@@ -14,7 +14,7 @@ use std::{
 
 use backhaul_disk_image::{
     CreateOptions, Deep, ErrorKind, Kind, OpenOptions, Silent, create, open,
-    ops::{Leaks, apply_repair, check, plan_repair},
+    ops::{ConvertOptions, Leaks, apply_repair, check, convert, plan_repair},
 };
 use metadata::Metadata;
 use support::{Random, qemu, text};
@@ -301,4 +301,66 @@ fn a_repair_that_a_power_cut_ends_is_made_again() {
         assert_eq!(repair(&cut), 0, "{story}");
         judge(&cut, &disk, &story);
     }
+}
+
+/// A repair of a stream wrote what it had read from somewhere else, or took the footer's damage into the
+/// header: the same was found again, or the disk was another one and nothing was said to be lost.
+#[test]
+fn no_byte_of_a_streams_metadata_is_repaired_in_vain() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, image) = (dir.path().join("source.vmdk"), dir.path().join("stream.vmdk"));
+    let disk = sparse(&source, Kind::MonolithicSparse);
+    let opened = open(&source, &OpenOptions::read_only()).unwrap();
+    let options = ConvertOptions::new(Kind::StreamOptimized);
+    convert(opened.as_ref(), &image, &options, &mut Silent).unwrap();
+    let whole = std::fs::read(&image).unwrap();
+    let footer = whole.len() - 1024;
+    let at = |at: usize| u64::from_le_bytes(whole[at..at + 8].try_into().unwrap());
+    let directory = at(footer + 56) as usize * 512;
+    let table = at(directory) as u32 as usize * 512;
+    let places = (0..80)
+        .chain(footer - 512..footer - 496)
+        .chain(footer..footer + 80)
+        .chain(footer + 512..footer + 528)
+        .chain(directory - 512..directory - 496)
+        .chain(directory..directory + 8)
+        .chain(table - 512..table - 490)
+        .chain(table..table + 8);
+    let mut faults = Vec::new();
+    for place in places {
+        for change in [0x01, 0xff] {
+            let mut bytes = whole.clone();
+            bytes[place] ^= change;
+            std::fs::write(&image, &bytes).unwrap();
+            let (mut lost, mut applied) = (0, 0);
+            let mut last = None;
+            let read_only = OpenOptions::read_only();
+            while let Ok(plan) = plan_repair(&image, &read_only, Leaks::Keep, &mut Silent) {
+                if plan.fixes.is_empty() {
+                    break;
+                }
+                if last.as_ref() == Some(&plan.fixes) {
+                    faults.push(format!("byte {place} changed by {change:#x}: again {plan:?}"));
+                    break;
+                }
+                lost += plan.lost_bytes;
+                applied += apply_repair(&plan, &mut Silent).unwrap().applied;
+                last = Some(plan.fixes);
+            }
+            let Ok(opened) = open(&image, &read_only) else { continue };
+            // The beginning of every grain, and of what is beside it.
+            let is_same = |start: usize| {
+                let mut found = vec![1; 512];
+                let read = opened.read_at(&mut found, start as u64);
+                read.is_ok() && found == disk[start..start + 512]
+            };
+            let mut starts =
+                (0..disk.len()).step_by(511 * 65_536).chain((0..disk.len()).step_by(32 * 65_536));
+            let is_whole = opened.size_bytes() == disk.len() as u64 && starts.all(is_same);
+            if applied > 0 && lost == 0 && !is_whole {
+                faults.push(format!("byte {place} changed by {change:#x}: {last:?}"));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }

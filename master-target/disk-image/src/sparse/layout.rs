@@ -84,7 +84,7 @@ impl Layout {
             }
         }
         // Both copies are of one writer: what is true of most tables is its way.
-        let is_regular = irregular.len() as u64 <= regular + 1;
+        let is_regular = irregular.len() as u64 <= regular;
         let region = |copy: usize| {
             let start = self.directories[copy];
             let sectors = if is_regular { copy_sectors(&header) } else { directory_sectors };
@@ -144,4 +144,65 @@ fn unpack(packed: u64) -> (u64, u64, usize) {
 
 fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
     one.start < other.end && other.start < one.end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sparse::create::layout;
+
+    /// Two copies of four tables at their regular places.
+    fn regular() -> (Header, [Vec<u32>; 2]) {
+        let header = layout(4 * 65_536, true, false);
+        let places = |start: u64| (0..4).map(|index| (start + 1 + index * 4) as u32).collect();
+        (header, [header.directory_sector, header.redundant_sector].map(places))
+    }
+
+    fn judged(header: &Header, copies: &[Vec<u32>; 2]) -> Layout {
+        let copies = [&copies[0], &copies[1]].map(Vec::as_slice);
+        Layout::of(header, header.directory_sector, copies, 10_000)
+    }
+
+    fn strayed(layout: &Layout) -> Vec<(usize, usize)> {
+        let all = [0, 1].into_iter().flat_map(|copy| (0..4).map(move |index| (copy, index)));
+        all.filter(|(copy, index)| layout.is_strayed(*copy, *index)).collect()
+    }
+
+    #[test]
+    fn directories_as_they_are_made_have_nothing_that_strayed() {
+        let (header, copies) = regular();
+        let layout = judged(&header, &copies);
+        assert_eq!(strayed(&layout), []);
+        assert_eq!(layout.free_place(1, 2), Some(copies[1][2]));
+    }
+
+    #[test]
+    fn entries_that_lead_into_metadata_or_to_other_tables_strayed() {
+        let (header, good) = regular();
+        let directory = header.directory_sector as u32;
+        for wrong in [1, 20, directory, good[0][0], good[0][3] + 1, good[1][1], 9_999, u32::MAX] {
+            let mut copies = good.clone();
+            copies[0][1] = wrong;
+            assert_eq!(strayed(&judged(&header, &copies)), [(0, 1)], "{wrong}");
+        }
+        // Behind the overhead, a repair may have put it.
+        let mut copies = good.clone();
+        (copies[0][1], copies[1][1]) = (9_000, 9_004);
+        assert_eq!(strayed(&judged(&header, &copies)), []);
+        // One table for both copies stays the first one's; for two tables of a copy, nobody knows.
+        copies[1][1] = 9_000;
+        assert_eq!(strayed(&judged(&header, &copies)), [(1, 1)]);
+        copies[1][1] = 9_004;
+        copies[0][3] = 9_002;
+        assert_eq!(strayed(&judged(&header, &copies)), [(0, 1), (0, 3), (1, 1)]);
+    }
+
+    #[test]
+    fn another_writers_layout_is_taken_as_it_is() {
+        let (header, _) = regular();
+        let copies = [vec![100, 104, 108, 112], vec![80, 84, 88, 92]];
+        let layout = judged(&header, &copies);
+        assert_eq!(strayed(&layout), []);
+        assert_eq!(layout.free_place(0, 0), None);
+    }
 }

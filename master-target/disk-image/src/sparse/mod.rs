@@ -89,7 +89,8 @@ impl SparseExtent {
     pub(crate) fn open(store: Arc<Store>, line_sectors: u64, writable: bool) -> Result<Self> {
         let mut header = read_header(&store, 0)?;
         if header.directory_sector == DIRECTORY_AT_END {
-            header = read_footer(&store, &header)?;
+            // A stream is never written in place, and the mark in front is the one that a repair clears.
+            header = Header { unclean: header.unclean, ..read_footer(&store, &header)? };
         }
         if writable && header.is_compressed() {
             let sentence = "compressed grains cannot be written in place; convert the image to \
