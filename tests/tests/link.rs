@@ -306,6 +306,26 @@ async fn a_line_that_flaps_reorders_and_duplicates_brings_the_machine_home() {
     scenario.compare().unwrap();
 }
 
+/// Batches that were on their way saw the end first, and the target said that a stream had ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_stopped_under_load_is_said_to_be() {
+    for connections in ["1", "3"] {
+        let mut scenario = Scenario::prepare(96 << 20, |spec| {
+            spec.transport = "quic".into();
+            spec.agent_options = format!("connections = \"{connections}\"\n");
+        })
+        .unwrap();
+        scenario.start().unwrap();
+        let guest = scenario.start_guest(86, 48 << 20).await.unwrap();
+        let all = |link: &Link| link.connections.to_string() == connections;
+        scenario.wait_link("all connections", all).await;
+        scenario.wait_received(8 << 20).await.unwrap();
+        scenario.rig.stop_agent();
+        let _ = guest.await.unwrap();
+        scenario.rig.wait_log("master-target", "the agent was stopped").await.unwrap();
+    }
+}
+
 /// Headers of IPv4 and UDP.
 const HEADER_BYTES: u32 = 28;
 

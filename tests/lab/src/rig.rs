@@ -312,6 +312,14 @@ impl Rig {
         kill(&mut self.agent);
     }
 
+    /// Asks the agent to end, and waits until it has.
+    pub fn stop_agent(&mut self) {
+        if let Some(Daemon { mut child, .. }) = self.agent.take() {
+            signal(&child, rustix::process::Signal::TERM);
+            let _ = child.wait();
+        }
+    }
+
     /// Writes the configuration of a daemon (`agent` or `master-target`) anew, as `edit` returns it.
     pub fn edit_configuration(
         &self,
