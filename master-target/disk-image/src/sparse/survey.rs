@@ -267,25 +267,26 @@ impl Survey {
             }
         }
         let copies = self.copies(tables, store, index);
-        match &copies {
-            [Some(primary), redundant]
-                if !self.has_redundant || redundant.as_ref() == Some(primary) =>
-            {
-                for (at, entry) in primary.iter().enumerate() {
-                    self.name(*entry, (index, at), None);
+        if let [Some(primary), redundant] = &copies
+            && (!self.has_redundant || redundant.as_ref() == Some(primary))
+        {
+            for (at, entry) in primary.iter().enumerate() {
+                self.name(*entry, (index, at), None);
+            }
+            self.judge_table(Some(primary), 0, index);
+            for marks in [&mut self.faulty, &mut self.ruined] {
+                if marks[0].has(index as u64) {
+                    marks[1].put(index as u64);
                 }
             }
-            _ => {
-                self.differ = true;
-                for (copy, entries) in copies.iter().enumerate() {
-                    for (at, entry) in entries.iter().flatten().enumerate() {
-                        self.name(*entry, (index, at), Some(copy));
-                    }
-                }
-            }
+            return;
         }
+        self.differ = true;
         let named = tables.places(index);
         for (copy, entries) in copies.iter().enumerate() {
+            for (at, entry) in entries.iter().flatten().enumerate() {
+                self.name(*entry, (index, at), Some(copy));
+            }
             if entries.is_none() && named[copy] != MISSING {
                 self.faulty[copy].put(index as u64);
             }
