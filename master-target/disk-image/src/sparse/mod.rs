@@ -167,9 +167,8 @@ impl SparseExtent {
                 (u64::from(self.header.entries_per_table) - at as u64) * grain_bytes - within;
             return Ok((Spot::Missing, left.min(limit)));
         }
-        state.tables.get(&self.store, index)?;
-        let tables = &state.tables;
-        let entries = tables.entries(index);
+        let (entries, survey) = state.tables.entries(&self.store, index)?;
+        let is_shared = |entry: u32| survey.is_some_and(|survey| survey.is_shared(entry));
         let first = entries.get(at).copied().unwrap_or(BAD);
         let spot = match first {
             BAD => {
@@ -181,7 +180,7 @@ impl SparseExtent {
             }
             MISSING => Spot::Missing,
             ZEROED if self.header.has(FLAG_ZEROED_GRAINS) => Spot::Zero,
-            sector if tables.is_shared(sector) => {
+            sector if is_shared(sector) => {
                 let sentence = format!(
                     "the grain of byte {offset} shares its place in the file with another one, and \
                      nothing tells whose the content is; restore the image, or repair it, which gives \
@@ -200,7 +199,7 @@ impl SparseExtent {
             let goes_on = match spot {
                 Spot::At(_) => {
                     u64::from(*entry) == u64::from(first) + count as u64 * self.header.grain_sectors
-                        && !tables.is_shared(*entry)
+                        && !is_shared(*entry)
                 }
                 _ => *entry == first,
             };

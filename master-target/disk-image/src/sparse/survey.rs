@@ -76,6 +76,8 @@ pub(crate) struct Survey {
     shared: Bits,
     /// An entry that should be used leads into the metadata.
     has_low: bool,
+    /// Nothing differs and nothing is wrong: then all that is named is right.
+    is_plain: bool,
 }
 
 impl Survey {
@@ -109,6 +111,7 @@ impl Survey {
             right: Bits::below(slots),
             shared: Bits::below(slots),
             has_low: false,
+            is_plain: false,
         };
         if header.is_compressed() {
             return Ok(survey);
@@ -129,7 +132,10 @@ impl Survey {
             })?;
         }
         survey.favour(tables);
-        if survey.is_plain() {
+        let [faulty, twice] = [&survey.faulty[0], &survey.twice[0]];
+        survey.is_plain =
+            !survey.differ && faulty.is_empty() && twice.is_empty() && survey.tables.is_empty();
+        if survey.is_plain {
             survey.right = std::mem::take(&mut survey.both);
             return Ok(survey);
         }
@@ -270,27 +276,18 @@ impl Survey {
         if let [Some(primary), redundant] = &copies
             && (!self.has_redundant || redundant.as_ref() == Some(primary))
         {
-            for (at, entry) in primary.iter().enumerate() {
-                self.name(*entry, (index, at), None);
-            }
-            self.judge_table(Some(primary), 0, index);
-            for marks in [&mut self.faulty, &mut self.ruined] {
-                if marks[0].has(index as u64) {
-                    marks[1].put(index as u64);
-                }
-            }
-            return;
+            return self.name_all(primary, index, None);
         }
         self.differ = true;
         let named = tables.places(index);
         for (copy, entries) in copies.iter().enumerate() {
-            for (at, entry) in entries.iter().flatten().enumerate() {
-                self.name(*entry, (index, at), Some(copy));
+            match entries {
+                Some(entries) => self.name_all(entries, index, Some(copy)),
+                None if named[copy] != MISSING => {
+                    self.faulty[copy].put(index as u64);
+                }
+                None => {}
             }
-            if entries.is_none() && named[copy] != MISSING {
-                self.faulty[copy].put(index as u64);
-            }
-            self.judge_table(entries.as_deref(), copy, index);
         }
     }
 
@@ -348,37 +345,49 @@ impl Survey {
         }
     }
 
-    /// Marks what an entry names: in both copies, or in one.
-    fn name(&mut self, entry: u32, (index, at): (usize, usize), copy: Option<usize>) {
-        if !self.is_place(entry) || self.rank(entry, (index, at), copy.unwrap_or(0)) < Rank::Good {
-            return;
-        }
-        let Some(slot) = self.slot_of(entry) else { return };
-        let in_both = self.both.has(slot);
+    /// Marks what the entries of a table name, in both copies or in one, and whether some are not good.
+    fn name_all(&mut self, entries: &[u32], index: usize, copy: Option<usize>) {
         let copies = match copy {
             None => 0..2,
             Some(copy) => copy..copy + 1,
         };
-        for copy in copies {
-            if in_both || self.own[copy].has(slot) {
-                self.twice[copy].put(slot);
+        let (mut named, mut faults) = (0, 0);
+        for (at, entry) in entries.iter().enumerate() {
+            if !self.is_place(*entry) {
+                continue;
+            }
+            named += 1;
+            match self.slot_of(*entry) {
+                Some(slot) if self.rank(*entry, (index, at), copies.start) == Rank::Good => {
+                    self.name(slot, copy);
+                }
+                _ => faults += 1,
             }
         }
-        match copy {
-            None => self.both.put(slot),
-            Some(copy) => self.own[copy].put(slot),
-        };
+        for copy in copies {
+            self.note_faults(copy, index, faults, named);
+        }
     }
 
-    /// Notes whether a table has entries that are not good.
-    fn judge_table(&mut self, entries: Option<&[u32]>, copy: usize, index: usize) {
-        let (mut named, mut faults) = (0, 0);
-        for (at, entry) in entries.into_iter().flatten().enumerate() {
-            if self.is_place(*entry) {
-                named += 1;
-                faults += u64::from(self.rank(*entry, (index, at), copy) < Rank::Good);
+    /// Marks a place: in both copies, or in one.
+    fn name(&mut self, slot: u64, copy: Option<usize>) {
+        let in_both = match copy {
+            None => self.both.put(slot),
+            Some(_) => self.both.has(slot),
+        };
+        for (number, own) in self.own.iter_mut().enumerate() {
+            let before = match copy {
+                None => own.has(slot),
+                Some(copy) if copy == number => own.put(slot),
+                Some(_) => continue,
+            };
+            if in_both || before {
+                self.twice[number].put(slot);
             }
         }
+    }
+
+    fn note_faults(&mut self, copy: usize, index: usize, faults: u64, named: u64) {
         if faults > 0 {
             self.faulty[copy].put(index as u64);
         }
@@ -390,14 +399,14 @@ impl Survey {
     /// Judges a table again, once it is known what is named twice.
     fn count_faults(&mut self, tables: &Tables, store: &Store, index: usize) {
         for (copy, entries) in self.copies(tables, store, index).iter().enumerate() {
-            self.judge_table(entries.as_deref(), copy, index);
+            let places = entries.iter().flatten().enumerate();
+            let (mut named, mut faults) = (0, 0);
+            for (at, entry) in places.filter(|(_, entry)| self.is_place(**entry)) {
+                named += 1;
+                faults += u64::from(self.rank(*entry, (index, at), copy) < Rank::Good);
+            }
+            self.note_faults(copy, index, faults, named);
         }
-    }
-
-    /// Whether nothing differs and nothing is wrong: then all that is named is right.
-    fn is_plain(&self) -> bool {
-        let [faulty, twice] = [&self.faulty[0], &self.twice[0]];
-        !self.differ && faulty.is_empty() && twice.is_empty() && self.tables.is_empty()
     }
 
     fn favour(&mut self, tables: &Tables) {
@@ -499,6 +508,7 @@ impl Survey {
             [None, None] => plain(BAD),
             [Some(entry), None] => plain(sound(entry, 0)),
             [None, Some(entry)] => plain(sound(entry, 1)),
+            [Some(entry), Some(other)] if entry == other && self.is_plain => plain(entry),
             [Some(entry), Some(other)] if entry == other => plain(sound(entry, 0)),
             [Some(primary), Some(redundant)] => self.choose([primary, redundant], index, at),
         }

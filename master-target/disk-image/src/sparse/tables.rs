@@ -213,6 +213,12 @@ impl Tables {
 
     /// The table at `index`, from memory or from whichever copy is sound.
     pub(crate) fn get(&mut self, store: &Store, index: usize) -> Result<&mut Table> {
+        self.remember(store, index)?;
+        let vanished = || ImageError::new(ErrorKind::Damaged, &store.path, "a table vanished");
+        self.cached.get_mut(&index).ok_or_else(vanished)
+    }
+
+    fn remember(&mut self, store: &Store, index: usize) -> Result<()> {
         if !self.cached.contains_key(&index) {
             let table = self.read(store, index)?;
             if self.cached.len() >= TABLES_CACHED_MAX {
@@ -221,14 +227,18 @@ impl Tables {
             }
             self.cached.insert(index, table);
         }
-        self.cached
-            .get_mut(&index)
-            .ok_or_else(|| ImageError::new(ErrorKind::Damaged, &store.path, "a table vanished"))
+        Ok(())
     }
 
-    /// Entries of the table at `index` as they are in memory; none if it is not there.
-    pub(crate) fn entries(&self, index: usize) -> &[u32] {
-        self.cached.get(&index).map_or(&[], |table| &table.entries)
+    /// The entries of the table at `index`, and what is known of both copies as a whole.
+    pub(crate) fn entries(
+        &mut self,
+        store: &Store,
+        index: usize,
+    ) -> Result<(&[u32], Option<&Survey>)> {
+        self.remember(store, index)?;
+        let entries = self.cached.get(&index).map_or(&[][..], |table| &table.entries);
+        Ok((entries, self.survey.as_deref()))
     }
 
     /// Whether the table at `index` has its place in the primary copy.
@@ -341,12 +351,6 @@ impl Tables {
         let survey = Arc::new(Survey::of(self, store, progress)?);
         self.survey = Some(survey.clone());
         Ok(survey)
-    }
-
-    /// Whether the grain at `entry` is known to share its place with another, and nothing tells whose
-    /// it is.
-    pub(crate) fn is_shared(&self, entry: u32) -> bool {
-        self.survey.as_ref().is_some_and(|survey| survey.is_shared(entry))
     }
 
     fn read(&mut self, store: &Store, index: usize) -> Result<Table> {
