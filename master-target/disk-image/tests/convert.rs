@@ -1,6 +1,8 @@
 //! Conversions between all kinds, judged by qemu-img and libvmdk; comparison; repair.
 
 mod support;
+#[path = "support/whole.rs"]
+mod whole;
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -10,6 +12,7 @@ use backhaul_disk_image::{
     ops::{ConvertOptions, Leaks, apply_repair, check, compare, convert, info, map, plan_repair},
 };
 use support::{Random, qemu, run, text};
+use whole::{content, repair, repair_with};
 
 const CREATABLE: [Kind; 8] = [
     Kind::Raw,
@@ -167,30 +170,6 @@ fn sparse(path: &Path) -> Vec<u8> {
     }
     opened.flush().unwrap();
     model
-}
-
-fn content(path: &Path) -> Vec<u8> {
-    let opened = open(path, &OpenOptions::read_only()).unwrap();
-    let mut found = vec![1; opened.size_bytes() as usize];
-    opened.read_at(&mut found, 0).unwrap();
-    found
-}
-
-fn repair(path: &Path) -> u64 {
-    repair_with(path, Leaks::Keep)
-}
-
-fn repair_with(path: &Path, leaks: Leaks) -> u64 {
-    let mut lost = 0;
-    for _ in 0..4 {
-        let plan = plan_repair(path, &OpenOptions::read_only(), leaks, &mut Silent).unwrap();
-        if plan.fixes.is_empty() {
-            break;
-        }
-        lost += plan.lost_bytes;
-        apply_repair(&plan, &mut Silent).unwrap();
-    }
-    lost
 }
 
 /// Byte of a copy of table 0: the redundant directory stands at sector 21, the primary at 21 + 9.

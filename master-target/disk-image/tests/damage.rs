@@ -8,15 +8,18 @@
 #[path = "support/metadata.rs"]
 mod metadata;
 mod support;
+#[path = "support/whole.rs"]
+mod whole;
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
 use backhaul_disk_image::{
     CreateOptions, Deep, DiskImage, Kind, OpenOptions, Severity, Silent, create, open,
-    ops::{ConvertOptions, Leaks, apply_repair, check, convert, plan_repair},
+    ops::{ConvertOptions, check, convert},
 };
 use metadata::Metadata;
 use support::{Random, qemu, qemu_img, text};
+use whole::repair;
 
 const GRAIN: usize = 65_536;
 /// Four tables: one full, one with every fourth grain, one empty, one with the disk's odd end.
@@ -244,21 +247,6 @@ fn is_same(path: &Path, disk: &[u8]) -> Result<bool, String> {
         }
     }
     Ok(true)
-}
-
-/// Repairs as the command line does; returns what it says is lost.
-fn repair(path: &Path) -> u64 {
-    let mut lost = 0;
-    for _ in 0..6 {
-        let options = OpenOptions::read_only();
-        let plan = plan_repair(path, &options, Leaks::Keep, &mut Silent).unwrap();
-        if plan.fixes.is_empty() {
-            return lost;
-        }
-        lost += plan.lost_bytes;
-        apply_repair(&plan, &mut Silent).unwrap();
-    }
-    panic!("{}: the repair never ends", path.display());
 }
 
 /// Everything that must hold of a damaged image whose every part is whole somewhere.

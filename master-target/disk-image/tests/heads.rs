@@ -4,6 +4,8 @@
 #[path = "support/metadata.rs"]
 mod metadata;
 mod support;
+#[path = "support/whole.rs"]
+mod whole;
 
 use std::{
     fs::File,
@@ -18,28 +20,7 @@ use backhaul_disk_image::{
 };
 use metadata::Metadata;
 use support::{Random, qemu, text};
-
-fn content(path: &Path) -> Vec<u8> {
-    let opened = open(path, &OpenOptions::read_only()).unwrap();
-    let mut found = vec![1; opened.size_bytes() as usize];
-    opened.read_at(&mut found, 0).unwrap();
-    found
-}
-
-/// Repairs until nothing is found; returns what is lost.
-fn repair(path: &Path) -> u64 {
-    let mut lost = 0;
-    for _ in 0..6 {
-        let options = OpenOptions::read_only();
-        let plan = plan_repair(path, &options, Leaks::Keep, &mut Silent).unwrap();
-        if plan.fixes.is_empty() {
-            return lost;
-        }
-        lost += plan.lost_bytes;
-        apply_repair(&plan, &mut Silent).unwrap();
-    }
-    panic!("{}: the repair never ends", path.display());
-}
+use whole::{content, repair};
 
 fn judge(path: &Path, disk: &[u8], story: &str) {
     let report = check(path, &OpenOptions::read_only(), Deep::Yes, &mut Silent).unwrap();
