@@ -434,6 +434,63 @@ fn what_nothing_can_decide_is_told_and_never_called_whole() {
     });
 }
 
+/// One more fault, in the other copy, and the copy that was wrong all over was believed to the last entry: of
+/// grains that had changed places with one another it was said that nothing is lost.
+#[test]
+fn a_fault_in_one_copy_does_not_make_the_other_one_right() {
+    let exchange = |m: &Metadata, copy: usize| {
+        let (named, entries) = (m.named(0), m.table(copy, 0));
+        m.put(copy, 0, named[3], entries[named[7]]);
+        m.put(copy, 0, named[7], entries[named[3]]);
+    };
+    let shift = |m: &Metadata, copy: usize| {
+        let mut entries = m.table(copy, 0);
+        entries.insert(0, 0);
+        m.fill(copy, 0, &entries[..m.entries_per_table]);
+    };
+    let mut damages: Vec<Named> = Vec::new();
+    for copy in [0, 1] {
+        let other = 1 - copy;
+        damages.push((
+            format!("two entries exchanged in copy {copy}, and one of the other copy that is 1"),
+            Box::new(move |m| {
+                let named = m.named(0);
+                exchange(m, copy);
+                m.put(other, 0, named[12], 1);
+            }),
+        ));
+        damages.push((
+            format!(
+                "two entries exchanged in copy {copy}, and a directory entry that is another's"
+            ),
+            Box::new(move |m| {
+                exchange(m, copy);
+                m.name(other, 1, m.directory(other)[0]);
+            }),
+        ));
+        damages.push((
+            format!("a table of copy {copy} shifted, and an entry of the other beyond the file"),
+            Box::new(move |m| {
+                let named = m.named(0);
+                shift(m, copy);
+                m.put(other, 0, named[12], 0x7fff_ff80);
+            }),
+        ));
+    }
+    Bench::new().each(&damages, |image, _, disk| {
+        let mut faults = Vec::new();
+        let (lost, same) = (repair(image), is_same(image, disk));
+        if lost == 0 && same != Ok(true) {
+            faults.push(format!("nothing is said to be lost, and it is not the same: {same:?}"));
+        }
+        let (good, said) = qemu_img(&["check", "-f", "vmdk", text(image)]);
+        if !good {
+            faults.push(said);
+        }
+        faults
+    });
+}
+
 /// Writes in place went through a directory entry that led into a grain, and over that grain.
 #[test]
 fn a_writer_of_a_damaged_image_harms_nothing() {

@@ -68,6 +68,10 @@ pub(crate) struct Survey {
     ruined: [Bits; 2],
     /// The copy that is believed where they differ, if there is a reason for one.
     favoured: Option<usize>,
+    /// It is because the other one has faults, and not because it names all that the other one names.
+    is_by_faults: bool,
+    /// Tables in whose entries that are good in both copies there is no telling by the faults of others.
+    undecided: Bits,
     /// The copies are not the same everywhere.
     differ: bool,
     /// Places of grains as they should be, where a copy differs from the other; those that several
@@ -107,6 +111,8 @@ impl Survey {
             faulty: no_table(),
             ruined: no_table(),
             favoured: None,
+            is_by_faults: false,
+            undecided: Bits::below(count),
             differ: false,
             right: Bits::below(slots),
             shared: Bits::below(slots),
@@ -414,6 +420,7 @@ impl Survey {
             let marks = [&self.faulty[copy], &self.strayed[copy], &self.twice[copy]];
             marks.iter().all(|marks| marks.is_empty()) && !tables.layout.has_strayed(copy)
         });
+        self.is_by_faults = is_consistent[0] != is_consistent[1];
         self.favoured = match is_consistent {
             _ if !self.has_redundant => Some(0),
             [true, false] => Some(0),
@@ -435,6 +442,9 @@ impl Survey {
     /// Marks the grains of a table as they should be.
     fn mark_right(&mut self, tables: &Tables, store: &Store, index: usize) {
         let copies = self.copies(tables, store, index);
+        if self.is_undecided(&copies, index) {
+            self.undecided.put(index as u64);
+        }
         for at in 0..tables.entries_of(index) {
             let entry = self.judge(&copies, index, at).entry;
             if !self.is_place(entry) {
@@ -454,6 +464,34 @@ impl Survey {
                 }
             }
         }
+    }
+
+    /// Whether nothing tells which copy of a table is right where both are good. A fault of a copy is
+    /// reason to doubt its other entries, but not where these only change places with those of the
+    /// favoured copy, nor where they name what that one has lost.
+    fn is_undecided(&self, copies: &Copies, index: usize) -> bool {
+        let [Some(primary), Some(redundant)] = copies else { return false };
+        let mut named = [Vec::new(), Vec::new()];
+        for (at, entries) in
+            primary.iter().zip(redundant).map(|(one, other)| [*one, *other]).enumerate()
+        {
+            let is_good = |copy: usize| {
+                let entry = entries[copy];
+                self.is_place(entry) && self.rank(entry, (index, at), copy) == Rank::Good
+            };
+            if entries[0] != entries[1] && is_good(0) && is_good(1) {
+                named[0].push(entries[0]);
+                named[1].push(entries[1]);
+            }
+        }
+        named.iter_mut().for_each(|places| places.sort_unstable());
+        let is_permuted = !named[0].is_empty() && named[0] == named[1];
+        let has_lost = self.favoured.filter(|_| self.is_by_faults).is_some_and(|copy| {
+            let other = 1 - copy;
+            !self.ruined[other].has(index as u64)
+                && named[other].iter().any(|place| !self.names(copy, *place))
+        });
+        is_permuted || has_lost
     }
 
     fn rank(&self, entry: u32, (index, at): (usize, usize), copy: usize) -> Rank {
@@ -541,7 +579,9 @@ impl Survey {
                 return plain(other);
             }
         }
-        let is_crossed = favoured.is_none()
+        let is_undecided =
+            self.undecided.has(index as u64) && self.is_place(ours) && self.is_place(other);
+        let is_crossed = (favoured.is_none() || is_undecided)
             && [0, 1].into_iter().any(|copy| self.names(1 - copy, entries[copy]));
         Judged { entry: ours, is_crossed }
     }
