@@ -469,6 +469,26 @@ fn a_fault_in_one_copy_does_not_make_the_other_one_right() {
             }),
         ));
         damages.push((
+            format!("two entries exchanged in copy {copy}, and one of the two is 1 in the other"),
+            Box::new(move |m| {
+                let named = m.named(0);
+                exchange(m, copy);
+                m.put(other, 0, named[3], 1);
+            }),
+        ));
+        damages.push((
+            format!(
+                "a table of copy {copy} with room shifted, and an entry of the other beyond the file"
+            ),
+            Box::new(move |m| {
+                let named = m.named(1);
+                let mut entries = m.table(copy, 1);
+                entries.insert(0, 0);
+                m.fill(copy, 1, &entries[..m.entries_per_table]);
+                m.put(other, 1, named[12], 0x7fff_ff80);
+            }),
+        ));
+        damages.push((
             format!("a table of copy {copy} shifted, and an entry of the other beyond the file"),
             Box::new(move |m| {
                 let named = m.named(0);

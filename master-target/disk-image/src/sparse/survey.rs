@@ -466,32 +466,56 @@ impl Survey {
         }
     }
 
-    /// Whether nothing tells which copy of a table is right where both are good. A fault of a copy is
-    /// reason to doubt its other entries, but not where these only change places with those of the
-    /// favoured copy, nor where they name what that one has lost.
+    /// Whether nothing tells which copy of a table is right where both are good. A fault of a copy is no
+    /// reason to doubt its other entries, unless it shows what became of them: an entry that is
+    /// another's as well, or a table of which nothing much is left. Nor is it one where entries only
+    /// changed places.
     fn is_undecided(&self, copies: &Copies, index: usize) -> bool {
         let [Some(primary), Some(redundant)] = copies else { return false };
-        let mut named = [Vec::new(), Vec::new()];
-        for (at, entries) in
-            primary.iter().zip(redundant).map(|(one, other)| [*one, *other]).enumerate()
-        {
-            let is_good = |copy: usize| {
-                let entry = entries[copy];
-                self.is_place(entry) && self.rank(entry, (index, at), copy) == Rank::Good
-            };
-            if entries[0] != entries[1] && is_good(0) && is_good(1) {
+        let (mut named, mut has_double) = ([Vec::new(), Vec::new()], [false; 2]);
+        let mut has_moved = false;
+        for (at, pair) in primary.iter().zip(redundant).enumerate() {
+            let entries = [*pair.0, *pair.1];
+            if entries[0] == entries[1] {
+                continue;
+            }
+            let ranks = [0, 1].map(|copy| self.rank(entries[copy], (index, at), copy));
+            for copy in [0, 1] {
+                let slot = self.slot_of(entries[copy]).filter(|_| self.is_place(entries[copy]));
+                has_double[copy] |= slot.is_some_and(|slot| self.twice[copy].has(slot));
+            }
+            if ranks != [Rank::Good; 2] {
+                continue;
+            }
+            has_moved |= self.is_elsewhere(entries);
+            if entries.iter().all(|entry| self.is_place(*entry)) {
                 named[0].push(entries[0]);
                 named[1].push(entries[1]);
             }
         }
         named.iter_mut().for_each(|places| places.sort_unstable());
+        let by_faults = match self.favoured {
+            Some(copy) => self.is_by_faults.then_some(copy),
+            None => self.sounder(index),
+        };
+        let is_unexplained = by_faults
+            .is_some_and(|copy| !has_double[1 - copy] && !self.ruined[1 - copy].has(index as u64));
         let is_permuted = !named[0].is_empty() && named[0] == named[1];
-        let has_lost = self.favoured.filter(|_| self.is_by_faults).is_some_and(|copy| {
-            let other = 1 - copy;
-            !self.ruined[other].has(index as u64)
-                && named[other].iter().any(|place| !self.names(copy, *place))
-        });
-        is_permuted || has_lost
+        is_permuted || (has_moved && is_unexplained)
+    }
+
+    /// Whether the place that one copy has here is one that the other copy has for another grain.
+    fn is_elsewhere(&self, entries: [u32; 2]) -> bool {
+        [0, 1].into_iter().any(|copy| self.names(1 - copy, entries[copy]))
+    }
+
+    /// The copy of a table that has no faulty entry where the other one has.
+    fn sounder(&self, index: usize) -> Option<usize> {
+        match [0, 1].map(|copy| self.faulty[copy].has(index as u64)) {
+            [true, false] => Some(1),
+            [false, true] => Some(0),
+            _ => None,
+        }
     }
 
     fn rank(&self, entry: u32, (index, at): (usize, usize), copy: usize) -> Rank {
@@ -563,12 +587,7 @@ impl Survey {
             [Rank::Doubtful, _] => return plain(entries[0]),
             _ => {}
         }
-        let faulty = [0, 1].map(|copy| self.faulty[copy].has(index as u64));
-        let favoured = self.favoured.or(match faulty {
-            [true, false] => Some(1),
-            [false, true] => Some(0),
-            _ => None,
-        });
+        let favoured = self.favoured.or(self.sounder(index));
         let copy = favoured.unwrap_or(0);
         let (ours, other) = (entries[copy], entries[1 - copy]);
         // A crash leaves one copy ahead of the other, and what was zeroed by accident is no reason to
@@ -579,10 +598,8 @@ impl Survey {
                 return plain(other);
             }
         }
-        let is_undecided =
-            self.undecided.has(index as u64) && self.is_place(ours) && self.is_place(other);
-        let is_crossed = (favoured.is_none() || is_undecided)
-            && [0, 1].into_iter().any(|copy| self.names(1 - copy, entries[copy]));
+        let is_crossed =
+            (favoured.is_none() || self.undecided.has(index as u64)) && self.is_elsewhere(entries);
         Judged { entry: ours, is_crossed }
     }
 
