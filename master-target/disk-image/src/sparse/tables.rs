@@ -350,7 +350,30 @@ impl Tables {
         }
         let survey = Arc::new(Survey::of(self, store, progress)?);
         self.survey = Some(survey.clone());
+        self.note_entries(store);
         Ok(survey)
+    }
+
+    /// Notes the entries of one directory that are wrong or missing: whose tables are empty, or are found
+    /// at their regular places, no reading would tell.
+    fn note_entries(&mut self, store: &Store) {
+        let is_missing = |index: &usize| {
+            let [primary, redundant] = self.places(*index);
+            !self.redundant.is_empty() && primary != MISSING && redundant == MISSING
+        };
+        let is_wrong = |index: &usize| {
+            is_missing(index) || [0, 1].iter().any(|copy| self.layout.is_strayed(*copy, *index))
+        };
+        let count = (0..self.primary.len()).filter(is_wrong).count();
+        if count > 0 {
+            let tables = if count == 1 { "grain table" } else { "grain tables" };
+            let sentence = format!(
+                "a copy of the grain directory is damaged: it names no place, or a wrong one, for {count} \
+                 {tables}"
+            );
+            let at = self.directory_sector.saturating_mul(SECTOR_BYTES);
+            self.note(&ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(at));
+        }
     }
 
     fn read(&mut self, store: &Store, index: usize) -> Result<Table> {
