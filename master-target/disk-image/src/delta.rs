@@ -462,6 +462,7 @@ fn mended<const N: usize>(
         path: error.path().to_owned(),
         sentence: format!("correct the {what} of the grain directory in the header"),
         lost_bytes: 0,
+        freed_bytes: 0,
         actions: vec![Action::Write { offset, bytes: bytes.into() }],
     };
     error.mended_by(fix)

@@ -22,6 +22,9 @@ pub struct Fix {
     /// Bytes of the disk that read as zeros afterwards because their place is lost, or that may be another
     /// place's.
     pub lost_bytes: u64,
+    /// Bytes that it gives back though they are not zeros: no table names them, but if tables were lost
+    /// they may be of the disk.
+    pub freed_bytes: u64,
     #[serde(skip)]
     pub(crate) actions: Vec<Action>,
 }
@@ -90,7 +93,23 @@ impl<'a> Sink<'a> {
         actions: impl FnOnce() -> Vec<Action>,
     ) {
         if let Some(fixes) = self.fixes.as_deref_mut().filter(|fixes| fixes.len() < FIXES_MAX) {
-            fixes.push(Fix { path: path.to_owned(), sentence, lost_bytes, actions: actions() });
+            let (path, actions) = (path.to_owned(), actions());
+            fixes.push(Fix { path, sentence, lost_bytes, freed_bytes: 0, actions });
+        }
+    }
+
+    /// A fix that gives space back in which so many bytes are not zeros.
+    pub(crate) fn fix_freeing(
+        &mut self,
+        path: &Path,
+        sentence: String,
+        freed_bytes: u64,
+        action: Action,
+    ) {
+        let before = self.fixes.as_ref().map_or(0, |fixes| fixes.len());
+        self.fix_losing(path, sentence, 0, || vec![action]);
+        if let Some(fix) = self.fixes.as_deref_mut().and_then(|fixes| fixes.get_mut(before)) {
+            fix.freed_bytes = freed_bytes;
         }
     }
 }

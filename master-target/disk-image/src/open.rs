@@ -346,7 +346,7 @@ fn open_sparse(
     link: usize,
 ) -> Result<Disk> {
     let path = store.path.clone();
-    let header = sparse::read_header(&store, 0)?;
+    let header = sparse::read_fields(&store)?;
     let Some(descriptor) = sparse::read_descriptor(&store, &header)? else {
         let sentence = "this is one extent of a disk in several files; open the descriptor that \
                         names it";
@@ -553,6 +553,7 @@ fn open_flat_extent(store: Store, line: &ExtentLine, is_file: bool) -> Result<Bo
                     "enlarge the file to {expected} bytes; what is new reads as zeros"
                 ),
                 lost_bytes: expected - found,
+                freed_bytes: 0,
                 actions: vec![Action::SetLength(expected)],
             }),
             false => error,

@@ -86,7 +86,7 @@ pub(crate) fn plan_footer(
         Action::Write { offset: end * SECTOR_BYTES, bytes: bytes.into() },
         Action::SetLength(length),
     ];
-    Ok(vec![Fix { path: path.to_owned(), sentence, lost_bytes, actions }])
+    Ok(vec![Fix { path: path.to_owned(), sentence, lost_bytes, freed_bytes: 0, actions }])
 }
 
 /// The footer of a stream that ends as it should, whatever its header says.
@@ -142,6 +142,7 @@ fn footer_from(header: &Header, path: &Path, length: u64) -> Fix {
         path: path.to_owned(),
         sentence: "write the stream's damaged footer anew, from its header".into(),
         lost_bytes: 0,
+        freed_bytes: 0,
         actions: vec![Action::Write {
             offset: length - 2 * SECTOR_BYTES,
             bytes: header.encode().as_slice().into(),
@@ -156,6 +157,7 @@ fn header_from(footer: &Header, path: &Path) -> Fix {
         path: path.to_owned(),
         sentence: "write the stream's damaged header anew, from its footer".into(),
         lost_bytes: 0,
+        freed_bytes: 0,
         actions: vec![Action::Write { offset: 0, bytes: header.encode().as_slice().into() }],
     }
 }

@@ -62,6 +62,7 @@ pub(crate) fn parse(bytes: &[u8; 512], path: &Path, at: u64) -> Result<Footer> {
             path: path.to_owned(),
             sentence: format!("write a new VHD footer for the {at} bytes before it"),
             lost_bytes: 0,
+            freed_bytes: 0,
             actions: vec![Action::Write { offset: at, bytes: mended(bytes, at).into() }],
         }))
     };

@@ -33,6 +33,9 @@ pub struct RepairPlan {
     /// Bytes of the disk that will read as zeros because they cannot be found any more, or may read as
     /// another place's because nothing tells which of two they are.
     pub lost_bytes: u64,
+    /// Bytes in the space that is given back that are not zeros: they may be of the disk, if its tables
+    /// were lost.
+    pub freed_bytes: u64,
     #[serde(skip)]
     options: OpenOptions,
 }
@@ -68,6 +71,7 @@ pub fn plan_repair(
         cannot_open: None,
         fixes: Vec::new(),
         lost_bytes: 0,
+        freed_bytes: 0,
         options,
     };
     match open_disk(path, &options, 1) {
@@ -90,6 +94,7 @@ pub fn plan_repair(
         }
     }
     plan.lost_bytes = plan.fixes.iter().map(|fix| fix.lost_bytes).sum();
+    plan.freed_bytes = plan.fixes.iter().map(|fix| fix.freed_bytes).sum();
     Ok(plan)
 }
 

@@ -11,7 +11,7 @@ use crate::{
         SparseExtent,
         bits::Bits,
         header::{FLAG_ZEROED_GRAINS, UNCLEAN_OFFSET},
-        pointers::Misled,
+        pointers::{Cure, Misled},
         survey::{Copies, Survey},
         tables::{BAD, MISSING, Tables, ZEROED, crossed_sentence},
     },
@@ -72,11 +72,28 @@ impl SparseExtent {
         }
         for (pointer, finding) in self.misled.iter().zip(self.misled_findings()) {
             sink.find(finding);
-            sink.fix(&self.store.path, &pointer.mend(), || Action::Write {
-                offset: pointer.offset,
-                bytes: pointer.right.to_le_bytes().as_slice().into(),
-            });
+            if pointer.cure == Cure::Header {
+                sink.fix(&self.store.path, &pointer.mend(), || Action::Write {
+                    offset: pointer.offset,
+                    bytes: pointer.bytes().into(),
+                });
+            }
         }
+        // Under a header that was wrong nothing else is changed: the next plan sees it mended.
+        let is_doubtful = self.misled.iter().any(|field| field.cure != Cure::NotNeeded);
+        let fixes = if is_doubtful { sink.fixes.take() } else { None };
+        let examined = self.examine_tables(tables, deep, sink, progress);
+        sink.fixes = fixes.or(sink.fixes.take());
+        examined
+    }
+
+    fn examine_tables(
+        &self,
+        tables: &mut Tables,
+        deep: Deep,
+        sink: &mut Sink<'_>,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
         for finding in tables.damage() {
             sink.find(finding.clone());
         }
@@ -97,7 +114,7 @@ impl SparseExtent {
             self.examine_table(tables, index, deep, &mut work, sink);
         }
         if !self.header.is_compressed() {
-            self.examine_leaks(tables, &work, sink);
+            self.examine_leaks(tables, &work, sink, progress)?;
         }
         let capacity = self.header.capacity_bytes();
         advance(progress, &self.store.path, capacity, capacity)
@@ -105,7 +122,11 @@ impl SparseExtent {
 
     pub(super) fn misled_findings(&self) -> Vec<Finding> {
         let find = |pointer: &Misled| {
-            self.finding(Severity::Redundancy, pointer.offset, pointer.sentence())
+            let severity = match pointer.cure {
+                Cure::Header | Cure::Unknown => Severity::Redundancy,
+                Cure::NotNeeded => Severity::Note,
+            };
+            self.finding(severity, pointer.offset, pointer.sentence())
         };
         self.misled.iter().map(find).collect()
     }
@@ -238,8 +259,9 @@ impl SparseExtent {
             verdict.right.push(entry);
         }
         if verdict.differ > 0 {
+            let entries = if verdict.differ == 1 { "entry" } else { "entries" };
             let sentence = format!(
-                "the two copies of grain table {index} differ in {} entries",
+                "the two copies of grain table {index} differ in {} {entries}",
                 verdict.differ
             );
             sink.find(self.finding(Severity::Redundancy, table.byte_of(0), sentence));
@@ -377,7 +399,13 @@ impl SparseExtent {
     /// Space that nothing names: what a crash, or a trim that was not followed by use, left over, or
     /// what lost tables named. No count tells the one from the other, in a new image least of all, so
     /// it is given back only to who asks for that.
-    fn examine_leaks(&self, tables: &Tables, work: &Work, sink: &mut Sink<'_>) {
+    fn examine_leaks(
+        &self,
+        tables: &Tables,
+        work: &Work,
+        sink: &mut Sink<'_>,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
         let survey = &work.survey;
         let first = survey.slots(0, self.header.overhead_sectors).end;
         let end = survey.slots_end();
@@ -415,15 +443,52 @@ impl SparseExtent {
             {
                 continue;
             }
-            if start >= tail {
-                let sentence =
-                    format!("cut off the last {length} bytes of the file, which nothing uses");
-                sink.fix(&self.store.path, &sentence, || Action::SetLength(byte(tail.max(first))));
-            } else {
-                let sentence = format!("free {length} bytes in the file that nothing uses");
-                sink.fix(&self.store.path, &sentence, || Action::Free { offset, length });
+            if sink.fixes.is_none() {
+                continue;
             }
+            let held = self.held_bytes(offset, length, progress)?;
+            let what_is_held = match held {
+                0 => String::new(),
+                _ => format!(
+                    "; {held} of them are not zeros, and may be of the disk if tables were lost"
+                ),
+            };
+            let (sentence, action) = match start >= tail {
+                true => (
+                    format!("cut off the last {length} bytes of the file, which no table names"),
+                    Action::SetLength(byte(tail.max(first))),
+                ),
+                false => (
+                    format!("free {length} bytes in the file that no table names"),
+                    Action::Free { offset, length },
+                ),
+            };
+            sink.fix_freeing(&self.store.path, sentence + &what_is_held, held, action);
         }
+        Ok(())
+    }
+
+    /// Bytes of a range of the file, in whole grains, that are not zeros.
+    fn held_bytes(&self, offset: u64, length: u64, progress: &mut dyn Progress) -> Result<u64> {
+        let file = self.store.length()?;
+        let end = (offset + length).min(file);
+        let (mut at, mut held) = (offset, 0);
+        while at < end {
+            advance(progress, &self.store.path, 0, self.header.capacity_bytes())?;
+            if let (false, until) = self.store.stored_run(at, end)? {
+                if until >= end {
+                    break;
+                }
+                // A grain that is a hole in part is looked at from its beginning.
+                at = until - (until - offset) % self.header.grain_bytes();
+            }
+            let there = self.header.grain_bytes().min(end - at);
+            if self.store.read_vec(at, there as usize)?.iter().any(|byte| *byte != 0) {
+                held += there;
+            }
+            at += there;
+        }
+        Ok(held)
     }
 }
 

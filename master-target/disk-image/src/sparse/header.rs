@@ -63,6 +63,17 @@ pub(crate) struct Header {
 
 impl Header {
     pub(crate) fn parse(bytes: &[u8; 512], path: &Path, at: u64) -> Result<Self> {
+        let header = Self::parse_fields(bytes, path, at)?;
+        header
+            .judge_numbers(path)
+            .and_then(|()| header.judge_overhead(path))
+            .map_err(|error| error.at(at))?;
+        Ok(header)
+    }
+
+    /// A header whose capacity, grains, tables and overhead may be anything: the file shows, perhaps, what
+    /// they should be.
+    pub(crate) fn parse_fields(bytes: &[u8; 512], path: &Path, at: u64) -> Result<Self> {
         let u32_at = |at: usize| u32::from_le_bytes(array(bytes, at));
         let u64_at = |at: usize| u64::from_le_bytes(array(bytes, at));
         let header = Self {
@@ -90,17 +101,27 @@ impl Header {
                  copy it again from its source in binary mode",
             ));
         }
-        header.judge().map_err(|(kind, sentence)| ImageError::new(kind, path, sentence).at(at))?;
+        let unsupported =
+            |sentence: &str| ImageError::new(ErrorKind::Unsupported, path, sentence).at(at);
+        if !(1..=3).contains(&header.version) {
+            return Err(unsupported(
+                "its header has a version other than 1, 2 and 3; convert it with \
+                 the product that wrote it",
+            ));
+        }
+        if header.descriptor_sectors > DESCRIPTOR_BYTES_MAX as u64 / SECTOR_BYTES {
+            return Err(damaged("its header gives a descriptor of more than 4 MiB"));
+        }
+        if header.is_compressed() && header.compression != 1 {
+            return Err(unsupported("its grains are compressed by an unknown algorithm"));
+        }
         Ok(header)
     }
 
-    fn judge(&self) -> Result<(), (ErrorKind, &'static str)> {
-        let damaged = |sentence| Err((ErrorKind::Damaged, sentence));
-        if !(1..=3).contains(&self.version) {
-            let sentence = "its header has a version other than 1, 2 and 3; convert it with \
-                            the product that wrote it";
-            return Err((ErrorKind::Unsupported, sentence));
-        }
+    /// Whether the numbers that divide the disk make sense together.
+    pub(crate) fn judge_numbers(&self, path: &Path) -> Result<()> {
+        let damaged =
+            |sentence: &str| Err(ImageError::new(ErrorKind::Damaged, path, sentence).at(0));
         if self.capacity_sectors == 0 || self.capacity_sectors > DISK_BYTES_MAX / SECTOR_BYTES {
             return damaged("its header gives a capacity that is not between 1 sector and 62 TiB");
         }
@@ -116,15 +137,13 @@ impl Header {
         if self.directory_entries() > DIRECTORY_ENTRIES_MAX {
             return damaged("its header needs a grain directory of more than 4194304 entries");
         }
-        if self.descriptor_sectors > DESCRIPTOR_BYTES_MAX as u64 / SECTOR_BYTES {
-            return damaged("its header gives a descriptor of more than 4 MiB");
-        }
+        Ok(())
+    }
+
+    pub(crate) fn judge_overhead(&self, path: &Path) -> Result<()> {
         if self.overhead_sectors > u64::from(u32::MAX) {
-            return damaged("its header gives an overhead beyond what its tables can name");
-        }
-        if self.is_compressed() && self.compression != 1 {
-            let sentence = "its grains are compressed by an unknown algorithm";
-            return Err((ErrorKind::Unsupported, sentence));
+            let sentence = "its header gives an overhead beyond what its tables can name";
+            return Err(ImageError::new(ErrorKind::Damaged, path, sentence).at(0));
         }
         Ok(())
     }

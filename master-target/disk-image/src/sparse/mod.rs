@@ -17,10 +17,11 @@ pub(crate) mod inflate;
 mod layout;
 mod parts;
 mod pointers;
+mod shape;
 mod survey;
 pub(crate) mod tables;
 
-pub(crate) use parts::{read_descriptor, read_footer, read_header};
+pub(crate) use parts::{read_descriptor, read_fields, read_footer, read_header};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -33,7 +34,7 @@ use crate::{
     sparse::{
         header::{DIRECTORY_AT_END, FLAG_ZEROED_GRAINS, Header, UNCLEAN_OFFSET},
         inflate::Inflated,
-        pointers::Misled,
+        pointers::{Cure, Misled},
         tables::{BAD, MISSING, Tables, ZEROED},
     },
     storage::Store,
@@ -89,9 +90,10 @@ impl SparseExtent {
     /// Opens the extent in a file, which has so many sectors of the disk as its descriptor says; that is
     /// the caller's to read, also where it is in the file.
     pub(crate) fn open(store: Arc<Store>, line_sectors: u64, writable: bool) -> Result<Self> {
-        let mut header = read_header(&store, 0)?;
+        let mut header = read_fields(&store)?;
         if header.directory_sector == DIRECTORY_AT_END {
             // A stream is never written in place, and the mark in front is the one that a repair clears.
+            header = read_header(&store, 0)?;
             header = Header { unclean: header.unclean, ..read_footer(&store, &header)? };
         }
         if writable && header.is_compressed() {
@@ -104,10 +106,9 @@ impl SparseExtent {
                             make wrong; open it read only, or convert it";
             return Err(ImageError::new(ErrorKind::ReadOnly, &store.path, sentence));
         }
-        let capacity = pointers::correct_capacity(&mut header, line_sectors);
-        let misled: Vec<_> =
-            capacity.into_iter().chain(pointers::correct(&store, &mut header)).collect();
-        if let Some(pointer) = misled.first().filter(|_| writable) {
+        let misled = shape::correct(&store, &mut header, line_sectors)?;
+        if let Some(pointer) = misled.iter().find(|field| writable && field.cure != Cure::NotNeeded)
+        {
             let sentence = format!("{}; repair it before writing", pointer.sentence());
             return Err(
                 ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(pointer.offset)

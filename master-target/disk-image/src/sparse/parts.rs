@@ -15,6 +15,13 @@ pub(crate) fn read_header(store: &Store, at: u64) -> Result<Header> {
     Header::parse(&bytes, &store.path, at)
 }
 
+/// The header in front, whose numbers are still to be held against the file.
+pub(crate) fn read_fields(store: &Store) -> Result<Header> {
+    let mut bytes = [0; 512];
+    store.read(&mut bytes, 0)?;
+    Header::parse_fields(&bytes, &store.path, 0)
+}
+
 /// The header that stands at the end of the file, between its marker and the end of the stream.
 pub(crate) fn read_footer(store: &Store, header: &Header) -> Result<Header> {
     let length = store.length()?;

@@ -1,6 +1,5 @@
-//! What the header says of which there is no copy, but that follows from other things: the two pointers to
-//! the grain directories, which every known writer puts at places that follow from each other, and the
-//! capacity, which the descriptor has as well.
+//! What the header says of which there is no copy, but that follows from other things; of that, the two
+//! pointers to the grain directories, which every known writer puts at places that follow from each other.
 
 use crate::{
     image::SECTOR_BYTES,
@@ -15,33 +14,92 @@ use crate::{
 /// Entries that are looked at to tell a directory: 16 KiB are read for each of few places.
 const ENTRIES_SEEN_MAX: u64 = 4096;
 
-/// Where the header keeps the capacity and the pointers.
-const CAPACITY_OFFSET: u64 = 12;
+/// Where the header keeps what may be wrong.
+pub(crate) const CAPACITY_OFFSET: u64 = 12;
+pub(crate) const GRAIN_OFFSET: u64 = 20;
+pub(crate) const ENTRIES_OFFSET: u64 = 44;
 const REDUNDANT_OFFSET: u64 = 48;
 const PRIMARY_OFFSET: u64 = 56;
+pub(crate) const OVERHEAD_OFFSET: u64 = 64;
+pub(crate) const COMPRESSION_OFFSET: u64 = 77;
 
-/// A field of the header that is wrong beyond doubt, and what it should be.
+/// A field of the header that is contradicted, and what it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Misled {
     /// Byte of the file where the field is.
     pub(crate) offset: u64,
-    /// What is there: a sector, or a number of them.
+    /// What is there.
     pub(crate) found: u64,
-    /// What should be there.
+    /// What should be there; where that is unknown, what contradicts it.
     pub(crate) right: u64,
+    pub(crate) cure: Cure,
+}
+
+/// What is to be done about a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cure {
+    /// The header is wrong beyond doubt.
+    Header,
+    /// A writer's way, which harms nobody.
+    NotNeeded,
+    /// Nothing tells what is right.
+    Unknown,
 }
 
 impl Misled {
     pub(crate) fn sentence(&self) -> String {
         let (found, right) = (self.found, self.right);
-        let which = match self.offset {
-            CAPACITY_OFFSET => {
+        let which = match (self.offset, self.cure) {
+            (CAPACITY_OFFSET, Cure::Unknown) => {
+                return format!(
+                    "the header says that the extent holds {found} sectors of the disk, but its \
+                     descriptor says {right}, which the grain directories do not bear out; if the \
+                     header is right, correct the descriptor"
+                );
+            }
+            (CAPACITY_OFFSET, Cure::NotNeeded) => {
+                return format!(
+                    "the header says that the extent holds {found} sectors of the disk, whole grains, \
+                     and its descriptor says {right}, which counts"
+                );
+            }
+            (CAPACITY_OFFSET, Cure::Header) => {
                 return format!(
                     "the header says that the extent holds {found} sectors of the disk, but its \
                      descriptor says {right}"
                 );
             }
-            REDUNDANT_OFFSET => "redundant",
+            (GRAIN_OFFSET, _) => {
+                return format!(
+                    "the header says that a grain has {found} sectors, but the grain directories stand \
+                     as they do for {right}"
+                );
+            }
+            (ENTRIES_OFFSET, _) => {
+                return format!(
+                    "the header says that a grain table has {found} entries, but the grain directories \
+                     stand as they do for {right}"
+                );
+            }
+            (OVERHEAD_OFFSET, Cure::Unknown) => {
+                return format!(
+                    "the header says that the grains begin at sector {found}, but the file has {right} \
+                     sectors; restore its end, or correct the header"
+                );
+            }
+            (OVERHEAD_OFFSET, _) => {
+                return format!(
+                    "the header says that the grains begin at sector {found}, but the tables say that \
+                     they begin at {right}"
+                );
+            }
+            (COMPRESSION_OFFSET, _) => {
+                return format!(
+                    "the header names a compression, {found}, but its flags say that grains are not \
+                     compressed, which is {right}"
+                );
+            }
+            (REDUNDANT_OFFSET, _) => "redundant",
             _ => "primary",
         };
         format!(
@@ -52,31 +110,26 @@ impl Misled {
 
     /// What a repair does.
     pub(crate) fn mend(&self) -> String {
-        match self.offset {
-            CAPACITY_OFFSET => format!("correct the capacity in the header: {}", self.right),
-            _ => format!("correct the header's pointer to a grain directory: {}", self.right),
-        }
+        let what = match self.offset {
+            CAPACITY_OFFSET => "capacity in the header",
+            GRAIN_OFFSET => "size of a grain in the header",
+            ENTRIES_OFFSET => "entries of a grain table in the header",
+            OVERHEAD_OFFSET => "place of the first grain in the header",
+            COMPRESSION_OFFSET => "compression in the header",
+            _ => "header's pointer to a grain directory",
+        };
+        format!("correct the {what}: {}", self.right)
     }
-}
 
-/// Puts the capacity in `header` right where it is not that of the descriptor, `line_sectors`, and the
-/// directories stand as they do for the descriptor's; an extent that claims more than its descriptor uses
-/// is work for nothing in any case.
-pub(crate) fn correct_capacity(header: &mut Header, line_sectors: u64) -> Option<Misled> {
-    let by_line = Header { capacity_sectors: line_sectors, ..*header };
-    if line_sectors == 0 || header.has(FLAG_MARKERS) || by_line.grains() == header.grains() {
-        return None;
+    /// What a repair writes at its offset: as many bytes as the field has.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let length = match self.offset {
+            ENTRIES_OFFSET => 4,
+            COMPRESSION_OFFSET => 2,
+            _ => 8,
+        };
+        self.right.to_le_bytes()[..length].to_vec()
     }
-    let stands = |header: &Header| {
-        header.redundant_sector.checked_add(copy_sectors(header)) == Some(header.directory_sector)
-    };
-    let is_right = header.has(FLAG_REDUNDANT) && stands(&by_line);
-    let is_embedded = header.descriptor_sectors > 0;
-    if !is_right && (is_embedded || header.capacity_sectors < line_sectors) {
-        return None;
-    }
-    let found = std::mem::replace(&mut header.capacity_sectors, line_sectors);
-    Some(Misled { offset: CAPACITY_OFFSET, found, right: line_sectors })
 }
 
 /// The pointers that are wrong beyond doubt; they are put right in `header`, not in the file.
@@ -110,11 +163,16 @@ pub(crate) fn correct(store: &Store, header: &mut Header) -> Vec<Misled> {
     };
     let right_primary = right_place(primary, &places);
     if let Some(right) = right_redundant.filter(|right| *right != primary) {
-        misled.push(Misled { offset: REDUNDANT_OFFSET, found: redundant, right });
+        misled.push(Misled {
+            offset: REDUNDANT_OFFSET,
+            found: redundant,
+            right,
+            cure: Cure::Header,
+        });
         header.redundant_sector = right;
     }
     if let Some(right) = right_primary.filter(|right| *right != header.redundant_sector) {
-        misled.push(Misled { offset: PRIMARY_OFFSET, found: primary, right });
+        misled.push(Misled { offset: PRIMARY_OFFSET, found: primary, right, cure: Cure::Header });
         header.directory_sector = right;
     }
     misled
@@ -126,11 +184,17 @@ fn part(store: &Store, header: &mut Header, copy: u64) -> Option<Misled> {
     let stands = |sector: &u64| is_directory(store, header, *sector);
     if let Some(right) = found.checked_add(copy).filter(stands) {
         header.directory_sector = right;
-        return Some(Misled { offset: PRIMARY_OFFSET, found, right });
+        return Some(Misled { offset: PRIMARY_OFFSET, found, right, cure: Cure::Header });
     }
     let right = found.checked_sub(copy).filter(stands)?;
     header.redundant_sector = right;
-    Some(Misled { offset: REDUNDANT_OFFSET, found, right })
+    Some(Misled { offset: REDUNDANT_OFFSET, found, right, cure: Cure::Header })
+}
+
+/// Whether a pointer leads to a directory.
+pub(crate) fn names_a_directory(store: &Store, header: &Header) -> bool {
+    is_directory(store, header, header.directory_sector)
+        || header.has(FLAG_REDUNDANT) && is_directory(store, header, header.redundant_sector)
 }
 
 /// Whether a directory stands there whose tables follow it in order, as far as it names any; some
