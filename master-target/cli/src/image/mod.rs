@@ -20,6 +20,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
 use self::bar::Bar;
+use self::show::counted;
 use crate::arguments::{ConvertArguments, ImageInput, ImageVerb};
 use crate::print::say;
 use crate::show::Output;
@@ -105,7 +106,14 @@ impl ImageInput {
 fn check(input: &ImageInput, deep: bool, output: &Output) -> anyhow::Result<ExitCode> {
     let deep = if deep { Deep::Yes } else { Deep::No };
     let bar = Bar::new(output, "checking");
-    let report = ops::check(&input.image, &input.options(), deep, &mut bar.advance())?;
+    let report = match ops::check(&input.image, &input.options(), deep, &mut bar.advance()) {
+        // So much is damaged that it cannot be opened; that is what a check is asked for.
+        Err(error) if error.kind() == ErrorKind::Damaged => {
+            output.failure("failed", &error.to_string());
+            return Ok(ExitCode::from(EXIT_DAMAGED));
+        }
+        report => report?,
+    };
     bar.finish();
     output.checked(&report);
     Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DAMAGED) })
@@ -185,19 +193,20 @@ fn repair(
     leaks: Leaks,
     output: &Output,
 ) -> anyhow::Result<ExitCode> {
-    let mut applied = 0;
+    let (mut applied, mut freed_bytes) = (0, 0);
     let mut last: Option<RepairPlan> = None;
     loop {
         let bar = Bar::new(output, "examining");
         let plan = ops::plan_repair(&input.image, &input.options(), leaks, &mut bar.advance())?;
         bar.finish();
         if plan.fixes.is_empty() {
-            return Ok(repaired(&plan, applied, output));
+            return Ok(repaired(&plan, applied, freed_bytes, output));
         }
         ensure!(
             last.as_ref().is_none_or(|last| last.fixes != plan.fixes),
-            "{}: {applied} fixes were applied and the same damage is found again; check the storage",
-            input.image.display()
+            "{}: {} applied and the same damage is found again; check the storage",
+            input.image.display(),
+            counted(applied as u64, "fix was", "fixes were")
         );
         if output.is_json() && !yes {
             output.json(&json!({ "applied": applied, "clean": false, "plan": plan }));
@@ -218,32 +227,40 @@ fn repair(
         let bar = Bar::new(output, "repairing");
         applied += ops::apply_repair(&plan, &mut bar.advance())?.applied;
         bar.finish();
+        freed_bytes += plan.freed_bytes;
         last = Some(plan);
     }
 }
 
 /// Says how a repair ended.
-fn repaired(plan: &RepairPlan, applied: usize, output: &Output) -> ExitCode {
+fn repaired(plan: &RepairPlan, applied: usize, freed_bytes: u64, output: &Output) -> ExitCode {
+    let fixes = counted(applied as u64, "fix", "fixes");
     let clean = plan.report.as_ref().is_some_and(|report| report.is_clean());
     let leaked_alone = plan
         .report
         .as_ref()
         .filter(|report| report.losses == 0 && report.redundancies == 0 && report.leaked_bytes > 0);
     if output.is_json() {
-        output.json(&json!({ "applied": applied, "clean": clean, "plan": plan }));
+        let freed = json!(freed_bytes);
+        output.json(
+            &json!({ "applied": applied, "clean": clean, "freed_bytes": freed, "plan": plan }),
+        );
     } else if clean {
-        say!("{applied} fixes applied; the image is clean");
+        say!("{fixes} applied; the image is clean");
     } else if let Some(report) = leaked_alone {
         say!(
-            "{applied} fixes applied; {} bytes of the file belong to no grain, which --free-leaks \
+            "{fixes} applied; {} bytes of the file belong to no grain, which --free-leaks \
              gives back",
             report.leaked_bytes
         );
     } else {
-        say!("{applied} fixes applied; what is left cannot be repaired:");
+        say!("{fixes} applied; what is left cannot be repaired:");
         if let Some(report) = &plan.report {
             output.checked(report);
         }
+    }
+    if let Some(sentence) = show::given_back(freed_bytes).filter(|_| !output.is_json()) {
+        say!("{sentence}");
     }
     if clean { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DAMAGED) }
 }

@@ -20,8 +20,15 @@ fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
 }
 
-fn counted(count: u64, one: &str, many: &str) -> String {
+pub(crate) fn counted(count: u64, one: &str, many: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { many })
+}
+
+/// What is said of space that is given back and is not empty.
+pub(crate) fn given_back(bytes: u64) -> Option<String> {
+    (bytes > 0).then(|| {
+        format!("what --free-leaks gives back may hold {bytes} bytes of the disk, if its tables were lost")
+    })
 }
 
 impl Output {
@@ -211,7 +218,11 @@ impl Output {
         if plan.fixes.len() > ROWS_MAX {
             say!("and {} more", plan.fixes.len() - ROWS_MAX);
         }
-        say!("{} fixes; {} of the disk are lost", plan.fixes.len(), size(plan.lost_bytes));
+        let fixes = counted(plan.fixes.len() as u64, "fix", "fixes");
+        say!("{fixes}; {} of the disk are lost", size(plan.lost_bytes));
+        if let Some(sentence) = given_back(plan.freed_bytes) {
+            say!("{sentence}");
+        }
     }
 }
 
