@@ -206,6 +206,28 @@ fn the_grains_of_a_small_disk_are_told_by_where_they_begin() {
     }
 }
 
+/// The descriptor can be what is wrong. Other grains would make its number fit the tables.
+#[test]
+fn a_descriptor_that_header_and_tables_contradict_is_told_and_not_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("one.vmdk");
+    let disk = sparse_of(&image, Kind::MonolithicSparse, 143_363 * 512);
+    let whole = std::fs::read(&image).unwrap();
+    let at = whole.windows(9).position(|found| found == b"RW 143363").unwrap() + 3;
+    for digits in [b"043363", b"071681", b"243363", b"943363"] {
+        let mut bytes = whole.clone();
+        bytes[at..at + 6].copy_from_slice(digits);
+        std::fs::write(&image, &bytes).unwrap();
+        assert!(content(&image) == disk, "{digits:?}");
+        let report = check(&image, &OpenOptions::read_only(), Deep::No, &mut Silent).unwrap();
+        assert_eq!((report.losses, report.redundancies), (0, 1), "{report:?}");
+        assert!(report.findings[0].sentence.contains("correct the descriptor"), "{report:?}");
+        open(&image, &OpenOptions::writable()).unwrap_err();
+        assert_eq!(repair(&image), 0);
+        assert!(std::fs::read(&image).unwrap() == bytes, "{digits:?}");
+    }
+}
+
 /// A number that no directory bears out any more: nothing is read or written under it.
 #[test]
 fn numbers_that_nothing_bears_out_are_refused() {

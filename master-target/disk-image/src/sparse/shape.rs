@@ -90,6 +90,10 @@ fn choose(store: &Store, found: &Header, line_sectors: u64) -> Result<Header> {
     if is_by_line {
         return Ok(by_line);
     }
+    // The descriptor is what is wrong, and no reason to look for other grains.
+    if is_exact(store, found) {
+        return Ok(*found);
+    }
     if let Some(right) = other_grains(store, &by_line) {
         return Ok(right);
     }
@@ -102,7 +106,7 @@ fn choose(store: &Store, found: &Header, line_sectors: u64) -> Result<Header> {
         Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(offset))
     };
     let (entries, usual) = (found.entries_per_table, u64::from(ENTRIES_PER_TABLE));
-    if entries != ENTRIES_PER_TABLE && !is_exact(store, found) {
+    if entries != ENTRIES_PER_TABLE {
         let field = "the entries of a grain table are";
         return refuse(field, entries.into(), usual, ENTRIES_OFFSET);
     }
