@@ -227,6 +227,22 @@ fn compare_and_check_tell_by_their_exit_codes() {
     );
 }
 
+/// A check of what could not be opened for its damage ended as a command that failed.
+#[test]
+fn a_check_of_an_image_that_cannot_be_opened_finds_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image.vhd");
+    good(&["create", "-O", "vhd", "--size", "1M", text(&image)]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let checksum = bytes.len() - 512 + 64;
+    bytes[checksum] ^= 1;
+    std::fs::write(&image, bytes).unwrap();
+    let checked = backhaul(&["check", text(&image)]);
+    assert_eq!(checked.status.code(), Some(3), "{}", said(&checked));
+    good(&["repair", "--yes", text(&image)]);
+    good(&["check", text(&image)]);
+}
+
 #[test]
 fn repair_does_nothing_without_being_asked() {
     let dir = tempfile::tempdir().unwrap();
@@ -237,7 +253,7 @@ fn repair_does_nothing_without_being_asked() {
     let refused = backhaul(&["repair", text(&image)]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(said(&refused).contains("--yes"), "{}", said(&refused));
-    assert!(String::from_utf8_lossy(&refused.stdout).contains("fixes"), "the plan is shown");
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("1 fix;"), "the plan is shown");
     let (code, answer) = json(&["repair", text(&image)]);
     assert_eq!((code, &answer["applied"]), (Some(3), &0.into()), "{answer}");
     assert!(!answer["plan"]["fixes"].as_array().unwrap().is_empty(), "{answer}");

@@ -24,13 +24,6 @@ pub(crate) fn counted(count: u64, one: &str, many: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { many })
 }
 
-/// What is said of space that is given back and is not empty.
-pub(crate) fn given_back(bytes: u64) -> Option<String> {
-    (bytes > 0).then(|| {
-        format!("what --free-leaks gives back may hold {bytes} bytes of the disk, if its tables were lost")
-    })
-}
-
 impl Output {
     pub(crate) fn image_info(&self, info: &ImageInfo) {
         if self.is_json() {
@@ -211,7 +204,10 @@ impl Output {
             table.add_row(vec![
                 Cell::new(fix.path.display()),
                 Cell::new(&fix.sentence),
-                Cell::new(fix.lost_bytes),
+                Cell::new(match fix.freed_bytes {
+                    0 => fix.lost_bytes.to_string(),
+                    freed => format!("at most {}", fix.lost_bytes + freed),
+                }),
             ]);
         }
         say!("{table}");
@@ -219,9 +215,13 @@ impl Output {
             say!("and {} more", plan.fixes.len() - ROWS_MAX);
         }
         let fixes = counted(plan.fixes.len() as u64, "fix", "fixes");
-        say!("{fixes}; {} of the disk are lost", size(plan.lost_bytes));
-        if let Some(sentence) = given_back(plan.freed_bytes) {
-            say!("{sentence}");
+        let lost = size(plan.lost_bytes);
+        match plan.freed_bytes {
+            0 => say!("{fixes}; {lost} of the disk are lost"),
+            freed => say!(
+                "{fixes}; {lost} of what the tables name are lost, and what is given back may hold {freed} \
+                 bytes of the disk"
+            ),
         }
     }
 }
