@@ -144,7 +144,8 @@ async fn a_corrupt_batch_is_named_and_not_journalled() {
         assert_eq!(ack.durable_batch, 1);
         let mut broken = batch(2, 0x22);
         broken[at] ^= 0x40;
-        agent.connection.send_batch(vec![broken.into()]).await.unwrap();
+        // The target may close the connection before its transport has acknowledged all of the batch.
+        let _ = agent.connection.send_batch(vec![broken.into()]).await;
         let reason = agent.connection.closed().await;
         assert!(reason.contains(sentence), "{at}: {reason}");
 
