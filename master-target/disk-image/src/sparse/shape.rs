@@ -72,8 +72,8 @@ pub(crate) fn correct(
     Ok(misled)
 }
 
-/// The header with the capacity, the grains and the tables that the directories bear out. One number is
-/// wrong at most; where two are, nothing is derived.
+/// The header with the capacity, the grains and the tables that the directories bear out. Of the two numbers
+/// besides the capacity, one is wrong at most; where both are, nothing is derived.
 fn choose(store: &Store, found: &Header, line_sectors: u64) -> Result<Header> {
     let by_line = match line_sectors {
         0 => *found,
@@ -81,11 +81,20 @@ fn choose(store: &Store, found: &Header, line_sectors: u64) -> Result<Header> {
     };
     // Tables of other numbers of entries exist on paper only. Those of 511 stand as those of 512 do.
     let known = Header { entries_per_table: ENTRIES_PER_TABLE, ..by_line };
+    let refuse = |field: &str, number: u64, usual: u64, offset: u64| {
+        let sentence = format!(
+            "its header says that {field} {number}; its grain directories and the overhead bear out \
+             neither that nor {usual}, which is usual; restore the image, or correct the header"
+        );
+        Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(offset))
+    };
+    let refuse_grain =
+        || refuse("the sectors of a grain are", found.grain_sectors, GRAIN_SECTORS, GRAIN_OFFSET);
     let is_by_line = is_exact(store, &by_line);
     let is_apart =
         |header: &Header| with_pointers(store, header).is_some_and(|right| stands_apart(&right));
     if is_exact(store, &known) && !(is_by_line && is_apart(&by_line) && !is_apart(&known)) {
-        return Ok(as_the_overhead_says(store, known));
+        return as_the_overhead_says(store, known).map_or_else(refuse_grain, Ok);
     }
     if is_by_line {
         return Ok(by_line);
@@ -98,13 +107,6 @@ fn choose(store: &Store, found: &Header, line_sectors: u64) -> Result<Header> {
         return Ok(right);
     }
     found.judge_numbers(&store.path)?;
-    let refuse = |field: &str, number: u64, usual: u64, offset: u64| {
-        let sentence = format!(
-            "its header says that {field} {number}, which its grain directories do not bear out, nor \
-             {usual}, which is usual; restore the image, or correct the header"
-        );
-        Err(ImageError::new(ErrorKind::Damaged, &store.path, sentence).at(offset))
-    };
     let (entries, usual) = (found.entries_per_table, u64::from(ENTRIES_PER_TABLE));
     if entries != ENTRIES_PER_TABLE {
         let field = "the entries of a grain table are";
@@ -112,11 +114,13 @@ fn choose(store: &Store, found: &Header, line_sectors: u64) -> Result<Header> {
     }
     let is_likely = |header: &Header| {
         let header = with_pointers(store, header);
-        header.is_some_and(|header| pointers::names_a_directory(store, &header))
+        header.is_some_and(|header| {
+            let is_apart = !header.has(FLAG_REDUNDANT) || stands_apart(&header);
+            is_apart && pointers::names_a_directory(store, &header)
+        })
     };
     if found.grain_sectors != GRAIN_SECTORS && !is_likely(found) && !is_likely(&by_line) {
-        let field = "the sectors of a grain are";
-        return refuse(field, found.grain_sectors, GRAIN_SECTORS, GRAIN_OFFSET);
+        return refuse_grain();
     }
     let is_embedded = found.descriptor_sectors > 0;
     let is_line_right = by_line.judge_numbers(&store.path).is_ok()
@@ -127,8 +131,8 @@ fn choose(store: &Store, found: &Header, line_sectors: u64) -> Result<Header> {
     Ok(if is_line_right { by_line } else { *found })
 }
 
-/// The header with grains of another size, if one alone is borne out, or of those the overhead names one,
-/// or one is usual.
+/// The header with grains of another size, if that one alone is borne out, or the overhead says that they are
+/// of the usual one.
 fn other_grains(store: &Store, header: &Header) -> Option<Header> {
     let mut sizes = Vec::new();
     let mut size = GRAIN_SECTORS_MIN;
@@ -143,31 +147,27 @@ fn other_grains(store: &Store, header: &Header) -> Option<Header> {
         }
         size *= 2;
     }
-    let has_redundant = header.has(FLAG_REDUNDANT);
-    match sizes.iter().filter(|(_, is_said)| *is_said).count() {
-        1 => sizes.iter().find(|(_, is_said)| *is_said).map(|(other, _)| *other),
-        // Without a second directory, and the overhead to go by, too little speaks for it.
-        _ if !has_redundant => None,
-        _ if sizes.len() == 1 => sizes.first().map(|(other, _)| *other),
-        _ => sizes
-            .iter()
-            .find(|(other, _)| other.grain_sectors == GRAIN_SECTORS)
-            .map(|found| found.0),
-    }
+    let (found, is_said) = match sizes[..] {
+        [one] => one,
+        // Of a disk with one table only, many fit.
+        _ => *sizes.iter().find(|(other, _)| other.grain_sectors == GRAIN_SECTORS)?,
+    };
+    let is_sure = sizes.len() == 1 && header.has(FLAG_REDUNDANT);
+    (is_said || is_sure).then_some(found)
 }
 
 /// Of a disk with one table only, grains of many sizes are borne out; the overhead is a whole number of
-/// them, and the next one behind the tables.
-fn as_the_overhead_says(store: &Store, header: Header) -> Header {
+/// them, and the next one behind the tables. `None` where it is neither these grains' nor the usual ones'.
+fn as_the_overhead_says(store: &Store, header: Header) -> Option<Header> {
     let usual = Header { grain_sectors: GRAIN_SECTORS, ..header };
     if header.grain_sectors == GRAIN_SECTORS || !is_exact(store, &usual) {
-        return header;
+        return Some(header);
     }
-    let says = |header: &Header| {
+    let is_said = |header: &Header| {
         with_pointers(store, header)
             .is_some_and(|right| right.overhead_sectors == overhead_of(&right))
     };
-    if says(&usual) && !says(&header) { usual } else { header }
+    [header, usual].into_iter().find(is_said)
 }
 
 /// The overhead where the directories, and the file, contradict it.
