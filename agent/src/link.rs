@@ -113,7 +113,7 @@ pub async fn run(
         if events.send(LinkEvent::Down(reason)).is_err() {
             return;
         }
-        // A target that is down would be knocked at without pause.
+        // Nothing tells when the target is back, and one that is down would be knocked at without pause.
         tokio::time::sleep(backoff.handle_failure()).await;
     }
 }

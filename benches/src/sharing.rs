@@ -115,6 +115,7 @@ async fn measure(
         let other = match first {
             First::Theirs => {
                 let other = start_rival(pipeline::link(&rig)?)?;
+                // The time itself is the condition: the other one is alone for so long.
                 tokio::time::sleep(LEAD).await;
                 pipeline::begin(&mut rig).await?;
                 other

@@ -1,4 +1,5 @@
-//! Protocol versions. A version is added here, with its reason, whenever a byte on the wire changes.
+//! Protocol versions. A version is added here, with its reason, whenever a byte on the wire changes that the
+//! other end has to know of. Lanes have an application protocol name of their own instead.
 
 use std::fmt;
 

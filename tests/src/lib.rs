@@ -3,6 +3,7 @@
 //! A [`Scenario`] is a pair of daemons, one machine and a guest that writes. The judge of every
 //! scenario is `qemu-img compare` of the protected disk and the VMDK.
 
+pub mod image_command;
 pub mod whole_guest;
 
 use std::path::{Path, PathBuf};

@@ -7,27 +7,15 @@
 use std::collections::BTreeSet;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use backhaul_lab::random::Random;
+use backhaul_tests::image_command::{good, said, text};
 
 fn command(words: &[&str]) -> Command {
     let mut command = Command::new(backhaul_tests::programs().join("backhaul"));
     command.arg("image").args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
-}
-
-fn good(words: &[&str]) {
-    let output = command(words).output().unwrap();
-    assert!(output.status.success(), "{words:?}: {}", said(&output));
-}
-
-fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 fn names(dir: &Path) -> BTreeSet<String> {

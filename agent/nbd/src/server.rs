@@ -234,7 +234,7 @@ async fn keep(stream: Box<dyn Stream>, service: &Service, signal: watch::Receive
     let disconnects = signal.borrow().disconnects;
     let overdue = async {
         let _ = stopped.wait_for(|signal| signal.stopping).await;
-        // A client that takes its replies ends by itself before this.
+        // A client that takes its replies ends by itself before this; one that does not gives no sign.
         tokio::time::sleep(STOP_GRACE).await;
     };
     tokio::select! {

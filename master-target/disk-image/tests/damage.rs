@@ -112,11 +112,7 @@ const TO_ONE_COPY: &[(&str, Damage)] = &[
     ("a pointer to the tables", |m, c| {
         m.point(c, m.directories[c] + (m.tables as u64 * 4).div_ceil(512));
     }),
-    ("a table shifted by an entry", |m, c| {
-        let mut entries = m.table(c, 0);
-        entries.insert(0, 0);
-        m.fill(c, 0, &entries[..m.entries_per_table]);
-    }),
+    ("a table shifted by an entry", |m, c| shift(m, c, 0)),
     ("a chain of entries that are the next one's", |m, c| {
         let (named, entries) = (m.named(0), m.table(c, 0));
         for at in 3..10 {
@@ -176,6 +172,18 @@ const TO_BOTH: &[(&str, DamageToBoth)] = &[
         m.put(1, 0, m.named(0)[3], m.table(1, 0)[m.named(0)[3]] + 3);
     }),
 ];
+
+fn exchange(m: &Metadata, copy: usize) {
+    let (named, entries) = (m.named(0), m.table(copy, 0));
+    m.put(copy, 0, named[3], entries[named[7]]);
+    m.put(copy, 0, named[7], entries[named[3]]);
+}
+
+fn shift(m: &Metadata, copy: usize, table: usize) {
+    let mut entries = m.table(copy, table);
+    entries.insert(0, 0);
+    m.fill(copy, table, &entries[..m.entries_per_table]);
+}
 
 /// Content of the disk: a full table, every fourth grain, nothing, the end.
 fn disk() -> Vec<u8> {
@@ -368,11 +376,6 @@ fn damage_to_different_parts_of_both_copies_loses_nothing() {
 /// share a place was silent.
 #[test]
 fn what_nothing_can_decide_is_told_and_never_called_whole() {
-    let exchange = |m: &Metadata, copy: usize| {
-        let (named, entries) = (m.named(0), m.table(copy, 0));
-        m.put(copy, 0, named[3], entries[named[7]]);
-        m.put(copy, 0, named[7], entries[named[3]]);
-    };
     let damages: [Named; 2] = [
         ("two entries exchanged in the primary copy".into(), Box::new(move |m| exchange(m, 0))),
         ("two entries exchanged in the redundant copy".into(), Box::new(move |m| exchange(m, 1))),
@@ -438,16 +441,6 @@ fn what_nothing_can_decide_is_told_and_never_called_whole() {
 /// grains that had changed places with one another it was said that nothing is lost.
 #[test]
 fn a_fault_in_one_copy_does_not_make_the_other_one_right() {
-    let exchange = |m: &Metadata, copy: usize| {
-        let (named, entries) = (m.named(0), m.table(copy, 0));
-        m.put(copy, 0, named[3], entries[named[7]]);
-        m.put(copy, 0, named[7], entries[named[3]]);
-    };
-    let shift = |m: &Metadata, copy: usize| {
-        let mut entries = m.table(copy, 0);
-        entries.insert(0, 0);
-        m.fill(copy, 0, &entries[..m.entries_per_table]);
-    };
     let mut damages: Vec<Named> = Vec::new();
     for copy in [0, 1] {
         let other = 1 - copy;
@@ -482,9 +475,7 @@ fn a_fault_in_one_copy_does_not_make_the_other_one_right() {
             ),
             Box::new(move |m| {
                 let named = m.named(1);
-                let mut entries = m.table(copy, 1);
-                entries.insert(0, 0);
-                m.fill(copy, 1, &entries[..m.entries_per_table]);
+                shift(m, copy, 1);
                 m.put(other, 1, named[12], 0x7fff_ff80);
             }),
         ));
@@ -492,7 +483,7 @@ fn a_fault_in_one_copy_does_not_make_the_other_one_right() {
             format!("a table of copy {copy} shifted, and an entry of the other beyond the file"),
             Box::new(move |m| {
                 let named = m.named(0);
-                shift(m, copy);
+                shift(m, copy, 0);
                 m.put(other, 0, named[12], 0x7fff_ff80);
             }),
         ));
