@@ -76,8 +76,8 @@ pub async fn run(
     events: mpsc::UnboundedSender<LinkEvent>,
 ) {
     // Who asked for another controller, or for several connections, asked for QUIC.
-    let one_or_more = matches!(config.connections, Connections::Auto | Connections::Exactly(1));
-    let lan_over_tcp = config.congestion == Congestion::Auto && one_or_more;
+    let wants_several = matches!(config.connections, Connections::Exactly(2..));
+    let lan_over_tcp = config.congestion == Congestion::Auto && !wants_several;
     let mut options = ConnectOptions {
         choice: config.transport,
         expected: config.target_name.clone(),

@@ -1,12 +1,10 @@
 //! One agent's connection, pumped into the owner loop.
 
-use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use backhaul_proto::batch::BatchHeader;
-use backhaul_proto::id::PeerName;
-use backhaul_proto::link::{Connection, StreamError};
+use backhaul_proto::link::{Connection, Places, StreamError};
 use backhaul_proto::message::{
     AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
     target_message,
@@ -38,43 +36,7 @@ const QUESTIONS_MAX: usize = 1024;
 
 /// Connections that one identity may hold: its session, one that is about to replace it, and probes.
 /// More are closed with a sentence, so that one agent's certificate cannot take the target's memory.
-const CONNECTIONS_PER_AGENT_MAX: usize = 8;
-
-/// How many connections each identity holds.
-#[derive(Debug, Default)]
-pub struct Places(Mutex<HashMap<PeerName, usize>>);
-
-impl Places {
-    /// A place for a connection of `agent`, given back when it is dropped; or none is left.
-    fn take(self: &Arc<Self>, agent: &PeerName) -> Option<Place> {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = held.entry(agent.clone()).or_default();
-        if *count >= CONNECTIONS_PER_AGENT_MAX {
-            return None;
-        }
-        *count += 1;
-        Some(Place { places: Arc::clone(self), agent: agent.clone() })
-    }
-}
-
-/// One connection's place among those of its identity.
-#[derive(Debug)]
-struct Place {
-    places: Arc<Places>,
-    agent: PeerName,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut held = self.places.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = held.get_mut(&self.agent) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(&self.agent);
-            }
-        }
-    }
-}
+pub const CONNECTIONS_PER_AGENT_MAX: usize = 8;
 
 /// What a link tells the owner loop.
 pub enum LinkEvent {
@@ -253,26 +215,5 @@ async fn batches(
                 }
             }
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use super::{CONNECTIONS_PER_AGENT_MAX, Places};
-
-    #[test]
-    fn an_identity_has_so_many_connections_and_others_keep_theirs() {
-        let places = Arc::new(Places::default());
-        let (one, other) = ("one".parse().unwrap(), "other".parse().unwrap());
-        let mut held: Vec<_> = (0..CONNECTIONS_PER_AGENT_MAX).map(|_| places.take(&one)).collect();
-        assert!(held.iter().all(Option::is_some));
-        assert!(places.take(&one).is_none());
-        assert!(places.take(&other).is_some());
-        held.pop();
-        assert!(places.take(&one).is_some());
-        drop(held);
-        assert!(places.0.lock().unwrap().is_empty(), "nothing is kept of those that are gone");
     }
 }

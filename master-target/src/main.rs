@@ -15,7 +15,7 @@ use backhaul_master_target::target::Target;
 use backhaul_master_target::{api, link};
 use backhaul_proto::id::PeerName;
 use backhaul_proto::identity::{Identity, Role, create_ca, issue};
-use backhaul_proto::link::Listener;
+use backhaul_proto::link::{Listener, Places};
 use backhaul_proto::quic::TransportOptions;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
@@ -161,7 +161,7 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     let store: Arc<Path> = store_dir.into();
     let accepting = async move {
         let mut next = 0;
-        let places = Arc::new(link::Places::default());
+        let places = Arc::new(Places::new(link::CONNECTIONS_PER_AGENT_MAX));
         while let Some(handshake) = listener.accept().await {
             next += 1;
             let (id, events, store) = (LinkId(next), events.clone(), Arc::clone(&store));

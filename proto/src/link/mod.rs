@@ -6,6 +6,7 @@
 
 mod endpoint;
 mod frames;
+mod places;
 pub mod probe;
 
 use std::fmt;
@@ -23,6 +24,7 @@ use crate::{quic, tcp};
 
 pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
 pub use frames::{FrameReceiver, FrameSender};
+pub use places::{Place, Places};
 
 /// First byte of the control stream.
 pub(crate) const CONTROL_STREAM: u8 = 1;

@@ -189,7 +189,7 @@ impl Handshake {
         let (begun, load) = of_driver(|| self.incoming.accept());
         let connection = begun.map_err(failed)?.await.map_err(failed)?;
         let Some((Role::Agent, name)) = peer(&connection) else {
-            connection.close(VarInt::from_u32(0), b"your certificate is not an agent's");
+            connection.close(VarInt::from_u32(1), b"your certificate is not an agent's");
             return Err(AcceptError::NotAnAgent { address });
         };
         if is_lane(&connection) {

@@ -87,6 +87,8 @@ impl Opener {
                 }
                 Err(reason) => {
                     tracing::debug!(%reason, "the link gets no further connection for now");
+                    // The link may be gone before this is over, and its socket with it.
+                    drop(endpoint);
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
             }

@@ -8,6 +8,7 @@ use quinn::RecvStream;
 use tokio::sync::mpsc;
 
 use crate::id::PeerName;
+use crate::link::Places;
 use crate::quic::lanes::{Lanes, TAKEN, TICKET_BYTES, Ticket, ticket};
 use crate::quic::load::Load;
 
@@ -22,11 +23,17 @@ const WAITING_MAX: usize = 1;
 const STRAYS_MAX: usize = 2;
 
 /// The links of a listener that may have lanes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::quic) struct Registry {
     links: Mutex<HashMap<Ticket, Link>>,
-    /// How many lanes of each agent have not shown their ticket yet.
-    strays: Mutex<HashMap<PeerName, usize>>,
+    /// Lanes that have not shown their ticket yet.
+    strays: Arc<Places>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self { links: Mutex::default(), strays: Arc::new(Places::new(STRAYS_MAX)) }
+    }
 }
 
 #[derive(Debug)]
@@ -69,7 +76,7 @@ impl Registry {
         peer: &PeerName,
         load: Arc<Load>,
     ) -> Result<(), &'static str> {
-        let Some(stray) = Stray::take(&self.strays, peer) else {
+        let Some(stray) = self.strays.take(peer) else {
             return Err("an agent opens too many lanes at a time");
         };
         let shown = async {
@@ -111,35 +118,5 @@ impl Registry {
             }
         });
         Ok(())
-    }
-}
-
-/// A lane's place among those without a link.
-struct Stray<'a> {
-    strays: &'a Mutex<HashMap<PeerName, usize>>,
-    peer: &'a PeerName,
-}
-
-impl<'a> Stray<'a> {
-    fn take(strays: &'a Mutex<HashMap<PeerName, usize>>, peer: &'a PeerName) -> Option<Self> {
-        let mut held = strays.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = held.entry(peer.clone()).or_default();
-        if *count >= STRAYS_MAX {
-            return None;
-        }
-        *count += 1;
-        Some(Self { strays, peer })
-    }
-}
-
-impl Drop for Stray<'_> {
-    fn drop(&mut self) {
-        let mut held = self.strays.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = held.get_mut(self.peer) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(self.peer);
-            }
-        }
     }
 }
