@@ -2,27 +2,28 @@
 
 use std::path::Path;
 
-use backhaul_lab::link::{Link, LinkSpec};
+use backhaul_lab::link::{Link, LinkSpec, Probability};
 
 use crate::record::{Change, Record};
 use crate::sample::Sample;
 use crate::transfer::Transfer;
-use crate::{Span, pipeline};
+use crate::{Span, links, pipeline};
 
-const LINKS: [(&str, &str); 2] =
-    [("200 Mbit/s, 80 ms", "200mbit,40ms"), ("500 Mbit/s, 40 ms", "500mbit,20ms")];
 /// The first is the whole pipeline, the others are bare transports.
-const CONTENDERS: [&str; 4] = ["backhaul", "quinn-bbr", "noq-bbr3", "quinn-cubic"];
+const CONTENDERS: [&str; 3] = ["backhaul", "quinn-bbr", "noq-bbr3"];
 
-/// Measures every contender on the links whose names contain `only`, `runs` times each; prints a
-/// table.
+/// Measures every contender on the links of the report whose names contain `only`, without their
+/// loss, `runs` times each; prints a table.
 pub async fn run(dir: &Path, runs: usize, span: &Span, only: &str) -> anyhow::Result<()> {
     println!(
         "| clean link | sender | dropped by the queue (goal ≤ 1 %) | with the start | standing queue (goal ≤ 15 ms) | line filled |"
     );
     println!("| --- | --- | --- | --- | --- | --- |");
-    for (name, spec) in LINKS.iter().filter(|(name, _)| name.contains(only)) {
-        let spec: LinkSpec = spec.parse()?;
+    for (name, spec, _) in links::LINKS.iter().filter(|(name, ..)| name.contains(only)) {
+        let name = name.rsplit_once(", ").map_or(*name, |(clean, _)| clean);
+        let mut spec: LinkSpec = spec.parse()?;
+        spec.up.loss = Probability::ZERO;
+        spec.down.loss = Probability::ZERO;
         let mut samples = vec![<[Sample; 4]>::default(); CONTENDERS.len()];
         for _ in 0..runs {
             for (contender, samples) in CONTENDERS.iter().zip(&mut samples) {

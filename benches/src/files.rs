@@ -17,6 +17,7 @@ use backhaul_api::{Consistency, Machine};
 use backhaul_lab::disk::{DiskSpec, make_disk};
 use backhaul_lab::link::{Link, LinkSpec, Site};
 
+use crate::peer::Peer;
 use crate::sample::Sample;
 use crate::{links, pipeline, rivals};
 
@@ -24,11 +25,14 @@ use crate::{links, pipeline, rivals};
 pub const LINK: &str = "200mbit,40ms,0.5%";
 /// Longest that a run may take.
 const RUN_TIME_MAX: Duration = Duration::from_secs(3600);
+/// How often a peer is asked whether it is done, which takes a minute and more.
+const POLL: Duration = Duration::from_millis(20);
 /// The part that may be overwritten, which nobody does here.
 const SCRATCH_BYTES: u64 = 4096;
 
-/// Who is measured; the first is ours.
-pub const CONTENDERS: [&str; 4] = ["backhaul", "nbdcopy-tls", "rsync-zstd", "qemu-img"];
+const OURS: &str = "backhaul";
+/// Who is measured.
+pub const CONTENDERS: [&str; 4] = [OURS, "nbdcopy-tls", "rsync-zstd", "qemu-img"];
 
 /// What to measure.
 #[derive(Debug)]
@@ -41,6 +45,17 @@ pub struct Files {
     pub tcp: Option<String>,
     /// Who is measured; all of them when empty.
     pub contenders: Vec<String>,
+    /// After how many times Backhaul's own time a peer is cut off, if Backhaul is measured.
+    pub give_up: Option<f64>,
+}
+
+/// What one run of a contender took.
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    seconds: f64,
+    wire_bytes: u64,
+    /// Whether it was cut off: `seconds` is a bound from below then.
+    cut_off: bool,
 }
 
 /// Runs each in turn, `runs` times; prints a table.
@@ -59,19 +74,32 @@ pub async fn run(dir: &Path, runs: usize, what: &Files) -> anyhow::Result<()> {
         what.contenders.iter().map(String::as_str).collect()
     };
     let mut samples = vec![<[Sample; 2]>::default(); contenders.len()];
+    let mut cut_off = vec![false; contenders.len()];
     for _ in 0..runs {
-        for (contender, [seconds, sent]) in contenders.iter().zip(&mut samples) {
+        let mut time_max = RUN_TIME_MAX;
+        for (index, contender) in contenders.iter().enumerate() {
             let folder = tempfile::tempdir_in(dir)?;
-            let (took, bytes) = measure(folder.path(), &disk, what, contender)
+            let taken = measure(folder.path(), &disk, what, contender, time_max)
                 .await
                 .with_context(|| (*contender).to_owned())?;
-            eprintln!("{contender}: {took:.1} s, {} MiB on the wire", bytes >> 20);
-            seconds.push(took);
-            sent.push((bytes >> 20) as f64);
+            eprintln!("{contender}: {taken:.1?}");
+            if let (OURS, Some(times)) = (*contender, what.give_up) {
+                time_max = Duration::from_secs_f64(taken.seconds * times);
+            }
+            let [seconds, sent] = &mut samples[index];
+            seconds.push(taken.seconds);
+            sent.push((taken.wire_bytes >> 20) as f64);
+            cut_off[index] |= taken.cut_off;
         }
     }
-    let peers = contenders.iter().zip(&samples).filter(|(name, _)| **name != CONTENDERS[0]);
-    let best = peers.map(|(_, [seconds, _])| seconds.median()).fold(f64::INFINITY, f64::min);
+    let best = contenders
+        .iter()
+        .zip(&samples)
+        .zip(&cut_off)
+        .filter(|((name, _), _)| **name != OURS)
+        .map(|((_, [seconds, _]), cut_off)| (seconds.median(), *cut_off))
+        .min_by(|(one, _), (other, _)| one.total_cmp(other));
+    let (best, best_cut_off) = best.unwrap_or((f64::INFINITY, false));
     println!(
         "| {} MiB with {} MiB of files over {}, TCP with {} | seconds until durable | against the best peer (goal ≤ 0.33) | MiB on the wire |",
         what.size_bytes >> 20,
@@ -80,9 +108,14 @@ pub async fn run(dir: &Path, runs: usize, what: &Files) -> anyhow::Result<()> {
         what.tcp.as_deref().unwrap_or("this machine's default")
     );
     println!("| --- | --- | --- | --- |");
-    for (contender, [seconds, sent]) in contenders.iter().zip(&samples) {
+    for ((contender, [seconds, sent]), cut_off) in contenders.iter().zip(&samples).zip(cut_off) {
         let ratio = seconds.median() / best;
-        println!("| {contender} | {seconds:.1} | {ratio:.2} | {sent:.0} |");
+        let (at_least, at_most) = match (cut_off, best_cut_off) {
+            (true, _) => ("cut off after ", "at least "),
+            (false, true) => ("", "at most "),
+            (false, false) => ("", ""),
+        };
+        println!("| {contender} | {at_least}{seconds:.1} | {at_most}{ratio:.2} | {sent:.0} |");
     }
     Ok(())
 }
@@ -92,8 +125,9 @@ async fn measure(
     disk: &Path,
     what: &Files,
     contender: &str,
-) -> anyhow::Result<(f64, u64)> {
-    if contender == CONTENDERS[0] {
+    time_max: Duration,
+) -> anyhow::Result<Taken> {
+    if contender == OURS {
         return backhaul(dir, disk, &what.link).await;
     }
     let link = Link::start(what.link.clone())?;
@@ -103,12 +137,13 @@ async fn measure(
                 .with_context(|| format!("the congestion control \"{tcp}\" cannot be chosen"))?;
         }
     }
-    match contender {
+    let (_server, mut command) = match contender {
         "nbdcopy-tls" => nbdcopy(dir, disk, &link),
         "rsync-zstd" => rsync(dir, disk, &link),
         "qemu-img" => qemu_img(dir, disk, &link),
         other => anyhow::bail!("no contender is called {other}; there are {CONTENDERS:?}"),
-    }
+    }?;
+    timed(&link, &mut command, time_max)
 }
 
 /// The kernel's congestion control for what leaves a site. It goes with the route: a namespace's own
@@ -174,7 +209,7 @@ impl std::fmt::Display for Content {
     }
 }
 
-async fn backhaul(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<(f64, u64)> {
+async fn backhaul(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<Taken> {
     let mut rig = pipeline::prepare(dir, disk, spec, String::new()).await?;
     let began = Instant::now();
     rig.start_agent()?;
@@ -183,38 +218,55 @@ async fn backhaul(dir: &Path, disk: &Path, spec: &LinkSpec) -> anyhow::Result<(f
     };
     rig.wait("the sync", RUN_TIME_MAX, done).await?;
     let seconds = began.elapsed().as_secs_f64();
-    let bytes = pipeline::link(&rig)?.stats().up.entered_bytes;
+    let wire_bytes = pipeline::link(&rig)?.stats().up.entered_bytes;
     rig.stop();
-    Ok((seconds, bytes))
+    Ok(Taken { seconds, wire_bytes, cut_off: false })
 }
 
-/// The time of a command at site A, and what it sent.
-fn timed(link: &Link, command: &mut Command) -> anyhow::Result<(f64, u64)> {
+/// The time of a command at site A, and what it sent; one that takes longer than `time_max` is ended.
+fn timed(link: &Link, command: &mut Command, time_max: Duration) -> anyhow::Result<Taken> {
     let began = Instant::now();
-    let status = command.status().with_context(|| format!("{command:?} cannot be started"))?;
-    ensure!(status.success(), "{command:?}: {status}");
-    Ok((began.elapsed().as_secs_f64(), link.stats().up.entered_bytes))
+    let mut child = command.spawn().with_context(|| format!("{command:?} cannot be started"))?;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break Some(status);
+        }
+        if began.elapsed() > time_max {
+            child.kill()?;
+            child.wait()?;
+            break None;
+        }
+        // A foreign process tells nobody how long it still takes: it can only be asked again.
+        std::thread::sleep(POLL);
+    };
+    let seconds = began.elapsed().as_secs_f64();
+    if let Some(status) = status {
+        ensure!(status.success(), "{command:?}: {status}");
+    }
+    Ok(Taken { seconds, wire_bytes: link.stats().up.entered_bytes, cut_off: status.is_none() })
 }
 
-fn nbdcopy(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
-    let (_server, uri) = rivals::nbdkit_tls(dir, disk, link)?;
+fn nbdcopy(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(Peer, Command)> {
+    let (server, uri) = rivals::nbdkit_tls(dir, disk, link)?;
+    let mut command = link.site_a().command_in("nbdcopy");
     // The copy is all zeroes already: it need not write those.
-    let options = ["--flush", "--destination-is-zero"];
-    timed(link, link.site_a().command_in("nbdcopy").args(options).arg(disk).arg(uri))
+    command.args(["--flush", "--destination-is-zero"]).arg(disk).arg(uri);
+    Ok((server, command))
 }
 
-fn rsync(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
-    let (_server, to) = rivals::rsync_daemon(dir, link)?;
-    let options = ["--whole-file", "--sparse", "--fsync", "-z", "--zc=zstd"];
-    timed(link, link.site_a().command_in("rsync").args(options).arg(disk).arg(to))
+fn rsync(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(Peer, Command)> {
+    let (server, to) = rivals::rsync_daemon(dir, link)?;
+    let mut command = link.site_a().command_in("rsync");
+    command.args(["--whole-file", "--sparse", "--fsync", "-z", "--zc=zstd"]).arg(disk).arg(to);
+    Ok((server, command))
 }
 
-fn qemu_img(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(f64, u64)> {
-    let _server = rivals::nbdkit(dir, disk, link, &[])?;
+fn qemu_img(dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<(Peer, Command)> {
+    let server = rivals::nbdkit(dir, disk, link, &[])?;
     let uri = format!("nbd://{}", link.site_b().address());
-    // As many requests at a time as it has, in any order, and a flush at the end.
-    let options = ["convert", "-n", "--target-is-zero", "-W", "-m", "16", "-t", "writeback"];
-    let formats = ["-f", "raw", "-O", "raw"];
     let mut command = link.site_a().command_in("qemu-img");
-    timed(link, command.args(options).args(formats).arg(disk).arg(uri))
+    // As many requests at a time as it has, in any order, and a flush at the end.
+    command.args(["convert", "-n", "--target-is-zero", "-W", "-m", "16", "-t", "writeback"]);
+    command.args(["-f", "raw", "-O", "raw"]).arg(disk).arg(uri);
+    Ok((server, command))
 }

@@ -112,6 +112,9 @@ enum What {
         /// Only these contenders
         #[arg(long)]
         contender: Vec<String>,
+        /// Cut a peer off after so many times Backhaul's time; its row is a bound then
+        #[arg(long)]
+        give_up: Option<f64>,
     },
     /// How closely a ceiling holds, and how soon a changed one does
     Ceiling,
@@ -138,8 +141,9 @@ async fn main() -> anyhow::Result<()> {
         What::Startup { only } => startup::run(&dir, runs, &only).await,
         What::Clean { only } => clean::run(&dir, runs, &span, &only).await,
         What::Loopback => loopback::run(&dir, runs, &span),
-        What::Files { gib, link, tcp, contender } => {
-            let what = Files { size_bytes: gib << 30, link, tcp, contenders: contender };
+        What::Files { gib, link, tcp, contender, give_up } => {
+            let (size_bytes, contenders) = (gib << 30, contender);
+            let what = Files { size_bytes, link, tcp, contenders, give_up };
             files::run(&dir, runs, &what).await
         }
         What::Ceiling => ceiling::run(&dir, runs, &span).await,
