@@ -77,7 +77,7 @@ pub(crate) enum Verb {
     Image(ImageVerb),
     /// A whole failback on this machine, with throw-away keys: protect, sync, write, fail over,
     /// verify, commit
-    Lab(LabArguments),
+    Lab(Box<LabArguments>),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -233,7 +233,9 @@ pub(crate) struct LabArguments {
     #[arg(long, default_value_t = 6)]
     pub(crate) seconds: u64,
     /// Put a link between the two, as root: rate, one-way delay, loss, such as
-    /// `200mbit,40ms,0.5%`
+    /// `200mbit,40ms,0.5%`, then any of queue=50ms, jitter=2ms, reorder=1%, reorder_by=2ms,
+    /// duplicate=1%, blackout=20s+5s (up, dark, again), blackhole=1300, mtu=1420, seed=1; up. or
+    /// down. before a key means one direction
     #[arg(long)]
     pub(crate) link: Option<LinkSpec>,
     /// Keep everything in this folder, which must be empty or absent

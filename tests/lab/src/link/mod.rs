@@ -21,4 +21,4 @@ mod tun;
 pub use namespace::Site;
 pub use shaper::{Departure, DirectionStats, DropReason, PACKETS_IN_FLIGHT_MAX, Shaper, Verdict};
 pub use site_link::{Link, LinkError, LinkStats, Unavailable, is_available};
-pub use spec::{BitRate, DirectionSpec, LinkSpec, LinkSpecError, Probability};
+pub use spec::{BitRate, Blackout, DirectionSpec, LinkSpec, LinkSpecError, Probability};

@@ -19,6 +19,8 @@ pub struct Shaper<P> {
     spec: DirectionSpec,
     random: Random,
     blackout: bool,
+    /// When the first packet entered.
+    began_at: Option<Instant>,
     /// When the last bit of the last packet leaves the bottleneck; `None` before the first.
     wire_free_at: Option<Instant>,
     /// What integer division left of the last packet's wire time, in bit-nanoseconds a second:
@@ -112,6 +114,7 @@ impl<P> Shaper<P> {
             spec,
             random: Random::new(seed),
             blackout: false,
+            began_at: None,
             wire_free_at: None,
             wire_carry: 0,
             arrives_after: None,
@@ -125,7 +128,8 @@ impl<P> Shaper<P> {
     pub fn handle_packet(&mut self, now: Instant, len_bytes: usize, packet: P) -> Verdict<P> {
         self.stats.entered_packets += 1;
         self.stats.entered_bytes += len_bytes as u64;
-        if self.blackout {
+        let age = now.saturating_duration_since(*self.began_at.get_or_insert(now));
+        if self.blackout || self.spec.blackout.is_some_and(|blackout| blackout.is_dark(age)) {
             self.stats.dropped_by_blackout += 1;
             return Verdict::Dropped { reason: DropReason::Blackout, packet };
         }
@@ -404,6 +408,18 @@ mod tests {
         let arrived: Vec<u64> = drain(&mut line, start).into_iter().map(|(_, n)| n).collect();
         assert_eq!(arrived, [1, 3]);
         assert_eq!(line.stats().dropped_by_blackout, 1);
+    }
+
+    #[test]
+    fn a_line_goes_dark_by_itself_again_and_again() {
+        let mut line = shaper("80mbit,5ms,blackout=3s+1s");
+        let start = Instant::now();
+        let passes = |at_millis| {
+            let now = start + Duration::from_millis(at_millis);
+            line.handle_packet(now, 1000, 0) == Verdict::Accepted
+        };
+        let passed = [0, 2999, 3000, 3999, 4000, 6999, 7000, 8000].map(passes);
+        assert_eq!(passed, [true, true, false, false, true, true, false, true]);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use std::time::Duration;
 /// | `reorder` | `1%`: packets held back by `reorder_by`, so that later ones overtake them | 0 |
 /// | `reorder_by` | how long those are held back | `2ms` |
 /// | `duplicate` | `0.1%`: packets that arrive twice | 0 |
+/// | `blackout` | `20s+5s`: 20 s up and 5 s dark, again and again, from the first packet on | never dark |
 /// | `blackhole` | packets above this many bytes vanish without a word | none |
 /// | `mtu` | of both devices, in bytes (no direction) | 1420 |
 /// | `seed` | of every random choice (no direction) | 1 |
@@ -57,6 +58,37 @@ pub struct DirectionSpec {
     pub duplicate: Probability,
     /// Larger packets vanish silently although the device's MTU admits them: an MTU black hole.
     pub blackhole_bytes: Option<u16>,
+    /// When the line goes dark by itself.
+    pub blackout: Option<Blackout>,
+}
+
+/// A line that is up for a time and dark for a time, again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blackout {
+    /// How long it is up, first.
+    pub up: Duration,
+    /// How long it is dark then; more than 0.
+    pub dark: Duration,
+}
+
+impl Blackout {
+    /// Whether the line is dark this long after its first packet.
+    pub fn is_dark(self, age: Duration) -> bool {
+        let (up, dark) = (self.up.as_nanos(), self.dark.as_nanos());
+        age.as_nanos() % (up + dark).max(1) >= up
+    }
+}
+
+impl FromStr for Blackout {
+    type Err = LinkSpecError;
+
+    fn from_str(text: &str) -> Result<Self, LinkSpecError> {
+        let time = |text| parse_duration("blackout", text).ok();
+        text.split_once('+')
+            .and_then(|(up, dark)| Some(Self { up: time(up)?, dark: time(dark)? }))
+            .filter(|blackout| !blackout.dark.is_zero())
+            .ok_or_else(|| wrong("blackout", text, "a time up and a time dark such as 20s+5s"))
+    }
 }
 
 impl DirectionSpec {
@@ -72,6 +104,7 @@ impl DirectionSpec {
             reorder_by: REORDER_BY_DEFAULT,
             duplicate: Probability::ZERO,
             blackhole_bytes: None,
+            blackout: None,
         }
     }
 
@@ -87,6 +120,7 @@ impl DirectionSpec {
             "reorder_by" => self.reorder_by = parse_duration(key, value)?,
             "duplicate" => self.duplicate = value.parse()?,
             "blackhole" => self.blackhole_bytes = Some(parse_packet_size(key, value)?),
+            "blackout" => self.blackout = Some(value.parse()?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -192,6 +226,9 @@ impl DirectionSpec {
         if let Some(bytes) = self.blackhole_bytes {
             items.push(format!("blackhole={bytes}"));
         }
+        if let Some(Blackout { up, dark }) = self.blackout {
+            items.push(format!("blackout={}us+{}us", up.as_micros(), dark.as_micros()));
+        }
         items
     }
 }
@@ -281,7 +318,7 @@ pub enum LinkSpecError {
     /// A key that no link has.
     #[error(
         "link: \"{key}\" is not known; use rate, delay, loss, queue, jitter, reorder, reorder_by, \
-         duplicate or blackhole (each also with up. or down. before it), mtu or seed"
+         duplicate, blackout or blackhole (each also with up. or down. before it), mtu or seed"
     )]
     UnknownKey {
         /// The key as written.
@@ -359,13 +396,15 @@ mod tests {
     #[test]
     fn keys_and_directions_are_told_apart_and_printed_so_that_they_read_back() {
         let text = "200Mbit/s,40ms,0.5%,queue=20ms,up.jitter=2ms,down.rate=20mbit,mtu=1300,\
-                    reorder=1%,up.reorder_by=500us,duplicate=0.0000001%,down.blackhole=1280,seed=9";
+                    reorder=1%,up.reorder_by=500us,duplicate=0.0000001%,down.blackhole=1280,up.blackout=20s+500ms,seed=9";
         let spec: LinkSpec = text.parse().unwrap();
         assert_eq!(spec.down.rate, BitRate(20_000_000));
         assert_eq!(spec.up.jitter, Duration::from_millis(2));
         assert_eq!(spec.down.jitter, Duration::ZERO);
         assert_eq!(spec.up.duplicate.parts_per_billion, 1);
         assert_eq!(spec.down.blackhole_bytes, Some(1280));
+        let (up, dark) = (Duration::from_secs(20), Duration::from_millis(500));
+        assert_eq!((spec.up.blackout, spec.down.blackout), (Some(Blackout { up, dark }), None));
         assert_eq!(spec.to_string().parse::<LinkSpec>().unwrap(), spec);
         let plain: LinkSpec = "50mbit".parse().unwrap();
         assert_eq!(plain.to_string().parse::<LinkSpec>().unwrap(), plain);
@@ -395,5 +434,7 @@ mod tests {
         assert!(error("99999999999999999999gbit").contains("rate"));
         assert!(error("200mbit,-4ms").contains("time"));
         assert!(error("200mbit,61s").contains("60s"));
+        assert!(error("200mbit,blackout=5s").contains("\"5s\" is not a time up and a time dark"));
+        assert!(error("200mbit,blackout=5s+0s").contains("a time dark"));
     }
 }
