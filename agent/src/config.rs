@@ -10,7 +10,9 @@ use backhaul_proto::id::{DiskName, MachineName, PeerName};
 use backhaul_proto::identity::IdentityFiles;
 use backhaul_proto::limits::{DISKS_MAX, MACHINES_MAX};
 use backhaul_proto::link::TransportChoice;
-use backhaul_proto::quic::{CONNECTIONS_MAX, Congestion, Connections};
+use backhaul_proto::quic::{
+    CONNECTIONS_MAX, Congestion, Connections, TransportOptions, WINDOW_BYTES,
+};
 
 use crate::batch::CompressionChoice;
 
@@ -41,6 +43,8 @@ pub struct Config {
     pub congestion: Congestion,
     /// How many connections the link is given.
     pub connections: Connections,
+    /// Most bytes of the link that are under way (default 48 MiB).
+    pub link_window_bytes: u32,
     /// Ceilings of the link as a whole, over the week. Read again on SIGHUP.
     pub limit: BandwidthLimits,
     /// Longest a write waits for others before its batch is sealed.
@@ -86,6 +90,16 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
         load(path, read)
     }
+
+    /// How the link's transport is tuned; without a ceiling.
+    pub fn transport_options(&self) -> TransportOptions {
+        TransportOptions {
+            congestion: self.congestion,
+            connections: self.connections,
+            window_bytes: self.link_window_bytes,
+            ..TransportOptions::default()
+        }
+    }
 }
 
 fn read(top: &Table<'_>) -> Option<Config> {
@@ -107,6 +121,8 @@ fn read(top: &Table<'_>) -> Option<Config> {
     };
     let congestion = read_congestion(top);
     let connections = read_connections(top, congestion, transport);
+    let link_window =
+        top.within("link_window", Size(WINDOW_BYTES.into()), Size(16 << 20)..=Size(1 << 30));
     let limit = top.or("limit", BandwidthLimits::default());
     let batch_delay = top.within(
         "batch_delay",
@@ -143,6 +159,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
         transport: transport?,
         congestion: congestion?,
         connections: connections?,
+        link_window_bytes: link_window?.0 as u32,
         limit: limit?,
         batch_delay: batch_delay?,
         nbd_unix,
@@ -289,6 +306,10 @@ mod tests {
         assert_eq!(config.machines[0].disks[0].export, "web01-disk0");
         assert_eq!(config.queue_bytes, 64 << 20);
         assert_eq!(config.reference_index_bytes, 32 << 20);
+        assert_eq!(config.transport_options().window_bytes, 48 << 20);
+        let wider = format!("link_window = \"96 MiB\"\n{text}");
+        let config = parse(Path::new("a.toml"), &wider, read).unwrap();
+        assert_eq!(config.transport_options().window_bytes, 96 << 20);
     }
 
     #[test]

@@ -81,12 +81,7 @@ pub async fn run(
     let mut options = ConnectOptions {
         choice: config.transport,
         expected: config.target_name.clone(),
-        transport: TransportOptions {
-            congestion: config.congestion,
-            rate_limit: ceiling.clone(),
-            connections: config.connections,
-            ..TransportOptions::default()
-        },
+        transport: TransportOptions { rate_limit: ceiling.clone(), ..config.transport_options() },
         lan_over_tcp,
     };
     let mut doubted: Option<Instant> = None;

@@ -15,7 +15,7 @@ use backhaul_proto::link::{
 use backhaul_proto::message::{
     AgentMessage, ProbeReply, ProbeRequest, TargetMessage, agent_message, target_message,
 };
-use backhaul_proto::quic::TransportOptions;
+use backhaul_proto::quic::{Connections, TransportOptions};
 use serde::Serialize;
 
 use crate::capture::now_us;
@@ -115,7 +115,7 @@ impl Limit {
 pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow::Result<Report> {
     let identity = Arc::new(Identity::load(&config.identity, Role::Agent)?);
     let transport =
-        TransportOptions { congestion: config.congestion, ..TransportOptions::default() };
+        TransportOptions { connections: Connections::Auto, ..config.transport_options() };
     let mut reach = Vec::new();
     let mut found: Option<Connection> = None;
     let mut first_failure = None;

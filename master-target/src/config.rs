@@ -9,6 +9,7 @@ use backhaul_disk_image::{AdapterType, Kind};
 use backhaul_proto::id::{DiskName, MachineName, PeerName};
 use backhaul_proto::identity::IdentityFiles;
 use backhaul_proto::limits::DISKS_MAX;
+use backhaul_proto::quic::WINDOW_BYTES;
 
 /// Everything the target is told.
 #[derive(Debug, Clone)]
@@ -25,6 +26,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// This target's identity.
     pub identity: IdentityFiles,
+    /// Most bytes that are under way on the link of an agent (default 48 MiB).
+    pub link_window_bytes: u32,
     /// Bytes of received batches that may wait for stable storage (default 64 MiB), all machines
     /// together: it is divided among them, and bounds what agents may have under way.
     pub receive_memory_bytes: u64,
@@ -74,6 +77,8 @@ fn read(top: &Table<'_>) -> Option<Config> {
     let store = top.or("store", PathBuf::from("/var/lib/backhaul"));
     let api_socket = top.or("api_socket", PathBuf::from("/run/backhaul/api.sock"));
     let metrics = top.parsed_or("metrics", None);
+    let link_window =
+        top.within("link_window", Size(WINDOW_BYTES.into()), Size(16 << 20)..=Size(1 << 30));
     let memory = top.within("receive_memory", Size(64 << 20), Size(8 << 20)..=Size(8 << 30));
     let journal = top.within("journal", Size(16 << 30), Size(256 << 20)..=Size(1 << 50));
     let identity = top.table("identity", |table| {
@@ -99,6 +104,7 @@ fn read(top: &Table<'_>) -> Option<Config> {
         api_socket: api_socket?,
         metrics: metrics?,
         identity: identity?,
+        link_window_bytes: link_window?.0 as u32,
         receive_memory_bytes: memory?.0,
         journal_bytes_max: journal?.0,
         machines: machines?,

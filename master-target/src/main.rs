@@ -152,7 +152,8 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     }
     let api_socket = api::bind(&config.api_socket)
         .with_context(|| format!("the API cannot be served on {}", config.api_socket.display()))?;
-    let options = TransportOptions::default();
+    let window_bytes = config.link_window_bytes;
+    let options = TransportOptions { window_bytes, ..TransportOptions::default() };
     let listener = Listener::bind(config.listen, &identity, &options, config.tcp).await?;
     let target = tokio::task::block_in_place(|| Target::new(config, counters))?;
     tracing::info!(address = %listener.local_address()?, name = %identity.name(), "waiting for agents");

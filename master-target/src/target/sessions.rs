@@ -298,11 +298,13 @@ impl Target {
             agent_message::Kind::Hello(_) => self.drop_link(id, "the agent said hello twice"),
             agent_message::Kind::Probe(_) => self.drop_link(id, "the agent probes in a session"),
             agent_message::Kind::Heartbeat(Heartbeat { nonce, .. }) => {
+                // What the cores are worth is worth it to all links together.
+                let connections_max = (connections_here() / self.links.len().max(1)).max(1) as u32;
                 if let Some(link) = self.links.get(&id) {
                     link.up.control(target_message::Kind::Heartbeat(Heartbeat {
                         nonce,
                         load_percent: link.up.connection.load_percent(),
-                        connections_max: connections_here() as u32,
+                        connections_max,
                     }));
                 }
             }

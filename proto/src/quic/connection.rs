@@ -140,7 +140,7 @@ impl Connection {
     pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
-        self.bulk.follow(self.lanes.congestion_windows());
+        self.bulk.follow(self.lanes.congestion_windows(Instant::now()));
         let _place = self.bulk.place(bytes).await;
         let lane = self.lanes.pick(bytes as u64);
         let mut stream = lane.connection.open_uni().await.map_err(ended)?;
@@ -148,7 +148,7 @@ impl Connection {
         stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
         stream.finish().map_err(|error| broken(error.to_string()))?;
         let acknowledged = stream.stopped().await;
-        self.bulk.follow(self.lanes.congestion_windows());
+        self.bulk.follow(self.lanes.congestion_windows(Instant::now()));
         acknowledged.map(drop).map_err(|error| broken(error.to_string()))
     }
 
@@ -181,7 +181,7 @@ impl Connection {
         let first = self.quinn.stats();
         let mut stats = LinkStats {
             rtt: first.path.rtt,
-            congestion_window_bytes: self.lanes.congestion_windows(),
+            congestion_window_bytes: self.lanes.congestion_windows(Instant::now()),
             mtu_bytes: first.path.current_mtu,
             socket: self.socket,
             connections: self.lanes.in_use() as u32,
@@ -210,22 +210,18 @@ impl Connection {
     /// It knocks for as long as the peer is silent. In a blackout the window is full of what was lost,
     /// and the transport's own probes come at intervals that double: a link that is back after five
     /// seconds would stay idle for another five. So every knock lets a few packets out; with heartbeats
-    /// to carry, the first acknowledgement comes within about a second.
+    /// to carry, the first acknowledgement comes within about a second. Each connection is knocked at by
+    /// itself: the first one heard does not wake the others.
     ///
     /// And it opens more connections while one core is what limits the link.
     pub async fn look_after(&self) {
         let mut period = tokio::time::interval(UPKEEP_PERIOD);
-        let mut heard = 0;
         loop {
             let now = period.tick().await;
-            let mut now_heard = 0;
-            self.lanes.each(|connection| now_heard += connection.stats().udp_rx.datagrams);
-            if now_heard == heard {
-                self.lanes.knock();
-            } else if let Some(opener) = &self.opener {
+            let is_heard = self.lanes.look_after();
+            if let Some(opener) = self.opener.as_ref().filter(|_| is_heard) {
                 opener.handle_second(now.into_std(), &self.lanes, self.remote_address());
             }
-            heard = now_heard;
         }
     }
 

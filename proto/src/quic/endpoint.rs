@@ -11,7 +11,8 @@ use thiserror::Error;
 
 use crate::id::PeerName;
 use crate::identity::{Identity, IdentityError, Role, certificate_reason, holder};
-use crate::quic::lanes::{LANE_ALPN, Lanes, Opener, Registry};
+use crate::quic::congestion::Siblings;
+use crate::quic::lanes::{LANE_ALPN, Lane, Lanes, Opener, Registry};
 use crate::quic::load::{MeasuredRuntime, of_driver};
 use crate::quic::socket::{self, SocketFacts};
 use crate::quic::{
@@ -201,7 +202,8 @@ impl Handshake {
         }
         connection.set_receive_window(VarInt::from_u32(self.window_bytes));
         let (ceiling, window_bytes) = (RateLimit::default(), self.window_bytes);
-        let lanes = Arc::new(Lanes::new(connection.clone(), load, ceiling, window_bytes));
+        let first = Lane::new(connection.clone(), load);
+        let lanes = Arc::new(Lanes::new(first, Siblings::default(), ceiling, window_bytes));
         let batches = self.links.open(&connection, &name, &lanes);
         let connection = Connection::new(connection, name, self.facts, self.window_bytes, lanes);
         Ok(Some(connection.with_lanes_coming(batches)))
@@ -236,7 +238,8 @@ pub async fn connect(
     let tls = identity.client_config(expected).map_err(|error| local(error.to_string()))?;
     let tls = QuicClientConfig::try_from(tls).map_err(|error| local(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
-    config.transport_config(Arc::new(options.to_quinn()));
+    let siblings = Siblings::default();
+    config.transport_config(Arc::new(options.to_quinn(siblings.clone())));
     let any: SocketAddr = match address {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -259,14 +262,15 @@ pub async fn connect(
         let reason = "it showed no certificate".into();
         return Err(ConnectError::Certificate { address, reason });
     };
-    let of_lanes = lane_config(identity, Some(name.clone()), options)?;
+    let of_lanes = lane_config(identity, Some(name.clone()), options, siblings.clone())?;
     let connections = match options.congestion {
         Congestion::Auto => options.connections,
         _ => Connections::Exactly(1),
     };
     let opener = Opener::new(endpoint, of_lanes, connections, connections_here());
     let (ceiling, window_bytes) = (options.rate_limit.clone(), options.window_bytes);
-    let lanes = Arc::new(Lanes::new(connection.clone(), load, ceiling, window_bytes));
+    let first = Lane::new(connection.clone(), load);
+    let lanes = Arc::new(Lanes::new(first, siblings, ceiling, window_bytes));
     let connection = Connection::new(connection, name, facts, options.window_bytes, lanes);
     Ok(connection.with_opener(opener))
 }
@@ -276,13 +280,14 @@ pub(super) fn lane_config(
     identity: &Identity,
     expected: Option<PeerName>,
     options: &TransportOptions,
+    siblings: Siblings,
 ) -> Result<quinn::ClientConfig, ConnectError> {
     let local = |error: String| ConnectError::Local(error);
     let mut tls = identity.client_config(expected).map_err(|error| local(error.to_string()))?;
     tls.alpn_protocols = vec![LANE_ALPN.to_vec()];
     let tls = QuicClientConfig::try_from(tls).map_err(|error| local(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
-    config.transport_config(Arc::new(options.to_quinn_lane()));
+    config.transport_config(Arc::new(options.to_quinn_lane(siblings)));
     Ok(config)
 }
 

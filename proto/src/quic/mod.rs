@@ -21,4 +21,4 @@ pub use endpoint::{AcceptError, BindError, ConnectError, Handshake, Listener, co
 pub use lanes::{CONNECTIONS_MAX, Connections, connections_here};
 pub use socket::SocketFacts;
 pub use streams::{BatchStream, ReceiveHalf, SendHalf};
-pub use transport::{Congestion, TransportOptions};
+pub use transport::{Congestion, TransportOptions, WINDOW_BYTES};

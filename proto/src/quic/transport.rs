@@ -7,7 +7,7 @@ use std::time::Duration;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
 
 use crate::quic::Connections;
-use crate::quic::congestion::{Limited, Method, RateLimit};
+use crate::quic::congestion::{Limited, Method, RateLimit, Siblings};
 use crate::quic::lanes::lane_window_bytes;
 
 /// Largest UDP payload that path-MTU discovery tries. quinn sends ten segments at a time, and ten
@@ -17,6 +17,9 @@ const UDP_PAYLOAD_BYTES_MAX: u16 = 6500;
 /// Copies of control frames that wait to leave, or to be read, in bytes; older ones give way. The
 /// stream has them all, so this only has to reach a moment.
 const COPIES_BYTES: usize = 64 << 10;
+
+/// What may be under way in each direction, in bytes, when nothing else is said.
+pub const WINDOW_BYTES: u32 = 48 << 20;
 
 /// Receive window of a lane at an agent, which needs none.
 const LANE_WINDOW_BYTES: u32 = 4 << 10;
@@ -58,8 +61,9 @@ pub struct TransportOptions {
     /// How many connections an agent's link is given (default [`Connections::Auto`]). A link with a
     /// ceiling, or with another [`Congestion`] than [`Congestion::Auto`], uses one, whatever this says.
     pub connections: Connections,
-    /// Most bytes that may be under way in each direction (default 48 MiB), a bound on memory: batches
-    /// take of it what the path is measured to carry. A link whose bandwidth × delay is more than a
+    /// Most bytes that may be under way in each direction (default [`WINDOW_BYTES`]), a bound on memory:
+    /// batches take of it what the path is measured to carry. A target whose link has all its lanes may
+    /// hold 15/8 of it. A link whose bandwidth × delay is more than a
     /// fifth of it may not be filled.
     pub window_bytes: u32,
     /// Batch streams that may be open at a time (default 256).
@@ -78,7 +82,7 @@ impl Default for TransportOptions {
             congestion: Congestion::Auto,
             rate_limit: RateLimit::default(),
             connections: Connections::Auto,
-            window_bytes: 48 << 20,
+            window_bytes: WINDOW_BYTES,
             streams_max: 256,
             idle_timeout: Duration::from_secs(10),
             socket_buffer_bytes: 8 << 20,
@@ -87,7 +91,8 @@ impl Default for TransportOptions {
 }
 
 impl TransportOptions {
-    pub(crate) fn to_quinn(&self) -> quinn::TransportConfig {
+    /// `siblings` is common to the connections of a link.
+    pub(crate) fn to_quinn(&self, siblings: Siblings) -> quinn::TransportConfig {
         let mut config = quinn::TransportConfig::default();
         // A stream window of 2 MiB holds any batch, and keeps a stream far from the 1,024 gaps at
         // which the peer gives the connection up.
@@ -117,21 +122,22 @@ impl TransportOptions {
             }
         };
         let limit = self.rate_limit.clone();
-        config.congestion_controller_factory(Arc::new(Limited { method, limit }));
+        config.congestion_controller_factory(Arc::new(Limited { method, limit, siblings }));
         config
     }
 
     /// For a target, which learns only after the handshake whether a connection is a lane: it begins
     /// with a lane's share of the window, and a link's first one is given all of it then.
     pub(crate) fn to_quinn_target(&self) -> quinn::TransportConfig {
-        let mut config = self.to_quinn();
+        // It sends little, and has nothing to share.
+        let mut config = self.to_quinn(Siblings::default());
         config.receive_window(VarInt::from_u32(lane_window_bytes(self.window_bytes)));
         config
     }
 
     /// For lanes of an agent, on which nothing but acknowledgements comes back.
-    pub(crate) fn to_quinn_lane(&self) -> quinn::TransportConfig {
-        let mut config = self.to_quinn();
+    pub(crate) fn to_quinn_lane(&self, siblings: Siblings) -> quinn::TransportConfig {
+        let mut config = self.to_quinn(siblings);
         config.receive_window(VarInt::from_u32(LANE_WINDOW_BYTES));
         config.max_concurrent_uni_streams(VarInt::from_u32(0));
         config.max_concurrent_bidi_streams(VarInt::from_u32(0));

@@ -12,6 +12,7 @@ use quinn_proto::RttEstimator;
 use crate::quic::congestion::ceiling::{Ceiling, RateLimit};
 use crate::quic::congestion::fixed::Fixed;
 use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
+use crate::quic::congestion::share::Siblings;
 
 /// Packets that one knock lets out: the window is full of what was lost, and never had room for them.
 const KNOCK_PACKETS: u32 = 4;
@@ -49,6 +50,7 @@ pub(crate) enum Method {
 pub(crate) struct Limited {
     pub(crate) method: Method,
     pub(crate) limit: RateLimit,
+    pub(crate) siblings: Siblings,
 }
 
 impl ControllerFactory for Limited {
@@ -72,6 +74,7 @@ impl ControllerFactory for Limited {
             inner,
             ceiling,
             limit: self.limit.clone(),
+            siblings: self.siblings.clone(),
             mtu: current_mtu,
             lost_bytes: 0,
             in_flight_bytes: 0,
@@ -85,6 +88,12 @@ impl ControllerFactory for Limited {
 pub(crate) fn stats(connection: &quinn::Connection) -> Option<CongestionStats> {
     let adapter = connection.congestion_state().into_any().downcast::<Adapter>().ok()?;
     Some(adapter.stats())
+}
+
+/// Whether a knock at `connection` was not answered yet.
+pub(crate) fn is_knocking(connection: &quinn::Connection) -> bool {
+    let adapter = connection.congestion_state().into_any().downcast::<Adapter>();
+    adapter.is_ok_and(|adapter| adapter.knocks.load(Ordering::Relaxed) > 0)
 }
 
 /// Lets a few packets of `connection` out beyond its window, until the next acknowledgement.
@@ -104,6 +113,7 @@ struct Adapter {
     inner: Inner,
     ceiling: Ceiling,
     limit: RateLimit,
+    siblings: Siblings,
     mtu: u16,
     lost_bytes: u64,
     /// What was under way when the peer was last heard, and what was sent since, before any knock.
@@ -197,7 +207,10 @@ impl Controller for Adapter {
         self.in_flight_bytes = in_flight;
         let limited = app_limited || self.is_capped();
         match &mut self.inner {
-            Inner::Auto(flow) => flow.on_end_acks(now, in_flight, limited),
+            Inner::Auto(flow) => {
+                flow.set_siblings(self.siblings.count());
+                flow.on_end_acks(now, in_flight, limited);
+            }
             Inner::Cubic(cubic) => {
                 cubic.on_end_acks(now, in_flight, limited, largest_packet_num_acked);
             }
@@ -263,6 +276,7 @@ impl Controller for Adapter {
             inner,
             ceiling: self.ceiling.clone(),
             limit: self.limit.clone(),
+            siblings: self.siblings.clone(),
             mtu: self.mtu,
             lost_bytes: self.lost_bytes,
             in_flight_bytes: self.in_flight_bytes,

@@ -138,6 +138,11 @@ impl Flow {
         }
     }
 
+    /// So many connections of one link, this one among them, share a path.
+    pub(super) fn set_siblings(&mut self, count: usize) {
+        self.share.set_siblings(count);
+    }
+
     /// The size of packets has changed.
     pub(super) fn on_mtu(&mut self, mtu: u16) {
         self.mtu_bytes = mtu.into();
@@ -309,7 +314,8 @@ impl Flow {
     /// Takes up, follows or gives up Cubic's law.
     fn follow_rival(&mut self, now: Instant, end: &RoundEnd, congested: bool) {
         if !self.is_shared() {
-            (self.rival, self.share) = (None, Share::default());
+            self.rival = None;
+            self.share.forget();
             return;
         }
         let start = self.window_bytes / self.mtu_bytes;

@@ -35,4 +35,5 @@ mod sim;
 pub use adapter::CongestionStats;
 pub use ceiling::RateLimit;
 
-pub(crate) use adapter::{Limited, Method, knock, stats};
+pub(crate) use adapter::{Limited, Method, is_knocking, knock, stats};
+pub(crate) use share::Siblings;

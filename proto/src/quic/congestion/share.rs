@@ -8,6 +8,8 @@
 //! One dip is a rough measure: the others move too. Their packets make the round-trip time fall too
 //! little as often as too much, so the mean of several dips is good to about an eighth.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Who has less than this of a bottleneck need not yield. Below one half, so that two of our kind
@@ -25,9 +27,32 @@ const LOSS_ROUNDS: f64 = 24.0;
 /// From this share on there is hardly anybody else.
 const ALONE: f64 = 0.7;
 
+/// How many connections of one link share what is due to it. All of them look at the same number.
+#[derive(Debug, Clone)]
+pub(crate) struct Siblings(Arc<AtomicUsize>);
+
+impl Default for Siblings {
+    fn default() -> Self {
+        Self(Arc::new(AtomicUsize::new(1)))
+    }
+}
+
+impl Siblings {
+    /// So many are in use now.
+    pub(crate) fn set(&self, count: usize) {
+        self.0.store(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// Estimate of our share, between dips.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Share {
+    /// What is due to us where nothing is lost.
+    fair: f64,
     estimate: Option<f64>,
     /// Loss beyond the link's own, as a share of packets.
     excess: f64,
@@ -35,7 +60,23 @@ pub(super) struct Share {
     before: Option<(f64, Duration)>,
 }
 
+impl Default for Share {
+    fn default() -> Self {
+        Self { fair: FAIR, estimate: None, excess: 0.0, before: None }
+    }
+}
+
 impl Share {
+    /// So many connections of our link, this one among them, share what is due to one.
+    pub(super) fn set_siblings(&mut self, count: usize) {
+        self.fair = FAIR / count.max(1) as f64;
+    }
+
+    /// Nothing is known of the others any more.
+    pub(super) fn forget(&mut self) {
+        *self = Self { fair: self.fair, ..Self::default() };
+    }
+
     /// Our part of the bottleneck's rate, 0 to 1, when a dip was measured.
     #[cfg(test)]
     pub(super) fn estimate(&self) -> Option<f64> {
@@ -85,7 +126,7 @@ impl Share {
     }
 
     fn due(&self) -> f64 {
-        FAIR * (1.0 - self.excess / LOSS_BEARABLE).max(0.0)
+        self.fair * (1.0 - self.excess / LOSS_BEARABLE).max(0.0)
     }
 }
 
@@ -127,6 +168,20 @@ mod tests {
             dip(&mut share, 90e3, 10e3);
         }
         assert!(share.is_alone());
+    }
+
+    #[test]
+    fn what_is_due_to_a_link_is_due_to_its_connections_together() {
+        let mut share = Share::default();
+        dip(&mut share, 20e3, 80e3);
+        assert!(share.is_wronged());
+        share.set_siblings(3);
+        assert!(!share.is_wronged(), "a fifth is more than a third of a half");
+        share.forget();
+        dip(&mut share, 10e3, 90e3);
+        assert!(share.is_wronged());
+        dip(&mut share, 40e3, 60e3);
+        assert!(!share.is_wronged(), "it is still one of three");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! How many connections a link should use.
 
-/// Most connections of a link: each has a congestion controller of its own, and they share one
-/// receive window.
+/// Most connections of a link: each has a congestion controller of its own, and all but the first an
+/// eighth of the first one's receive window.
 pub const CONNECTIONS_MAX: usize = 8;
 
 /// A driver that is at work for this share of the time is the limit. Short of all of it: between two

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use quinn::VarInt;
 
-use crate::quic::congestion::{self, CongestionStats, RateLimit};
+use crate::quic::congestion::{self, CongestionStats, RateLimit, Siblings};
 use crate::quic::load::Load;
 
 pub use count::{CONNECTIONS_MAX, Connections};
@@ -45,6 +45,10 @@ const TAKEN: u8 = 1;
 /// What is wrong with a link, or why it was closed, comes with its first connection, and so long it may
 /// come after the others.
 const FIRST_GRACE: Duration = Duration::from_secs(1);
+
+/// How old a congestion window may be that batches are counted out by. A connection says its own when its
+/// driver lets it, and that is busy where there are lanes.
+const WINDOWS_PERIOD: Duration = Duration::from_millis(5);
 
 /// A datagram that nobody reads.
 const KNOCK: &[u8] = &[0];
@@ -71,13 +75,49 @@ fn ticket(first: &quinn::Connection) -> Option<Ticket> {
     Some(ticket)
 }
 
-/// One connection of a link.
-#[derive(Debug)]
-struct Lane {
+/// One connection of a link. Clones share it.
+#[derive(Debug, Clone)]
+pub(super) struct Lane {
     connection: quinn::Connection,
     load: Arc<Load>,
     /// Bytes of batches that were given to it and are not acknowledged.
     pending_bytes: Arc<AtomicU64>,
+    /// Its congestion window, a while ago.
+    window_bytes: Arc<AtomicU64>,
+    /// Datagrams that had come when it was looked after last.
+    heard: Arc<AtomicU64>,
+}
+
+impl Lane {
+    /// A connection and the load of its driver.
+    pub(super) fn new(connection: quinn::Connection, load: Arc<Load>) -> Self {
+        let window_bytes = Arc::new(AtomicU64::new(connection.stats().path.cwnd));
+        let (pending_bytes, heard) = Default::default();
+        Self { connection, load, pending_bytes, window_bytes, heard }
+    }
+
+    fn pending_bytes(&self) -> u64 {
+        self.pending_bytes.load(Ordering::Relaxed)
+    }
+
+    fn window_bytes(&self) -> u64 {
+        self.window_bytes.load(Ordering::Relaxed)
+    }
+
+    /// How long `bytes` more would take it, in round trips. One that has nothing to do is given something,
+    /// however little it is known to carry: how else would it learn?
+    fn round_trips(&self, bytes: u64) -> f64 {
+        match self.pending_bytes() {
+            0 => 0.0,
+            pending => (pending + bytes) as f64 / self.window_bytes().max(1) as f64,
+        }
+    }
+
+    /// Whether nothing came since this was asked before.
+    fn is_silent(&self) -> bool {
+        let heard = self.connection.stats().udp_rx.datagrams;
+        self.heard.swap(heard, Ordering::Relaxed) == heard
+    }
 }
 
 /// The connections of a link, at either end.
@@ -87,10 +127,14 @@ pub(super) struct Lanes {
     lanes: Mutex<Vec<Lane>>,
     /// How many of them are used; batches go to the first ones.
     in_use: AtomicUsize,
+    /// What their congestion controllers are told of that.
+    siblings: Siblings,
+    /// When the congestion windows were looked at.
+    looked_at: Mutex<Option<Instant>>,
     /// The ceiling of an agent's link. Each connection keeps it for itself, so one alone is used under it.
     ceiling: RateLimit,
-    /// What may be under way on each lane.
-    lane_window_bytes: u64,
+    /// What batches may have under way on each lane.
+    lane_bytes_max: u64,
     /// Why the link was closed here, if it was.
     closing: Arc<OnceLock<String>>,
 }
@@ -111,17 +155,19 @@ impl Drop for Picked {
 impl Lanes {
     /// `window_bytes` is the receive window of links.
     pub(super) fn new(
-        first: quinn::Connection,
-        load: Arc<Load>,
+        first: Lane,
+        siblings: Siblings,
         ceiling: RateLimit,
         window_bytes: u32,
     ) -> Self {
-        let lane = Lane { connection: first, load, pending_bytes: Arc::default() };
         Self {
-            lanes: Mutex::new(vec![lane]),
+            lanes: Mutex::new(vec![first]),
             in_use: AtomicUsize::new(1),
+            siblings,
+            looked_at: Mutex::default(),
             ceiling,
-            lane_window_bytes: lane_window_bytes(window_bytes).into(),
+            // The target announces room when an eighth of a window was read, and reads late at times.
+            lane_bytes_max: u64::from(lane_window_bytes(window_bytes)) / 4 * 3,
             closing: Arc::default(),
         }
     }
@@ -145,15 +191,21 @@ impl Lanes {
         self.usable(&self.lock()).len()
     }
 
-    /// The connection that has the least to do, of those in use.
+    /// All connections. What takes time is asked of them outside of the lock, which every batch needs.
+    fn all(&self) -> Vec<Lane> {
+        self.lock().clone()
+    }
+
+    /// The connection that is done with `bytes` more the soonest, of those in use.
     pub(super) fn pick(&self, bytes: u64) -> Picked {
         let lanes = self.lock();
         let (first, others) = (&lanes[0], &self.usable(&lanes)[1..]);
-        let pending = |lane: &Lane| lane.pending_bytes.load(Ordering::Relaxed);
         // What waits for a window would come after batches that were sent later.
-        let has_room = |lane: &&Lane| pending(lane) + bytes <= self.lane_window_bytes;
-        let least = others.iter().filter(has_room).min_by_key(|lane| pending(lane));
-        let lane = least.filter(|lane| pending(lane) < pending(first)).unwrap_or(first);
+        let has_room = |lane: &&Lane| lane.pending_bytes() + bytes <= self.lane_bytes_max;
+        let time = |lane: &Lane| lane.round_trips(bytes);
+        let soonest =
+            others.iter().filter(has_room).min_by(|one, other| time(one).total_cmp(&time(other)));
+        let lane = soonest.filter(|lane| time(lane) < time(first)).unwrap_or(first);
         lane.pending_bytes.fetch_add(bytes, Ordering::Relaxed);
         let (connection, pending_bytes) =
             (lane.connection.clone(), Arc::clone(&lane.pending_bytes));
@@ -162,18 +214,33 @@ impl Lanes {
 
     /// Calls for every connection.
     pub(super) fn each(&self, mut each: impl FnMut(&quinn::Connection)) {
-        self.lock().iter().for_each(|lane| each(&lane.connection));
+        self.all().iter().for_each(|lane| each(&lane.connection));
     }
 
-    /// What all connections in use may have in flight, in bytes.
-    pub(super) fn congestion_windows(&self) -> u64 {
+    /// What all connections in use may have in flight, in bytes, as of [`WINDOWS_PERIOD`] ago at most.
+    pub(super) fn congestion_windows(&self, now: Instant) -> u64 {
+        if self.is_time_to_look(now) {
+            for lane in self.all() {
+                lane.window_bytes.store(lane.connection.stats().path.cwnd, Ordering::Relaxed);
+            }
+        }
         let lanes = self.lock();
-        self.usable(&lanes).iter().map(|lane| lane.connection.stats().path.cwnd).sum()
+        self.usable(&lanes).iter().map(Lane::window_bytes).sum()
+    }
+
+    fn is_time_to_look(&self, now: Instant) -> bool {
+        let mut looked_at = self.looked_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known =
+            looked_at.is_some_and(|at| now.saturating_duration_since(at) < WINDOWS_PERIOD);
+        if !is_known {
+            *looked_at = Some(now);
+        }
+        !is_known
     }
 
     /// What the congestion controllers know: the first one's state, and the sums of those in use.
     pub(super) fn congestion(&self) -> Option<CongestionStats> {
-        let lanes = self.lock();
+        let lanes = self.all();
         let mut known = self.usable(&lanes).iter().map(|lane| congestion::stats(&lane.connection));
         let mut sum = known.next()??;
         for one in known.flatten() {
@@ -190,23 +257,34 @@ impl Lanes {
         self.lock().iter().map(|lane| lane.load.share(now)).fold(0.0, f64::max)
     }
 
-    /// Lets a few packets of every connection out.
-    pub(super) fn knock(&self) {
-        let lanes = self.lock();
-        lanes.iter().for_each(|lane| congestion::knock(&lane.connection));
-        for lane in &lanes[1..] {
+    /// Lets a few packets out of every connection on which nothing came since this was called before, if
+    /// it waits for something or nothing came on any. Whether anything came. Once a second.
+    pub(super) fn look_after(&self) -> bool {
+        self.siblings.set(self.in_use());
+        let lanes = self.all();
+        let silent: Vec<_> = lanes.iter().map(Lane::is_silent).collect();
+        let all_silent = silent.iter().all(|silent| *silent);
+        for (index, (lane, silent)) in lanes.iter().zip(silent).enumerate() {
+            let is_first = index == 0;
+            let knocks = silent && (all_silent || is_first || lane.pending_bytes() > 0);
+            if knocks {
+                congestion::knock(&lane.connection);
+            }
             // The first connection has heartbeats to send; a lane may have nothing.
-            let _ = lane.connection.send_datagram(Bytes::from_static(KNOCK));
+            if !is_first && (knocks || congestion::is_knocking(&lane.connection)) {
+                let _ = lane.connection.send_datagram(Bytes::from_static(KNOCK));
+            }
         }
+        !all_silent
     }
 
     /// Takes a connection in. `false` when the link has as many as it may, or is closed.
-    fn add(&self, connection: quinn::Connection, load: Arc<Load>) -> bool {
+    fn add(&self, lane: Lane) -> bool {
         let mut lanes = self.lock();
         if lanes.len() >= CONNECTIONS_MAX || self.closing.get().is_some() {
             return false;
         }
-        lanes.push(Lane { connection, load, pending_bytes: Arc::default() });
+        lanes.push(lane);
         true
     }
 

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use quinn::ConnectionError;
+
 use crate::quic::lanes::count::{Connections, LaneCount};
-use crate::quic::lanes::{Lanes, TAKEN, ticket};
+use crate::quic::lanes::{Lane, Lanes, TAKEN, ticket};
 use crate::quic::load::of_driver;
 
 /// How long a lane may take to stand.
@@ -14,6 +16,18 @@ const OPEN_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// When one could not be opened, the link does well enough with what it has for so long.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// What the handshake of a lane ends with at a target that knows none: TLS's `no_application_protocol`,
+/// RFC 7301, section 3.2, as RFC 9001, section 4.8, carries it.
+const NO_LANES: u64 = 0x100 + 120;
+
+/// Why a lane was not opened.
+enum NotOpened {
+    /// The target does not know lanes.
+    Unknown,
+    /// Something that may pass.
+    Otherwise(String),
+}
 
 /// What an agent needs to open lanes, and knows of the need for them.
 #[derive(Debug)]
@@ -79,13 +93,19 @@ impl Opener {
             let opening = open(&endpoint, config, address, &lanes);
             let opened = match tokio::time::timeout(OPEN_TIME_MAX, opening).await {
                 Ok(opened) => opened,
-                Err(_) => Err("the target does not answer".into()),
+                Err(_) => Err(NotOpened::Otherwise("the target does not answer".into())),
             };
             match opened {
                 Ok(()) => {
                     tracing::debug!(connections = standing + 1, "the link has one more connection");
                 }
-                Err(reason) => {
+                Err(NotOpened::Unknown) => {
+                    tracing::info!(
+                        "the target is older than further connections; the link keeps its one"
+                    );
+                    return;
+                }
+                Err(NotOpened::Otherwise(reason)) => {
                     tracing::debug!(%reason, "the link gets no further connection for now");
                     // The link may be gone before this is over, and its socket with it.
                     drop(endpoint);
@@ -102,18 +122,25 @@ async fn open(
     config: quinn::ClientConfig,
     address: SocketAddr,
     lanes: &Weak<Lanes>,
-) -> Result<(), String> {
+) -> Result<(), NotOpened> {
+    let broken = |error: &dyn std::fmt::Display| NotOpened::Otherwise(error.to_string());
     let (begun, load) = of_driver(|| endpoint.connect_with(config, address, "backhaul"));
-    let lane = begun.map_err(|error| error.to_string())?;
-    let lane = lane.await.map_err(|error| error.to_string())?;
-    let lanes = lanes.upgrade().ok_or("the link is gone")?;
-    let ticket = ticket(&lanes.lock()[0].connection).ok_or("the link has no ticket")?;
-    let (mut showing, mut answer) = lane.open_bi().await.map_err(|error| error.to_string())?;
-    showing.write_all(&ticket).await.map_err(|error| error.to_string())?;
+    let lane = begun.map_err(|error| broken(&error))?;
+    let lane = lane.await.map_err(|error| match &error {
+        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) == NO_LANES => {
+            NotOpened::Unknown
+        }
+        _ => broken(&error),
+    })?;
+    let lanes = lanes.upgrade().ok_or_else(|| broken(&"the link is gone"))?;
+    let ticket = ticket(&lanes.lock()[0].connection);
+    let ticket = ticket.ok_or_else(|| broken(&"the link has no ticket"))?;
+    let (mut showing, mut answer) = lane.open_bi().await.map_err(|error| broken(&error))?;
+    showing.write_all(&ticket).await.map_err(|error| broken(&error))?;
     let mut taken = [0];
-    answer.read_exact(&mut taken).await.map_err(|error| error.to_string())?;
-    if taken != [TAKEN] || !lanes.add(lane.clone(), load) {
-        return Err("the lane was not taken".into());
+    answer.read_exact(&mut taken).await.map_err(|error| broken(&error))?;
+    if taken != [TAKEN] || !lanes.add(Lane::new(lane.clone(), load)) {
+        return Err(broken(&"the lane was not taken"));
     }
     lanes.bind(lane);
     Ok(())

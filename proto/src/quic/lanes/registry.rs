@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::id::PeerName;
 use crate::link::Places;
-use crate::quic::lanes::{Lanes, TAKEN, TICKET_BYTES, Ticket, ticket};
+use crate::quic::lanes::{CONNECTIONS_MAX, Lane, Lanes, TAKEN, TICKET_BYTES, Ticket, ticket};
 use crate::quic::load::Load;
 
 /// How long a lane may take to show its ticket.
@@ -22,17 +22,24 @@ const WAITING_MAX: usize = 1;
 /// that one agent's certificate cannot take the target's memory.
 const STRAYS_MAX: usize = 2;
 
+/// Lanes of one agent: those of its session, and of one that is about to replace it. More are closed, for
+/// the same reason.
+const LANES_MAX: usize = 2 * (CONNECTIONS_MAX - 1);
+
 /// The links of a listener that may have lanes.
 #[derive(Debug)]
 pub(in crate::quic) struct Registry {
     links: Mutex<HashMap<Ticket, Link>>,
     /// Lanes that have not shown their ticket yet.
     strays: Arc<Places>,
+    /// Lanes that have.
+    joined: Arc<Places>,
 }
 
 impl Default for Registry {
     fn default() -> Self {
-        Self { links: Mutex::default(), strays: Arc::new(Places::new(STRAYS_MAX)) }
+        let [strays, joined] = [STRAYS_MAX, LANES_MAX].map(|most| Arc::new(Places::new(most)));
+        Self { links: Mutex::default(), strays, joined }
     }
 }
 
@@ -69,7 +76,7 @@ impl Registry {
     /// Adds `lane`, which came from `peer`, to the link whose ticket it shows.
     ///
     /// # Errors
-    /// It shows none, or none of a link of this peer, or the link has as many as it may.
+    /// It shows none, or none of a link of this peer, or the link, or the agent, has as many as it may.
     pub(in crate::quic) async fn join(
         &self,
         lane: quinn::Connection,
@@ -96,11 +103,15 @@ impl Registry {
             let found = link.and_then(|link| Some((link.lanes.upgrade()?, link.batches.clone())));
             found.ok_or("a lane showed the ticket of no link of its agent")?
         };
-        if !lanes.add(lane.clone(), load) {
+        let Some(place) = self.joined.take(peer) else {
+            return Err("an agent has too many lanes");
+        };
+        if !lanes.add(Lane::new(lane.clone(), load)) {
             return Err("a link has as many connections as it may");
         }
         let lanes = Arc::downgrade(&lanes);
         tokio::spawn(async move {
+            let _place = place;
             let _ = answer.write_all(&[TAKEN]).await;
             // An agent that did not wait for the answer closes it, and loses nothing by that.
             let mut next = lane.accept_uni().await;

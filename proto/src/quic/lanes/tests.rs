@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use quinn::VarInt;
 
-use super::{LANE_ALPN, Lanes, Opener};
+use super::{CONNECTIONS_MAX, LANE_ALPN, Lanes, Opener};
 use crate::identity::{Identity, IdentityFiles, Role, create_ca, issue};
+use crate::quic::congestion::Siblings;
 use crate::quic::endpoint::lane_config;
 use crate::quic::{AcceptError, Connection, Connections, Listener, TransportOptions, connect};
 
@@ -79,7 +80,7 @@ impl Link {
     /// Knocks as agent `name` with a lane that shows `ticket`; how that ends at both ends.
     async fn show(&self, name: &str, ticket: &[u8]) -> (AcceptError, String) {
         let agent = identity(self.dir.path(), name, Role::Agent);
-        let config = lane_config(&agent, None, &self.options).unwrap();
+        let config = lane_config(&agent, None, &self.options, Siblings::default()).unwrap();
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = self.listener.local_address().unwrap();
         let showing = async {
@@ -190,7 +191,7 @@ async fn a_lane_that_goes_before_it_carried_a_batch_leaves_its_link_alone() {
     let link = Link::of(Connections::Auto).await;
     let ticket = super::ticket(&link.agent.lanes.lock()[0].connection).unwrap();
     let agent = identity(link.dir.path(), "a1", Role::Agent);
-    let config = lane_config(&agent, None, &link.options).unwrap();
+    let config = lane_config(&agent, None, &link.options, Siblings::default()).unwrap();
     let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = link.listener.local_address().unwrap();
     let showing = async {
@@ -237,10 +238,67 @@ async fn the_connection_with_the_least_to_do_is_next_and_none_gets_more_than_its
     let (third, id) = picked(8 << 20);
     assert_eq!(id, ids[0]);
     let (fourth, id) = picked(7 << 20);
-    assert_eq!(id, ids[0], "a lane's window is 6 MiB, and what waits for it would be late");
+    assert_eq!(id, ids[0], "a lane takes 4.5 MiB, and what waits for its window would be late");
     drop((first, second, third, fourth));
     assert!(lanes.lock().iter().all(|lane| lane.pending_bytes.load(Ordering::Relaxed) == 0));
     link.assert_a_batch_passes_on_the_lane().await;
+}
+
+/// One that had just begun got as many bytes as the others, through a window of a few packets: what they
+/// brought waited for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_carries_little_is_given_little() {
+    let link = Link::with_lane().await;
+    let lanes = &link.agent.lanes;
+    let set_window = |at: usize, bytes| {
+        lanes.lock()[at].window_bytes.store(bytes, Ordering::Relaxed);
+    };
+    set_window(0, 1_000_000);
+    set_window(1, 100_000);
+    let picked: Vec<_> = (0..30).map(|_| lanes.pick(100_000)).collect();
+    let pending = |at: usize| lanes.lock()[at].pending_bytes() / 100_000;
+    assert_eq!((pending(0), pending(1)), (28, 2));
+    drop(picked);
+}
+
+/// An agent's certificate could open seven lanes beside each of its eight connections, and each takes
+/// memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_has_lanes_for_two_links_at_most() {
+    let link = Link::of(Connections::Auto).await;
+    let agent = identity(link.dir.path(), "a1", Role::Agent);
+    let address = link.listener.local_address().unwrap();
+    let mut firsts = Vec::new();
+    for _ in 0..2 {
+        let accepting =
+            async { link.listener.accept().await.unwrap().finish().await.unwrap().unwrap() };
+        let name = address.to_string();
+        let connecting = async { connect(&name, &agent, None, &link.options).await.unwrap() };
+        firsts.push(tokio::join!(connecting, accepting));
+    }
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut held = Vec::new();
+    let ends = [&link.agent, &firsts[0].0, &firsts[1].0];
+    for at in 0..2 * (CONNECTIONS_MAX - 1) + 1 {
+        let first = &ends[at / (CONNECTIONS_MAX - 1)].lanes.lock()[0].connection.clone();
+        let ticket = super::ticket(first).unwrap();
+        let config = lane_config(&agent, None, &link.options, Siblings::default()).unwrap();
+        let showing = async {
+            let lane = endpoint.connect_with(config, address, "backhaul").unwrap().await.unwrap();
+            let (mut stream, _answer) = lane.open_bi().await.unwrap();
+            stream.write_all(&ticket).await.unwrap();
+            lane
+        };
+        let accepting = async { link.listener.accept().await.unwrap().finish().await };
+        let (lane, finished) = tokio::join!(showing, accepting);
+        held.push(lane);
+        if at < 2 * (CONNECTIONS_MAX - 1) {
+            assert!(finished.unwrap().is_none());
+        } else {
+            let error = finished.map(drop).unwrap_err().to_string();
+            assert!(error.contains("an agent has too many lanes"), "{error}");
+        }
+    }
 }
 
 /// A ceiling is kept packet by packet, by each connection for itself.
@@ -253,7 +311,8 @@ async fn a_link_with_a_ceiling_sends_on_its_first_connection_alone() {
     assert!(picked.iter().all(|lane| lane.connection.stable_id() == first));
     assert_eq!(link.agent.stats().connections, 1);
     let cwnd = link.agent.lanes.lock()[0].connection.stats().path.cwnd;
-    assert_eq!(link.agent.lanes.congestion_windows(), cwnd);
+    let later = Instant::now() + Duration::from_secs(1);
+    assert_eq!(link.agent.lanes.congestion_windows(later), cwnd);
     link.options.rate_limit.set(None);
     assert_eq!(link.agent.stats().connections, 2);
     link.assert_a_batch_passes_on_the_lane().await;

@@ -27,6 +27,13 @@ impl Ours {
         Box::new(Self { flow, ceiling: Ceiling::new(limit.clone(), mtu) })
     }
 
+    /// One of `count` connections of a link.
+    fn sibling(epoch: Instant, mtu: u64, seed: u64, count: usize) -> Box<dyn Control> {
+        let mut flow = Flow::new(epoch, mtu as u16, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        flow.set_siblings(count);
+        Box::new(Self { flow, ceiling: Ceiling::new(RateLimit::default(), mtu) })
+    }
+
     fn is_capped(&self) -> bool {
         self.ceiling.lower(self.flow.window()) < self.flow.window()
     }

@@ -232,6 +232,34 @@ fn a_link_is_shared_by_many() {
     assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
+/// Three connections of a link took each other for rivals to whom more was due than there was, and lost
+/// 3 % of their packets by that.
+#[test]
+fn connections_of_one_link_do_not_wrong_each_other() {
+    const MTU: u64 = 1400;
+    let mut broken = Vec::new();
+    for (mbit, rtt, count) in [(100.0, 40, 3), (100.0, 80, 4), (200.0, 40, 8)] {
+        let mut world = World::new(Shape::new(mbit, rtt, 0.0), 3);
+        for seed in 0..count {
+            let ours = Ours::sibling(world.epoch, MTU, 3 + seed, count as usize);
+            world.add(ours, App::Bulk { from: seed * 1_000_000_000 }, MTU);
+        }
+        world.run(60.0);
+        let shares: Vec<f64> =
+            (0..count as usize).map(|flow| world.share(flow, 20.0, 60.0) * count as f64).collect();
+        let filled = shares.iter().sum::<f64>() / count as f64;
+        let dropped = world.dropped(0, 20.0, 60.0);
+        let line = format!(
+            "{count} on {mbit} Mbit/s, {rtt} ms: {filled:.3} filled, {shares:.2?} of even, dropped {dropped:.4}"
+        );
+        println!("{line}");
+        if filled < 0.95 || shares.iter().any(|share| *share < 0.25) || dropped > 0.01 {
+            broken.push(line);
+        }
+    }
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
 #[test]
 fn a_blackout_is_over_within_two_seconds() {
     for (mbit, rtt, seconds) in
