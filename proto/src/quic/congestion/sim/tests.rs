@@ -233,7 +233,7 @@ fn a_link_is_shared_by_many() {
 }
 
 /// Three connections of a link took each other for rivals to whom more was due than there was, and lost
-/// 3 % of their packets by that.
+/// 2 % of their packets by that, and four 9 %.
 #[test]
 fn connections_of_one_link_do_not_wrong_each_other() {
     const MTU: u64 = 1400;
