@@ -6,6 +6,7 @@ use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::link::Connection;
 use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend};
+use backhaul_proto::session::Release;
 
 use super::Agent;
 use crate::batch::Encoded;
@@ -42,15 +43,16 @@ impl Agent {
         let (Some(link), machine) = (&self.link, &mut self.machines[index]) else { return };
         let Some(on_wire) = machine.replicating else { return };
         let now = Instant::now();
-        while self.link_limit.poll_ready(now).is_ok()
-            && machine.limit.poll_ready(now).is_ok()
-            && let Some(batch) = machine.sender.poll_transmit()
-        {
-            machine.limit.handle_sent(now, batch.wire_bytes() as u64);
-            self.link_limit.handle_sent(now, batch.wire_bytes() as u64);
+        while self.ceiling.poll_ready(now).is_ok() && machine.limit.poll_ready(now).is_ok() {
+            let Some(batch) = machine.sender.poll_transmit() else {
+                machine.limit.handle_idle();
+                self.ceiling.handle_idle();
+                break;
+            };
+            let release = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
             self.metrics.sent(machine.config.name.as_str(), &batch);
             self.referenced_bytes += u64::from(batch.header.referenced_bytes());
-            tokio::spawn(send(link.connection.clone(), batch, on_wire));
+            tokio::spawn(send(link.connection.clone(), batch, on_wire, release));
         }
     }
 
@@ -66,7 +68,7 @@ impl Agent {
     /// When a machine that a ceiling holds back may send again.
     pub(super) fn next_transmit(&self) -> Option<Instant> {
         let now = Instant::now();
-        let link = self.link_limit.poll_ready(now).err();
+        let link = self.ceiling.poll_ready(now).err();
         let replicating = self.machines.iter().filter(|machine| machine.replicating.is_some());
         replicating
             .filter(|machine| machine.sender.held_bytes() > 0)
@@ -117,13 +119,13 @@ impl Agent {
         tracing::debug!(machine = name, batch = resend.batch, "sent again, without references");
         machine.capture.order().handle_resized(unfolded.before_bytes, unfolded.after_bytes);
         machine.dedupe.handle_unresolved(&unfolded.references);
-        let now = Instant::now();
-        machine.limit.handle_sent(now, unfolded.batch.wire_bytes() as u64);
-        self.link_limit.handle_sent(now, unfolded.batch.wire_bytes() as u64);
+        let (now, wire_bytes) = (Instant::now(), unfolded.batch.wire_bytes());
+        self.ceiling.handle_sent(now, wire_bytes, &mut machine.limit);
         self.metrics.resent(name, &unfolded);
         let referenced: u64 = unfolded.references.iter().map(|one| u64::from(one.len_bytes)).sum();
         self.referenced_bytes = self.referenced_bytes.saturating_sub(referenced);
-        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire));
+        let release = Release::at_once(now);
+        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire, release));
     }
 
     pub(super) fn handle_sync(&mut self, output: SyncOutput) {
@@ -184,7 +186,12 @@ fn untag_request(tagged: u64) -> (usize, u64) {
     ((tagged >> 48) as usize, tagged & ((1 << 48) - 1))
 }
 
-async fn send(connection: Connection, batch: EncodedBatch, machine: MachineIndex) {
+async fn send(
+    connection: Connection,
+    batch: EncodedBatch,
+    machine: MachineIndex,
+    release: Release,
+) {
     // When this fails the connection has failed, and the batch is sent again on the next one.
-    let _ = connection.send_batch(batch.chunks(machine)).await;
+    let _ = connection.release_batch(batch.chunks(machine), release).await;
 }

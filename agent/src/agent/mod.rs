@@ -1,9 +1,11 @@
 //! The owner loop: one task owns every machine's session; everything else sends it events.
 //!
 //! What it does with them is in `sessions` (what the target says), `batches` (data and the sync's
-//! questions), `jobs` (what the target asks for) and `upkeep` (what every tick brings).
+//! questions), `ceilings` (what may be sent), `jobs` (what the target asks for) and `upkeep` (what every
+//! tick brings).
 
 mod batches;
+mod ceilings;
 mod jobs;
 mod sessions;
 mod upkeep;
@@ -13,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backhaul_daemon::bandwidth::Rate;
+use backhaul_daemon::bandwidth::Timestamp;
 use backhaul_daemon::lifecycle;
 use backhaul_proto::batch::PlainBatch;
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex, MachineName, PointId};
@@ -24,6 +26,7 @@ use backhaul_proto::version::Version;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
+use crate::agent::ceilings::LinkCeiling;
 use crate::batch::{EncodePool, Encoded};
 use crate::capture::{CapturedDisk, Device, Fence, MachineCapture, Order, OrderOptions, now_us};
 use crate::config::{Config, MachineConfig};
@@ -94,10 +97,8 @@ pub struct Agent {
     acked_wire_bytes: u64,
     rate_since: (Instant, u64),
     acked_bytes_per_second: f64,
-    /// The ceiling of all machines together, as QUIC keeps it.
-    ceiling: RateLimit,
-    /// The same, batch by batch.
-    link_limit: BatchLimit,
+    /// The ceiling of all machines together.
+    ceiling: LinkCeiling,
     first_to_send: usize,
     /// How long the last heartbeat took there and back, in microseconds.
     heartbeat_us: u64,
@@ -132,8 +133,7 @@ impl Agent {
             acked_wire_bytes: 0,
             rate_since: (Instant::now(), 0),
             acked_bytes_per_second: 0.0,
-            ceiling: RateLimit::default(),
-            link_limit: BatchLimit::unlimited(),
+            ceiling: LinkCeiling::default(),
             first_to_send: 0,
             heartbeat_us: 0,
             last_progress: Instant::now(),
@@ -143,7 +143,7 @@ impl Agent {
             agent.add_machine(machine)?;
         }
         // The first connection already depends on it.
-        agent.ceiling.set(agent.config.limit.now().map(Rate::bytes_per_second));
+        agent.apply_ceilings(Timestamp::now());
         Ok(agent)
     }
 
@@ -240,7 +240,7 @@ impl Agent {
 
     /// The ceiling of the link, for its transport to keep.
     pub fn ceiling(&self) -> RateLimit {
-        self.ceiling.clone()
+        self.ceiling.transport()
     }
 
     /// Where the link sends its events.
@@ -326,6 +326,8 @@ impl Agent {
                 );
                 self.down_reason.clear();
                 self.link = Some(link);
+                // Before a sync reads ahead: over TCP a ceiling wants smaller batches.
+                self.apply_ceilings(Timestamp::now());
                 self.handle_version(Version(welcome.version));
                 for machine in &welcome.machines {
                     self.handle_standing(machine);

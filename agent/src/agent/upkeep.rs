@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use backhaul_daemon::bandwidth::Rate;
+use backhaul_daemon::bandwidth::{Rate, Timestamp};
 use backhaul_proto::link::Transport;
 use backhaul_proto::message::{Heartbeat, LinkReport, Progress, agent_message};
 
@@ -16,14 +16,8 @@ impl Agent {
     /// What is done on every tick.
     pub(super) fn upkeep(&mut self) {
         let now = Instant::now();
-        let ceiling = self.config.limit.now().map(Rate::bytes_per_second);
-        self.ceiling.set(ceiling);
-        // QUIC keeps the ceiling packet by packet. Over TCP, and on paths so short that a window
-        // of a few packets already exceeds it, it is counted out in batches.
-        self.link_limit.set(ceiling);
+        self.apply_ceilings(Timestamp::now());
         for machine in &mut self.machines {
-            let ceiling = machine.config.limit.now();
-            machine.limit.set(ceiling.map(Rate::bytes_per_second));
             let Some(period) = machine.point_period else { continue };
             if machine.replicating.is_some() && now >= machine.next_point {
                 machine.next_point = now + period;

@@ -20,6 +20,8 @@ pub struct Builder {
     records: Vec<Record>,
     data: Vec<Bytes>,
     data_bytes: usize,
+    /// Data at which a batch is sealed.
+    batch_bytes_max: u32,
 }
 
 impl Builder {
@@ -33,7 +35,19 @@ impl Builder {
             records: Vec::new(),
             data: Vec::new(),
             data_bytes: 0,
+            batch_bytes_max: BATCH_DATA_BYTES_TARGET,
         }
+    }
+
+    /// Data at which a batch is sealed, in bytes.
+    pub fn batch_bytes_max(&self) -> u32 {
+        self.batch_bytes_max
+    }
+
+    /// Batches have so many bytes of data from now on: a whole number of sectors, and the target size
+    /// of a batch at most.
+    pub fn set_batch_bytes_max(&mut self, bytes: u32) {
+        self.batch_bytes_max = bytes.min(BATCH_DATA_BYTES_TARGET);
     }
 
     /// The generation of its batches.
@@ -56,8 +70,8 @@ impl Builder {
         (self.data_bytes + self.records.len() * RECORD_MEMORY_BYTES) as u64
     }
 
-    /// Adds a guest's data, split so that no record is over its bound. Full batches go to `out`.
-    /// Copies nothing: the slices share `data`'s buffer.
+    /// Adds a guest's data, split so that no record is over its bound or larger than a batch is to be.
+    /// Full batches go to `out`. Copies nothing: the slices share `data`'s buffer.
     pub fn push_data(
         &mut self,
         now_us: u64,
@@ -67,8 +81,9 @@ impl Builder {
         out: &mut Vec<PlainBatch>,
     ) {
         let mut offset_bytes = offset_bytes;
+        let piece_bytes = RECORD_DATA_BYTES_MAX.min(self.batch_bytes_max) as usize;
         while !data.is_empty() {
-            let piece = data.split_to(data.len().min(RECORD_DATA_BYTES_MAX as usize));
+            let piece = data.split_to(data.len().min(piece_bytes));
             let len_bytes = piece.len() as u32;
             self.data_bytes += piece.len();
             self.data.push(piece);
@@ -129,7 +144,7 @@ impl Builder {
     fn push_record(&mut self, now_us: u64, record: Record, out: &mut Vec<PlainBatch>) {
         self.captured_at_us = now_us;
         self.records.push(record);
-        let full = self.data_bytes >= BATCH_DATA_BYTES_TARGET as usize
+        let full = self.data_bytes >= self.batch_bytes_max as usize
             || self.records.len() >= BATCH_RECORDS_MAX as usize;
         if full {
             out.extend(self.seal(BatchKind::Ordered));
@@ -203,5 +218,17 @@ mod tests {
         }
         assert_eq!(out.len(), 1);
         assert!(builder.is_empty());
+    }
+
+    /// One guest's write of 4 MiB, under a ceiling, was let out in batches of 1 MiB: each held up every
+    /// other machine's over TCP.
+    #[test]
+    fn under_a_low_ceiling_batches_and_their_records_are_small() {
+        let mut builder = Builder::new(Generation(1));
+        builder.set_batch_bytes_max(64 << 10);
+        let mut out = Vec::new();
+        builder.push_data(1, DiskIndex(0), 0, Bytes::from(vec![1; 4 << 20]), &mut out);
+        assert!(out.iter().all(|batch| batch.data_bytes == 64 << 10), "{out:?}");
+        assert_eq!(out.len(), 64);
     }
 }

@@ -116,6 +116,16 @@ impl Order {
         self.last_point = self.last_point.max(point);
     }
 
+    /// What a batch is to have of data at most, in bytes.
+    pub fn batch_bytes_max(&self) -> u32 {
+        self.builder.batch_bytes_max()
+    }
+
+    /// Batches have so many bytes of data at most from now on, as a ceiling wants it.
+    pub fn set_batch_bytes_max(&mut self, bytes: u32) {
+        self.builder.set_batch_bytes_max(bytes);
+    }
+
     /// The last batch that was sealed.
     pub fn newest(&self) -> BatchSeq {
         self.builder.newest()

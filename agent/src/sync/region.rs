@@ -12,8 +12,6 @@ use crate::batch::{alone, is_zero};
 use crate::capture::{CapturedDisk, MachineCapture, now_us};
 use crate::sync::{Known, RegionRef};
 
-/// What is read and emitted at a time: one batch.
-const PIECE_BYTES: u64 = 1 << 20;
 const BLOCK: u64 = BLOCK_BYTES as u64;
 const LEAF: u64 = LEAF_BYTES as u64;
 
@@ -104,7 +102,9 @@ fn send(
     let mut unreadable = None;
     let mut at = range.start;
     while at < range.end {
-        let end = (at + PIECE_BYTES).min(range.end);
+        // What is read at a time is one batch. It is a whole number of leaves.
+        let piece_bytes = u64::from(machine.order().batch_bytes_max());
+        let end = (at + piece_bytes).min(range.end);
         let _locked = runtime.block_on(disk.ranges.acquire(at, end - at));
         let now = machine.order().epoch();
         let known = if now == epoch { known } else { &Known::Nothing };

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use jiff::Timestamp;
+pub use jiff::Timestamp;
 use jiff::civil::{Time, Weekday};
 use jiff::tz::TimeZone;
 use toml::de::DeValue;
@@ -174,6 +174,11 @@ fn parse_span(text: &str) -> Result<(Time, Time), String> {
 pub struct BandwidthLimits(Vec<Rule>);
 
 impl BandwidthLimits {
+    /// Reads rules such as `50 Mbit/s mon-fri 08:00-18:00 Europe/Berlin`.
+    pub fn parse(rules: &[impl AsRef<str>]) -> Result<Self, String> {
+        rules.iter().map(|rule| rule.as_ref().parse()).collect::<Result<_, _>>().map(Self)
+    }
+
     /// The ceiling at a moment.
     pub fn at(&self, moment: Timestamp) -> Option<Rate> {
         self.0.iter().find(|rule| rule.applies(moment)).and_then(|rule| rule.rate)
@@ -193,7 +198,7 @@ impl FromValue for BandwidthLimits {
             Some(text) => vec![text.to_owned()],
             None => Vec::<String>::from_value(value)?.unwrap_or_default(),
         };
-        Some(rules.iter().map(|rule| rule.parse()).collect::<Result<_, _>>().map(Self))
+        Some(Self::parse(&rules))
     }
 }
 
@@ -204,7 +209,7 @@ mod tests {
     use super::{BandwidthLimits, Rate, Rule};
 
     fn limits(rules: &[&str]) -> BandwidthLimits {
-        BandwidthLimits(rules.iter().map(|rule| rule.parse().unwrap()).collect())
+        BandwidthLimits::parse(rules).unwrap()
     }
 
     fn mbit(limits: &BandwidthLimits, at: &str) -> Option<u64> {

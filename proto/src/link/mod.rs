@@ -11,7 +11,7 @@ pub mod probe;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use thiserror::Error;
@@ -20,6 +20,7 @@ use crate::batch::{BatchHeader, HeaderError};
 use crate::id::PeerName;
 use crate::message::FrameError;
 use crate::quic::{CongestionStats, SocketFacts};
+use crate::session::Release;
 use crate::{quic, tcp};
 
 pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
@@ -54,6 +55,13 @@ pub enum StreamError {
     /// A batch's header is not one.
     #[error(transparent)]
     Header(#[from] HeaderError),
+}
+
+/// Waits until `due`. What is due already does not wait for the next tick of a timer, a millisecond.
+pub(crate) async fn wait_until(due: Instant) {
+    if due > Instant::now() {
+        tokio::time::sleep_until(due.into()).await;
+    }
 }
 
 /// What carries a connection.
@@ -100,6 +108,11 @@ pub struct LinkStats {
     pub socket: SocketFacts,
     /// Packets sent.
     pub sent_packets: u64,
+    /// Bytes of IP packets with batches and messages that the link was given, what was sent again
+    /// included. Over TCP those of the connection for batches.
+    pub link_bytes: u64,
+    /// Bytes of content in those, each once. Headers are known to a few bytes a packet.
+    pub content_bytes: u64,
     /// QUIC connections that carry its batches; 0 over TCP, which has one.
     pub connections: u32,
 }
@@ -173,9 +186,18 @@ impl Connection {
     /// Sends a batch; returns when the transport has no more to do with it: over QUIC when the peer
     /// has all of it, over TCP when the kernel has. The chunks are not copied.
     pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
+        self.release_batch(chunks, Release::at_once(Instant::now())).await
+    }
+
+    /// The same, with each byte when it is due.
+    pub async fn release_batch(
+        &self,
+        chunks: Vec<Bytes>,
+        release: Release,
+    ) -> Result<(), StreamError> {
         match self {
-            Self::Quic(connection) => connection.send_batch(chunks).await,
-            Self::Tcp(connection) => connection.send_batch(chunks).await,
+            Self::Quic(connection) => connection.release_batch(chunks, release).await,
+            Self::Tcp(connection) => connection.release_batch(chunks, release).await,
         }
     }
 
@@ -192,6 +214,15 @@ impl Connection {
         match self {
             Self::Quic(connection) => connection.stats(),
             Self::Tcp(connection) => connection.stats(),
+        }
+    }
+
+    /// Whether the transport keeps a ceiling of so many bytes a second by itself, packet by packet: over
+    /// QUIC, unless the path is so short that a few packets under way exceed it.
+    pub fn keeps_ceiling(&self, bytes_per_second: u64) -> bool {
+        match self {
+            Self::Quic(connection) => connection.keeps_ceiling(bytes_per_second),
+            Self::Tcp(_) => false,
         }
     }
 

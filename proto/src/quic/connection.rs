@@ -1,5 +1,6 @@
 //! A connection between an agent and a target, and the streams on it.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -9,12 +10,13 @@ use quinn::{RecvStream, SendStream};
 use tokio::sync::{Mutex, mpsc};
 
 use crate::id::PeerName;
-use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError};
+use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, wait_until};
 use crate::quic::SocketFacts;
 use crate::quic::bulk::Bulk;
-use crate::quic::congestion::CongestionStats;
+use crate::quic::congestion::{self, CongestionStats};
 use crate::quic::lanes::{Lanes, Opener};
 use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
+use crate::session::Release;
 
 /// Control goes before everything, hashes before batches.
 const CONTROL_PRIORITY: i32 = 2;
@@ -23,6 +25,14 @@ const SYNC_PRIORITY: i32 = 1;
 /// How often a link is looked after, and so how long the peer is silent before the first knock:
 /// heartbeats, which are answered, come as often.
 const UPKEEP_PERIOD: Duration = Duration::from_secs(1);
+
+/// Headers of IP and UDP around a datagram.
+const IPV4_UDP_BYTES: u64 = 28;
+const IPV6_UDP_BYTES: u64 = 48;
+
+/// What QUIC takes of a datagram of batches: flags 1, connection id 8, packet number 2, seal 16, and the
+/// head of a stream frame, 9 with the offsets and stream numbers of a session that lasts.
+const QUIC_PACKET_BYTES: u64 = 36;
 
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
@@ -80,7 +90,7 @@ impl Connection {
     }
 
     /// The peer's address at present.
-    pub fn remote_address(&self) -> std::net::SocketAddr {
+    pub fn remote_address(&self) -> SocketAddr {
         self.quinn.remote_address()
     }
 
@@ -137,7 +147,16 @@ impl Connection {
 
     /// Sends a batch on a stream of its own; returns when the peer's transport has all of it. The
     /// chunks are not copied: quinn keeps them until they are acknowledged.
-    pub async fn send_batch(&self, mut chunks: Vec<Bytes>) -> Result<(), StreamError> {
+    pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
+        self.release_batch(chunks, Release::at_once(Instant::now())).await
+    }
+
+    /// The same, with each byte when it is due.
+    pub(crate) async fn release_batch(
+        &self,
+        chunks: Vec<Bytes>,
+        release: Release,
+    ) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         self.bulk.follow(self.lanes.congestion_windows(Instant::now()));
@@ -145,7 +164,10 @@ impl Connection {
         let lane = self.lanes.pick(bytes as u64);
         let mut stream = lane.connection.open_uni().await.map_err(ended)?;
         let _ = stream.set_priority(self.next_priority());
-        stream.write_all_chunks(&mut chunks).await.map_err(|error| broken(error.to_string()))?;
+        for (due, mut piece) in release.pieces(chunks) {
+            wait_until(due).await;
+            stream.write_all_chunks(&mut piece).await.map_err(|error| broken(error.to_string()))?;
+        }
         stream.finish().map_err(|error| broken(error.to_string()))?;
         let acknowledged = stream.stopped().await;
         self.bulk.follow(self.lanes.congestion_windows(Instant::now()));
@@ -187,8 +209,17 @@ impl Connection {
             connections: self.lanes.in_use() as u32,
             ..LinkStats::default()
         };
+        let header_bytes = match self.remote_address() {
+            SocketAddr::V4(_) => IPV4_UDP_BYTES,
+            SocketAddr::V6(_) => IPV6_UDP_BYTES,
+        };
         self.lanes.each(|connection| {
             let one = connection.stats();
+            let (datagrams, lost) = (one.udp_tx.datagrams, one.path.lost_packets);
+            stats.link_bytes += one.udp_tx.bytes + datagrams * header_bytes;
+            let sealed_bytes = one.udp_tx.bytes.saturating_sub(one.path.lost_bytes);
+            let heads_bytes = datagrams.saturating_sub(lost) * QUIC_PACKET_BYTES;
+            stats.content_bytes += sealed_bytes.saturating_sub(heads_bytes);
             stats.sent_bytes += one.udp_tx.bytes;
             stats.received_bytes += one.udp_rx.bytes;
             stats.sent_packets += one.path.sent_packets;
@@ -197,6 +228,12 @@ impl Connection {
             stats.mtu_black_holes += one.path.black_holes_detected;
         });
         stats
+    }
+
+    /// Whether a ceiling of so many bytes a second is kept packet by packet.
+    pub(crate) fn keeps_ceiling(&self, bytes_per_second: u64) -> bool {
+        let path = self.quinn.stats().path;
+        congestion::keeps_ceiling(bytes_per_second, path.rtt, path.current_mtu)
     }
 
     /// What the congestion controllers know of the path. This copies them: ask once a second, not once

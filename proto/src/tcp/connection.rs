@@ -15,8 +15,9 @@ use tokio_rustls::TlsStream;
 
 use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
-use crate::link::{LinkStats, StreamError};
+use crate::link::{LinkStats, StreamError, wait_until};
 use crate::message::split_frame;
+use crate::session::Release;
 use crate::tcp::endpoint::PACKET_BYTES_MAX;
 use crate::tcp::fitness::Fitness;
 use crate::tcp::{GOODBYE, Way, kernel};
@@ -37,6 +38,15 @@ const GOODBYE_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Longest reason that is sent or read, in bytes.
 const REASON_BYTES_MAX: usize = 1024;
+
+/// Headers of IP and TCP, and the option that every segment of a connection has once both ends know it.
+const IPV4_TCP_BYTES: u64 = 40;
+const IPV6_TCP_BYTES: u64 = 60;
+const TIMESTAMPS_BYTES: u64 = 12;
+
+/// A TLS record, and what it adds: head 5, kind 1, seal 16.
+const RECORD_CONTENT_BYTES: u64 = 16 << 10;
+const RECORD_HEAD_BYTES: u64 = 22;
 
 /// TLS over TCP. rustls reads 4 KiB at a time; the buffer spares it most of the system calls.
 pub(super) type Stream = TlsStream<BufReader<TcpStream>>;
@@ -111,6 +121,12 @@ fn explain(error: &std::io::Error) -> String {
     }
 }
 
+/// What of a stream of TLS is content, when its records are full.
+fn content_bytes(stream_bytes: u64) -> u64 {
+    let records = stream_bytes.div_ceil(RECORD_CONTENT_BYTES + RECORD_HEAD_BYTES);
+    stream_bytes.saturating_sub(records * RECORD_HEAD_BYTES)
+}
+
 impl Connection {
     pub(super) fn new(
         peer: PeerName,
@@ -168,15 +184,23 @@ impl Connection {
         Ok((send, ReceiveHalf { half, buffer: BytesMut::new(), shared, silence_max: None }))
     }
 
-    /// Batches are sent whole, one after the other, in the order of the calls.
-    pub(crate) async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
+    /// Batches are sent whole, one after the other, in the order of the calls, each byte when it is due.
+    pub(crate) async fn release_batch(
+        &self,
+        chunks: Vec<Bytes>,
+        release: Release,
+    ) -> Result<(), StreamError> {
         let mut writer = self.0.batches_out.lock().await;
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let work = async {
-            for chunk in &chunks {
-                writer.write_all(chunk).await?;
+            for (due, piece) in release.pieces(chunks) {
+                wait_until(due).await;
+                for chunk in &piece {
+                    writer.write_all(chunk).await?;
+                }
+                writer.flush().await?;
             }
-            writer.flush().await
+            Ok(())
         };
         self.0.during(work).await?;
         self.0.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -205,8 +229,20 @@ impl Connection {
             lost_packets: info.repeated_segments,
             lost_bytes: info.repeated_bytes,
             sent_packets: info.sent_segments,
+            link_bytes: info.sent_bytes + info.sent_segments * self.header_bytes(info),
+            content_bytes: content_bytes(info.sent_bytes.saturating_sub(info.repeated_bytes)),
             ..LinkStats::default()
         }
+    }
+
+    /// Headers of a segment.
+    fn header_bytes(&self, info: kernel::Info) -> u64 {
+        let options = if info.has_timestamps { TIMESTAMPS_BYTES } else { 0 };
+        let headers = match self.0.remote_address {
+            SocketAddr::V4(_) => IPV4_TCP_BYTES,
+            SocketAddr::V6(_) => IPV6_TCP_BYTES,
+        };
+        headers + options
     }
 
     /// Ends the session here at once, and tells the peer why if that can be done in time.

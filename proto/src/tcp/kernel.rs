@@ -6,9 +6,14 @@ use std::time::Duration;
 /// Length of what is asked for: up to `tcpi_dsack_dups`. Older kernels give less.
 const INFO_BYTES: usize = 220;
 
+/// The bit of `tcpi_options` (`TCPI_OPT_TIMESTAMPS`).
+const OPTION_TIMESTAMPS: u8 = 1;
+
 /// What the kernel says; 0 where it is too old to know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Info {
+    /// Every segment has a timestamp.
+    pub(super) has_timestamps: bool,
     /// Retransmission timeouts in a row without an answer.
     pub(super) timeouts: u8,
     /// Smoothed round-trip time.
@@ -24,6 +29,8 @@ pub(super) struct Info {
     /// Segments sent again because they were lost: without those that the peer had already (Linux 4.18),
     /// as on a busy host whose answers come late.
     pub(super) repeated_segments: u64,
+    /// Bytes sent, with those that were sent again (Linux 4.19).
+    pub(super) sent_bytes: u64,
     /// Bytes sent again (Linux 4.19).
     pub(super) repeated_bytes: u64,
 }
@@ -51,9 +58,13 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
     let word =
         |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
     let micros = |at| Duration::from_micros(word(at).into());
-    let mut long = [0; 8];
-    long.copy_from_slice(&bytes[208..216]);
+    let long = |at: usize| {
+        let mut long = [0; 8];
+        long.copy_from_slice(&bytes[at..at + 8]);
+        u64::from_ne_bytes(long)
+    };
     Info {
+        has_timestamps: bytes[5] & OPTION_TIMESTAMPS != 0,
         timeouts: bytes[2],
         rtt: micros(68),
         min_rtt: micros(148),
@@ -61,7 +72,8 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
         path_mtu_bytes: word(60),
         sent_segments: word(136).into(),
         repeated_segments: word(100).saturating_sub(word(216)).into(),
-        repeated_bytes: u64::from_ne_bytes(long),
+        sent_bytes: long(200),
+        repeated_bytes: long(208),
     }
 }
 
@@ -96,6 +108,7 @@ mod tests {
         assert!((least..100_000).contains(&info.sent_segments), "{info:?}");
         assert!(info.window_bytes > u64::from(info.path_mtu_bytes), "{info:?}");
         assert!(info.repeated_segments < info.sent_segments && info.timeouts == 0, "{info:?}");
+        assert_eq!(info.sent_bytes - info.repeated_bytes, 10 << 20, "{info:?}");
     }
 
     #[test]

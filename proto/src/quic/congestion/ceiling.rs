@@ -41,6 +41,13 @@ impl RateLimit {
     }
 }
 
+/// Whether a window can keep this ceiling on a path with such a round trip and such packets: with twice
+/// the smallest window under way there is room to correct in.
+pub(crate) fn keeps_ceiling(bytes_per_second: u64, rtt: Duration, mtu: u16) -> bool {
+    let flight_bytes = bytes_per_second as f64 * rtt.as_secs_f64();
+    flight_bytes >= (2 * WINDOW_PACKETS_MIN * u64::from(mtu)) as f64
+}
+
 /// What a connection may send under a [`RateLimit`], as a window. The window is `rate × RTT`,
 /// corrected by a ledger of what was sent against what was allowed.
 #[derive(Debug, Clone)]
@@ -122,5 +129,25 @@ impl Ceiling {
         let floor = -rate * Self::settle_time(ledger.smoothed_rtt).as_secs_f64();
         let top = rate * SAVED.max(ledger.smoothed_rtt / 2).as_secs_f64();
         ledger.balance_bytes = (ledger.balance_bytes + rate * elapsed).clamp(floor, top);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::keeps_ceiling;
+
+    /// Within a LAN three packets a round trip are more than a low ceiling allows, and nothing else
+    /// would hold it.
+    #[test]
+    fn a_window_keeps_no_low_ceiling_over_a_short_path() {
+        const MBIT: u64 = 125_000;
+        for (mbit, rtt_micros, keeps) in
+            [(8, 20_000, true), (8, 1_000, false), (500, 1_000, true), (500, 50, false)]
+        {
+            let rtt = Duration::from_micros(rtt_micros);
+            assert_eq!(keeps_ceiling(mbit * MBIT, rtt, 1392), keeps, "{mbit} {rtt_micros}");
+        }
     }
 }

@@ -36,4 +36,5 @@ pub use adapter::CongestionStats;
 pub use ceiling::RateLimit;
 
 pub(crate) use adapter::{Limited, Method, is_knocking, knock, stats};
+pub(crate) use ceiling::keeps_ceiling;
 pub(crate) use share::Siblings;
