@@ -1,0 +1,162 @@
+//! Ceilings, as the link sees them: what enters it within ten seconds, headers and repetitions included.
+
+use std::time::{Duration, Instant};
+
+use backhaul_api::Machine;
+use backhaul_lab::link::{Link, LinkStats};
+use backhaul_lab::random::Random;
+use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
+
+/// What a ceiling is kept within.
+const ERROR_MAX: f64 = 0.03;
+
+/// What a new ceiling, and the transport that is told of it, may take before it is measured.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// How often the link is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What the link saw for so long, in bits a second; or until it saw `enough` of them in a second.
+struct Seen(Vec<(Instant, LinkStats)>);
+
+impl Seen {
+    async fn of(link: &Link, time: Duration, enough: impl Fn(&Self) -> bool) -> Self {
+        let (began, mut looks) = (Instant::now(), tokio::time::interval(LOOK));
+        let mut seen = Self(Vec::new());
+        loop {
+            looks.tick().await;
+            seen.0.push((Instant::now(), link.stats()));
+            if began.elapsed() >= time || enough(&seen) {
+                return seen;
+            }
+        }
+    }
+
+    /// What entered since the look before `time` ago, or since the first one, in bits a second.
+    fn bits_per_second(&self, time: Duration) -> f64 {
+        let Some((end, after)) = self.0.last() else { return 0.0 };
+        let from = self.0.iter().rev().find(|(at, _)| *end - *at >= time).unwrap_or(&self.0[0]);
+        let bytes = after.up.entered_bytes - from.1.up.entered_bytes;
+        bytes as f64 * 8.0 / (*end - from.0).as_secs_f64().max(1e-3)
+    }
+}
+
+/// Fails unless what enters the link within `seconds`, after a moment to settle, is `mbit` ± 3 %.
+async fn assert_holds(scenario: &Scenario, what: &str, mbit: f64, seconds: u64) {
+    let link = scenario.rig.link().unwrap();
+    Seen::of(link, SETTLE, |_| false).await;
+    let window = Duration::from_secs(seconds);
+    let rate = Seen::of(link, window, |_| false).await.bits_per_second(window) / 1e6;
+    println!("{what}: {rate:.2} Mbit/s of {mbit}, {:+.2} %", (rate / mbit - 1.0) * 100.0);
+    assert!((rate / mbit - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of {mbit}");
+}
+
+/// A machine with so many bytes that nothing compresses, over `line`, whose first batch has arrived.
+async fn begin(bytes: usize, line: &str, transport: &str, edit: fn(String) -> String) -> Scenario {
+    let mut scenario = Scenario::prepare(bytes as u64, |spec| {
+        spec.link = Some(line.parse().unwrap());
+        spec.transport = transport.into();
+    })
+    .unwrap();
+    let mut noise = vec![0; bytes];
+    Random::new(91).fill(&mut noise);
+    std::fs::write(&scenario.protected, &noise).unwrap();
+    scenario.rig.edit_configuration("agent", edit).unwrap();
+    scenario.start().unwrap();
+    let begun = |machine: &Machine| machine.received_plain_bytes > 0;
+    scenario.rig.wait("the first batch", STEP_TIME_MAX, begun).await.unwrap();
+    scenario
+}
+
+/// Fails unless there was more to send all the time, over one connection.
+async fn assert_busy_and_connected_once(scenario: &Scenario) {
+    let machine = scenario.rig.client().machine("lab").await.unwrap();
+    assert!(machine.dirty_bytes > 0, "there was nothing left to hold back: {machine:?}");
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert_eq!(log.matches("connected target=").count(), 1, "{log}");
+}
+
+fn of_link(text: String, limit: &str) -> String {
+    format!("limit = \"{limit}\"\n{text}")
+}
+
+fn of_machine(text: String, limit: &str) -> String {
+    text.replace("[[machine]]\n", &format!("[[machine]]\nlimit = \"{limit}\"\n"))
+}
+
+/// A ceiling of a machine was tested from above only, and counted no headers: 5 % more than was asked
+/// for was sent, and more over a line that loses packets. And a ceiling that comes while large batches
+/// wait was kept in steps of a whole one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machines_ceiling_is_what_the_link_sees_over_quic() {
+    if !is_root() {
+        return;
+    }
+    let limited = |text| of_machine(text, "20 Mbit/s");
+    let scenario = begin(128 << 20, "60mbit,10ms,1%", "quic", limited).await;
+    assert_holds(&scenario, "a machine, over QUIC", 20.0, 10).await;
+    let lower = |text: String| text.replace("20 Mbit/s", "8 Mbit/s");
+    scenario.rig.edit_configuration("agent", lower).unwrap();
+    scenario.rig.reload_agent();
+    assert_holds(&scenario, "a machine, lowered, over QUIC", 8.0, 10).await;
+    assert_busy_and_connected_once(&scenario).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machines_ceiling_is_what_the_link_sees_over_tcp() {
+    if !is_root() {
+        return;
+    }
+    let limited = |text| of_machine(text, "8 Mbit/s");
+    let scenario = begin(64 << 20, "60mbit,10ms,0.1%", "tcp", limited).await;
+    assert_holds(&scenario, "a machine, over TCP", 8.0, 10).await;
+    assert_busy_and_connected_once(&scenario).await;
+}
+
+/// Over TCP nothing in the transport keeps the link's ceiling: the agent does, batch by batch.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_links_ceiling_is_what_the_link_sees_over_tcp() {
+    if !is_root() {
+        return;
+    }
+    let limited = |text| of_link(text, "20 Mbit/s");
+    let scenario = begin(96 << 20, "60mbit,10ms,0.1%", "tcp", limited).await;
+    assert_holds(&scenario, "the link, over TCP", 20.0, 10).await;
+    assert_busy_and_connected_once(&scenario).await;
+}
+
+/// Only the machine's ceiling was ever changed in a whole pipeline. The link's is kept in another place:
+/// it goes up, down and away while data flow, over the same connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_links_ceiling_changes_live_and_is_lifted_without_a_reconnect() {
+    if !is_root() {
+        return;
+    }
+    const LINE_MBIT: f64 = 40.0;
+    let limited = |text| of_link(text, "8 Mbit/s");
+    let scenario = begin(128 << 20, "40mbit,10ms,0.1%", "quic", limited).await;
+    assert_holds(&scenario, "the link", 8.0, 5).await;
+    for (before, after) in [(8, 20), (20, 5)] {
+        let change =
+            |text: String| text.replace(&format!("{before} Mbit/s"), &format!("{after} Mbit/s"));
+        scenario.rig.edit_configuration("agent", change).unwrap();
+        scenario.rig.reload_agent();
+        assert_holds(&scenario, "the link, changed", after.into(), 5).await;
+    }
+    let lift = |text: String| text.replace("limit = \"5 Mbit/s\"\n", "");
+    scenario.rig.edit_configuration("agent", lift).unwrap();
+    scenario.rig.reload_agent();
+    let second = Duration::from_secs(1);
+    let full =
+        |seen: &Seen| seen.0.len() > 20 && seen.bits_per_second(second) > 0.8 * LINE_MBIT * 1e6;
+    let link = scenario.rig.link().unwrap();
+    let began = Instant::now();
+    let seen = Seen::of(link, Duration::from_secs(15), full).await;
+    println!("lifted: the line is full after {:.1} s", began.elapsed().as_secs_f64());
+    assert!(
+        full(&seen),
+        "only {} bit/s after the ceiling was lifted",
+        seen.bits_per_second(second)
+    );
+    assert_busy_and_connected_once(&scenario).await;
+}
