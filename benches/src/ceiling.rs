@@ -20,9 +20,24 @@ const NEAR: f64 = 0.05;
 const SETTLE: Duration = Duration::from_secs(3);
 const GRAIN: Duration = Duration::from_millis(50);
 
+/// Whose ceiling it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Whose {
+    /// All machines' together.
+    Link,
+    /// One machine's.
+    Machine,
+}
+
 /// Measures it, `runs` times; prints a table. Windows are counted for `span.measure` under each
-/// ceiling, at least one.
-pub async fn run(dir: &Path, runs: usize, span: &Span) -> anyhow::Result<()> {
+/// ceiling, at least one. `transport` is `quic` or `tcp`.
+pub async fn run(
+    dir: &Path,
+    runs: usize,
+    span: &Span,
+    whose: Whose,
+    transport: &str,
+) -> anyhow::Result<()> {
     let windows = (span.measure.as_secs_f64() / WINDOW_SECONDS).ceil().max(1.0);
     let measure = Duration::from_secs_f64(windows * WINDOW_SECONDS + 0.2);
     let mut errors = vec![Sample::default(); CEILINGS.len()];
@@ -34,8 +49,14 @@ pub async fn run(dir: &Path, runs: usize, span: &Span) -> anyhow::Result<()> {
         let bytes = CEILINGS.iter().map(|mbit| mbit * 125_000 * seconds).sum::<u64>();
         let disk = pipeline::noise(dir, bytes * 5 / 4)?;
         let option = |mbit: u64| format!("limit = \"{mbit} Mbit/s\"");
-        let options = option(CEILINGS[0]);
-        let mut rig = pipeline::prepare(folder.path(), &disk, &spec, options).await?;
+        let first = option(CEILINGS[0]);
+        let of_link = if whose == Whose::Link { first.as_str() } else { "" };
+        let mut rig =
+            pipeline::prepare_over(folder.path(), &disk, &spec, transport, of_link.into()).await?;
+        if whose == Whose::Machine {
+            let edit = |text: String| text.replace("[[machine]]", &format!("[[machine]]\n{first}"));
+            rig.edit_configuration("agent", edit)?;
+        }
         pipeline::begin(&mut rig).await?;
         let mut before = CEILINGS[0];
         for (index, mbit) in CEILINGS.into_iter().enumerate() {
@@ -67,7 +88,8 @@ pub async fn run(dir: &Path, runs: usize, span: &Span) -> anyhow::Result<()> {
         pipeline::ensure_busy(&rig).await?;
     }
     println!(
-        "| ceiling on {LINK} | error over each 10 s (goal ± 3 %) | a second within 5 % after |"
+        "| ceiling of the {}, over {transport}, on {LINK} | error over each 10 s (goal ± 3 %) | a second within 5 % after |",
+        if whose == Whose::Link { "link" } else { "machine" }
     );
     println!("| --- | --- | --- |");
     for ((mbit, error), delay) in CEILINGS.iter().zip(&errors).zip(&delays) {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backhaul_benches::ceiling::Whose;
 use backhaul_benches::files::Files;
 use backhaul_benches::sharing::Sharing;
 use backhaul_benches::{
@@ -117,7 +118,14 @@ enum What {
         give_up: Option<f64>,
     },
     /// How closely a ceiling holds, and how soon a changed one does
-    Ceiling,
+    Ceiling {
+        /// Whose ceiling it is
+        #[arg(long, value_enum, default_value = "link")]
+        of: Whose,
+        /// What carries it: quic or tcp
+        #[arg(long, default_value = "quic", value_parser = ["quic", "tcp"])]
+        transport: String,
+    },
 }
 
 #[tokio::main]
@@ -146,6 +154,6 @@ async fn main() -> anyhow::Result<()> {
             let what = Files { size_bytes, link, tcp, contenders, give_up };
             files::run(&dir, runs, &what).await
         }
-        What::Ceiling => ceiling::run(&dir, runs, &span).await,
+        What::Ceiling { of, transport } => ceiling::run(&dir, runs, &span, of, &transport).await,
     }
 }

@@ -35,7 +35,19 @@ pub async fn prepare(
     link: &LinkSpec,
     agent_options: String,
 ) -> anyhow::Result<Rig> {
+    prepare_over(dir, disk, link, "auto", agent_options).await
+}
+
+/// The same, over a transport: `auto`, `quic` or `tcp`.
+pub async fn prepare_over(
+    dir: &Path,
+    disk: &Path,
+    link: &LinkSpec,
+    transport: &str,
+    agent_options: String,
+) -> anyhow::Result<Rig> {
     let mut spec = RigSpec::new(dir, disk)?;
+    spec.transport = transport.into();
     spec.link = Some(link.clone());
     spec.agent_options = agent_options;
     let mut rig = Rig::prepare(spec)?;
