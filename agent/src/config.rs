@@ -287,6 +287,7 @@ mod tests {
     use std::path::Path;
 
     use backhaul_daemon::config::parse;
+    use backhaul_proto::quic::Congestion;
 
     use super::read;
 
@@ -326,6 +327,47 @@ disk = [{ name = "d", path = "/x" }, { name = "d", path = "/x" }]
         assert!(errors.contains("a.toml:3:15: `compression` must be"), "{errors}");
         assert!(errors.contains("`machine.name`: `a b` is not a name"), "{errors}");
         assert!(errors.contains("`nbd` needs a `unix` socket"), "{errors}");
+    }
+
+    /// A rate that is not understood would be a line that is filled wrongly, or not at all.
+    #[test]
+    fn a_congestion_control_is_chosen_by_name_or_refused_in_words() {
+        let congestion = |line: &str| {
+            let text = format!(
+                r#"
+                {line}
+                target = "10.0.0.1:4433"
+                identity = {{ ca = "ca.pem", cert = "a.pem", key = "a.key" }}
+                nbd = {{ unix = "/run/nbd.sock" }}
+                machine = [{{ name = "web01", disk = [{{ name = "disk0", path = "/dev/sdc" }}] }}]
+                "#
+            );
+            let config = parse(Path::new("a.toml"), &text, read);
+            config.map(|config| config.congestion).map_err(|errors| errors.to_string())
+        };
+        let fixed = |bits_per_second| Congestion::Fixed { bits_per_second };
+        for (line, chosen) in [
+            ("", Congestion::Auto),
+            ("congestion = \"auto\"", Congestion::Auto),
+            ("congestion = \"cubic\"", Congestion::Cubic),
+            ("congestion = \"fixed 200 Mbit/s\"", fixed(200_000_000)),
+            ("congestion = \"fixed 1.5Gbit/s\"", fixed(1_500_000_000)),
+        ] {
+            assert_eq!(congestion(line), Ok(chosen), "{line}");
+        }
+        let choice = "`congestion` must be \"auto\", \"cubic\" or \"fixed 200 Mbit/s\"";
+        for (value, sentence) in [
+            ("bbr", choice),
+            ("fixed", choice),
+            ("Cubic", choice),
+            ("fixed fast", "`fast` is not a rate such as \"50 Mbit/s\""),
+            ("fixed 200", "`200` is not a rate such as \"50 Mbit/s\""),
+            ("fixed -5 Mbit/s", "a rate lies between 8 kbit/s and 1000 Gbit/s"),
+            ("fixed 2000 Gbit/s", "a rate lies between 8 kbit/s and 1000 Gbit/s"),
+        ] {
+            let error = congestion(&format!("congestion = \"{value}\"")).unwrap_err();
+            assert!(error.contains(sentence) && error.contains("a.toml:2:"), "{value}: {error}");
+        }
     }
 
     /// The documentation named no more keys than its example needs.
