@@ -6,9 +6,12 @@ use std::time::{Duration, Instant};
 const RTT_ASSUMED: Duration = Duration::from_millis(100);
 /// A little more than the bandwidth-delay product: acknowledgements come in clumps.
 const MARGIN: f64 = 1.05;
+/// On top of that, in packets: they are acknowledged in pairs, and quinn's comparison with the window is
+/// strict. On a slow, short line a margin of 5 % is less than one packet.
+const SPARE_PACKETS: u64 = 2;
 const WINDOW_PACKETS_MIN: u64 = 4;
 
-/// The window is rate × smallest round-trip time, whatever gets lost.
+/// The window is rate × smallest round-trip time and a little, whatever gets lost.
 #[derive(Debug, Clone)]
 pub(super) struct Fixed {
     bytes_per_second: u64,
@@ -41,7 +44,8 @@ impl Fixed {
     pub(super) fn window(&self) -> u64 {
         let rtt = self.min_rtt.unwrap_or(RTT_ASSUMED);
         let bdp = self.bytes_per_second as f64 * rtt.as_secs_f64() * MARGIN;
-        (bdp as u64).max(WINDOW_PACKETS_MIN * self.mtu_bytes)
+        let spare_bytes = SPARE_PACKETS * self.mtu_bytes;
+        (bdp as u64 + spare_bytes).max(WINDOW_PACKETS_MIN * self.mtu_bytes)
     }
 }
 
@@ -58,7 +62,7 @@ mod tests {
         for millis in [80, 50, 90] {
             fixed.on_ack(sent + Duration::from_millis(millis), sent);
         }
-        assert_eq!(fixed.window(), 525_000);
+        assert_eq!(fixed.window(), 525_000 + 2 * 1400);
         assert_eq!(Fixed::new(1, 1400).window(), 4 * 1400);
     }
 }

@@ -11,6 +11,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::quic::congestion::ceiling::{Ceiling, RateLimit};
+use crate::quic::congestion::fixed::Fixed;
 use crate::quic::congestion::flow::Flow;
 use link::{Fate, Link, Shape};
 use sender::{App, Control, Sender};
@@ -77,6 +78,25 @@ impl Control for Ours {
             self.flow.share.estimate(),
             if self.flow.rival.is_some() { "shared" } else { "alone" },
         )
+    }
+}
+
+/// A line whose rate is known, as the adapter for quinn runs it.
+struct Bought(Fixed);
+
+impl Control for Bought {
+    fn on_sent(&mut self, _: Instant, _: u64) {}
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, _: u64, _: bool, _: Duration) {
+        self.0.on_ack(now, sent);
+    }
+
+    fn on_end_acks(&mut self, _: Instant, _: u64, _: bool, _: Duration) {}
+
+    fn on_loss(&mut self, _: Instant, _: Instant, _: u64, _: bool) {}
+
+    fn window(&self) -> u64 {
+        self.0.window()
     }
 }
 

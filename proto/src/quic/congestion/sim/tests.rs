@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::link::Shape;
 use super::rivals::{Bbr, Cubic};
 use super::sender::App;
-use super::{Control, Ours, RateLimit, World};
+use super::{Bought, Control, Fixed, Ours, RateLimit, World};
 
 /// A packet size that keeps a simulated second below some thousand packets.
 fn mtu(shape: &Shape) -> u64 {
@@ -385,6 +385,29 @@ fn a_ceiling_holds_within_three_percent_and_changes_live() {
         }
     }
     assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
+/// `fixed RATE` fills the line that was bought from the first second on, whatever is lost by chance, and
+/// does not drown it: what is under way beyond the line's own fits into any queue.
+#[test]
+fn a_bought_line_is_filled() {
+    for (mbit, rtt, loss) in
+        [(20.0, 10, 0.01), (50.0, 40, 0.01), (200.0, 80, 0.01), (100.0, 150, 0.01), (50.0, 40, 0.0)]
+    {
+        let shape = Shape::new(mbit, rtt, loss);
+        let mut world = World::new(shape, 13);
+        let fixed = Fixed::new((mbit * 1e6 / 8.0) as u64, mtu(&shape) as u16);
+        world.add(Box::new(Bought(fixed)), App::Bulk { from: 0 }, mtu(&shape));
+        world.run(13.0);
+        let (share, queue) = (world.share(0, 3.0, 13.0), world.queue(3.0, 13.0) * 1e3);
+        let (first, dropped) = (world.dropped(0, 0.0, 3.0), world.dropped(0, 3.0, 13.0));
+        println!(
+            "{mbit} Mbit/s, {rtt} ms, {loss}: {share:.3} of the rate, queue {queue:.1} ms, dropped {first:.4}, then {dropped:.4}"
+        );
+        assert!(share >= 0.95, "{mbit} {rtt} {loss}: {share}");
+        assert!(dropped <= 0.001 && first <= 0.05, "{mbit} {rtt} {loss}: {first}, {dropped}");
+        assert!(queue <= 15.0, "{mbit} {rtt} {loss}: {queue} ms");
+    }
 }
 
 #[test]
