@@ -1,7 +1,7 @@
 //! The agent's Prometheus metrics.
 
 use backhaul_proto::batch::EncodedBatch;
-use backhaul_proto::link::LinkStats;
+use backhaul_proto::link::Connection;
 use backhaul_proto::session::Unfolded;
 use prometheus::{Gauge, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
@@ -11,11 +11,16 @@ pub struct Metrics {
     session_up: IntGauge,
     rtt_seconds: Gauge,
     window_bytes: IntGauge,
+    path_bytes_per_second: IntGauge,
+    acked_bytes_per_second: IntGauge,
+    sent_bytes: IntGauge,
+    sent_packets: IntGauge,
     lost_packets: IntGauge,
     lost_bytes: IntGauge,
     mtu_bytes: IntGauge,
     connections: IntGauge,
     receive_buffer_bytes: IntGauge,
+    send_buffer_bytes: IntGauge,
     dropped_datagrams: IntGauge,
     compression_level: IntGauge,
     compression_ratio: Gauge,
@@ -60,11 +65,22 @@ impl Metrics {
             compression_ratio: number("compression_ratio", "Plain bytes a byte on the wire")?,
             session_up: gauge("session_up", "Whether the target is connected")?,
             window_bytes: gauge("link_window_bytes", "Congestion window")?,
+            path_bytes_per_second: gauge(
+                "link_path_bytes_per_second",
+                "Rate that the path is measured to deliver; 0 over TCP",
+            )?,
+            acked_bytes_per_second: gauge(
+                "link_acked_bytes_per_second",
+                "Batches acknowledged as durable, lately",
+            )?,
+            sent_bytes: gauge("link_sent_bytes", "Sent on this connection, headers included")?,
+            sent_packets: gauge("link_sent_packets", "Packets sent on this connection")?,
             lost_packets: gauge("link_lost_packets", "Packets lost on this connection")?,
             lost_bytes: gauge("link_retransmitted_bytes", "Bytes of those, sent again")?,
             mtu_bytes: gauge("link_mtu_bytes", "The path's MTU, as a UDP payload")?,
             connections: gauge("link_connections", "QUIC connections that carry batches")?,
             receive_buffer_bytes: gauge("socket_receive_buffer_bytes", "Granted by the system")?,
+            send_buffer_bytes: gauge("socket_send_buffer_bytes", "Granted by the system")?,
             dropped_datagrams: gauge("socket_dropped_datagrams", "Arrived, and found no room")?,
             compression_level: gauge(
                 "compression_level",
@@ -101,9 +117,17 @@ impl Metrics {
         self.compression_ratio.set(ratio);
     }
 
-    pub(crate) fn link(&self, stats: Option<LinkStats>) {
-        self.session_up.set(stats.is_some().into());
-        if let Some(stats) = stats {
+    /// The link at present, over which so much was acknowledged a second, lately. Without one, what
+    /// the last one's transport knew stays.
+    pub(crate) fn link(&self, connection: Option<&Connection>, acked_bytes_per_second: f64) {
+        self.session_up.set(connection.is_some().into());
+        self.acked_bytes_per_second.set(acked_bytes_per_second as i64);
+        if let Some(connection) = connection {
+            let (stats, path) = (connection.stats(), connection.congestion());
+            let path_bytes_per_second = path.map_or(0, |path| path.bandwidth_bytes_per_second);
+            self.path_bytes_per_second.set(path_bytes_per_second as i64);
+            self.sent_bytes.set(stats.sent_bytes as i64);
+            self.sent_packets.set(stats.sent_packets as i64);
             self.rtt_seconds.set(stats.rtt.as_secs_f64());
             self.window_bytes.set(stats.congestion_window_bytes as i64);
             self.lost_packets.set(stats.lost_packets as i64);
@@ -111,6 +135,7 @@ impl Metrics {
             self.mtu_bytes.set(stats.mtu_bytes.into());
             self.connections.set(stats.connections.into());
             self.receive_buffer_bytes.set(stats.socket.receive_bytes as i64);
+            self.send_buffer_bytes.set(stats.socket.send_bytes as i64);
             self.dropped_datagrams.set(stats.socket.dropped_datagrams() as i64);
         }
     }

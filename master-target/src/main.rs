@@ -142,19 +142,19 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
     // Before anything is bound: a second target on this store must not take the first one's socket.
     let _store = FolderLock::take(&config.store)?;
     let store_dir = config.store.clone();
+    let api_socket = api::bind(&config.api_socket)
+        .with_context(|| format!("the API cannot be served on {}", config.api_socket.display()))?;
+    let window_bytes = config.link_window_bytes;
+    let options = TransportOptions { window_bytes, ..TransportOptions::default() };
+    let listener = Listener::bind(config.listen, &identity, &options, config.tcp).await?;
     let registry = prometheus::Registry::new();
-    let counters = Metrics::new(&registry, identity.name().as_str())?;
+    let counters = Metrics::new(&registry, identity.name().as_str(), listener.socket())?;
     if let Some(address) = config.metrics {
         let bound = metrics::serve(address, registry)
             .await
             .with_context(|| format!("metrics cannot be served on {address}"))?;
         tracing::info!(address = %bound, "metrics");
     }
-    let api_socket = api::bind(&config.api_socket)
-        .with_context(|| format!("the API cannot be served on {}", config.api_socket.display()))?;
-    let window_bytes = config.link_window_bytes;
-    let options = TransportOptions { window_bytes, ..TransportOptions::default() };
-    let listener = Listener::bind(config.listen, &identity, &options, config.tcp).await?;
     let target = tokio::task::block_in_place(|| Target::new(config, counters))?;
     tracing::info!(address = %listener.local_address()?, name = %identity.name(), "waiting for agents");
 

@@ -1,6 +1,7 @@
 //! The target's Prometheus metrics.
 
 use backhaul_api::{Consistency, Machine};
+use backhaul_proto::quic::SocketFacts;
 use prometheus::{GaugeVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 /// Reads a metric off a machine's view.
@@ -11,16 +12,28 @@ type Read = fn(&Machine) -> u64;
 pub struct Metrics {
     target: String,
     agents: IntGauge,
+    /// The one that every agent's datagrams come to.
+    socket: SocketFacts,
+    dropped_datagrams: IntGauge,
     rpo_seconds: GaugeVec,
     gauges: Vec<(IntGaugeVec, Read)>,
 }
 
 impl Metrics {
-    /// Makes the metrics of the target called `target`, and registers them.
-    pub fn new(registry: &Registry, target: &str) -> prometheus::Result<Self> {
+    /// Makes the metrics of the target called `target`, which listens on `socket`, and registers
+    /// them.
+    pub fn new(registry: &Registry, target: &str, socket: SocketFacts) -> prometheus::Result<Self> {
         let prefixed = |name: &str, help: &str| Opts::new(format!("backhaul_target_{name}"), help);
-        let agents = IntGauge::with_opts(prefixed("agents", "Agents connected"))?;
-        registry.register(Box::new(agents.clone()))?;
+        let single = |name: &str, help: &str| {
+            let gauge = IntGauge::with_opts(prefixed(name, help))?;
+            registry.register(Box::new(gauge.clone()))?;
+            prometheus::Result::Ok(gauge)
+        };
+        let agents = single("agents", "Agents connected")?;
+        let dropped_datagrams = single("socket_dropped_datagrams", "Arrived, and found no room")?;
+        let granted = "Granted by the system";
+        single("socket_receive_buffer_bytes", granted)?.set(socket.receive_bytes as i64);
+        single("socket_send_buffer_bytes", granted)?.set(socket.send_bytes as i64);
         let help = "Writes that would be lost now; -1 before the first sync";
         let rpo_seconds = GaugeVec::new(prefixed("rpo_seconds", help), &["machine"])?;
         registry.register(Box::new(rpo_seconds.clone()))?;
@@ -50,7 +63,8 @@ impl Metrics {
             registry.register(Box::new(gauge.clone()))?;
             gauges.push((gauge, read));
         }
-        Ok(Self { target: target.to_owned(), agents, rpo_seconds, gauges })
+        let target = target.to_owned();
+        Ok(Self { target, agents, socket, dropped_datagrams, rpo_seconds, gauges })
     }
 
     pub(crate) fn target_name(&self) -> &str {
@@ -59,6 +73,11 @@ impl Metrics {
 
     pub(crate) fn agents(&self, connected: usize) {
         self.agents.set(connected as i64);
+    }
+
+    /// Asks the kernel what became of datagrams, which it counts whether or not somebody is connected.
+    pub(crate) fn socket(&self) {
+        self.dropped_datagrams.set(self.socket.dropped_datagrams() as i64);
     }
 
     pub(crate) fn machine(&self, view: &Machine) {

@@ -50,7 +50,8 @@ impl Agent {
             }));
             self.report_link();
         }
-        self.metrics.link(self.link.as_ref().map(|link| link.connection.stats()));
+        let connection = self.link.as_ref().map(|link| &link.connection);
+        self.metrics.link(connection, self.acked_bytes_per_second);
         for machine in &self.machines {
             let order = machine.capture.order();
             let total_bytes = match order.mode() {

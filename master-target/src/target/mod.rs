@@ -289,6 +289,7 @@ impl Target {
             self.metrics.machine(&machine.view(now));
         }
         self.metrics.agents(self.links.len());
+        self.metrics.socket();
     }
 }
 

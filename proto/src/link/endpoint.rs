@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::id::PeerName;
 use crate::identity::Identity;
 use crate::link::Connection;
-use crate::quic::{self, AcceptError, BindError, ConnectError, TransportOptions};
+use crate::quic::{self, AcceptError, BindError, ConnectError, SocketFacts, TransportOptions};
 use crate::tcp::{self, Way};
 
 /// A handshake that is not answered is tried again by QUIC after 1, 3 and 7 s, too late for a link
@@ -224,6 +224,11 @@ impl Listener {
     /// The address that was bound.
     pub fn local_address(&self) -> io::Result<SocketAddr> {
         self.quic.local_address()
+    }
+
+    /// The UDP socket that every agent's datagrams come to.
+    pub fn socket(&self) -> SocketFacts {
+        self.quic.socket()
     }
 
     /// The next agent that knocks; `None` when the listener was closed. The handshake is the

@@ -147,6 +147,11 @@ impl Listener {
         self.endpoint.local_addr()
     }
 
+    /// The socket that every agent's datagrams come to.
+    pub fn socket(&self) -> SocketFacts {
+        self.facts
+    }
+
     /// The next agent that knocks; `None` when the listener was closed. The handshake is the
     /// caller's to await, so that a slow one holds up nobody.
     pub async fn accept(&self) -> Option<Handshake> {
