@@ -1,5 +1,7 @@
 //! Probing the link: can the target be reached, how far away is it, and what does the way carry?
 
+mod limit;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +22,9 @@ use serde::Serialize;
 
 use crate::capture::now_us;
 use crate::config::Config;
+
+pub use limit::Limit;
+use limit::Measured;
 
 /// Pings for the round-trip time and the clocks.
 const PINGS: u64 = 20;
@@ -73,37 +78,6 @@ pub struct Reach {
     pub seconds: Option<f64>,
     /// Why it failed; empty when it did not.
     pub failure: String,
-}
-
-/// What limits the rate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Limit {
-    /// The line itself.
-    Link,
-    /// The transport's window is smaller than bandwidth × delay.
-    Window,
-    /// A processor, here or there.
-    Cpu,
-    /// The target's store is slower than the line.
-    Disk,
-    /// The target's kernel drops datagrams: its socket buffer is too small.
-    SocketBuffer,
-}
-
-impl Limit {
-    /// What it is, and what can be done about it.
-    pub fn sentence(self) -> &'static str {
-        match self {
-            Self::Link => "the line itself: this is what it carries",
-            Self::Window => "the transport's window: bandwidth x delay is larger than its memory",
-            Self::Cpu => "a processor: one end encrypts or copies as fast as it can",
-            Self::Disk => "the target's store: it takes less than the line carries",
-            Self::SocketBuffer => {
-                "the target's socket buffer: raise net.core.rmem_max there and restart it"
-            }
-        }
-    }
 }
 
 /// Probes the link of an agent's configuration, for `time` in each direction. `tell` is told what
@@ -161,18 +135,15 @@ pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow
     let down_bytes_per_second = prober.down(&connection, time).await?;
     connection.close("the probe is over");
     let disk_bytes_per_second = disk.disk_bytes_per_second;
-    let window_bytes = f64::from(transport.window_bytes);
-    let limit = if up.dropped_datagrams > 0 {
-        Limit::SocketBuffer
-    } else if up.cpu_percent >= 90 {
-        Limit::Cpu
-    } else if (disk_bytes_per_second as f64) < up.bytes_per_second {
-        Limit::Disk
-    } else if up.bytes_per_second * up.rtt_seconds.0 > 0.8 * window_bytes {
-        Limit::Window
-    } else {
-        Limit::Link
-    };
+    let over_quic = connection.transport() == Transport::Quic;
+    let limit = Limit::of(&Measured {
+        up_bytes_per_second: up.bytes_per_second,
+        rtt_seconds: up.rtt_seconds.0,
+        filled_bytes: over_quic.then(|| transport.filled_bytes()),
+        disk_bytes_per_second,
+        dropped_datagrams: up.dropped_datagrams,
+        cpu_percent: up.cpu_percent,
+    });
     Ok(Report {
         target: config.target.clone(),
         name: connection.peer().to_string(),

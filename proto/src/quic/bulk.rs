@@ -64,6 +64,13 @@ impl Bulk {
     }
 }
 
+/// The largest congestion window of which batches get all that they can use, in bytes, where the
+/// transport holds `window_bytes`.
+pub(super) fn filled_bytes(window_bytes: u32) -> u64 {
+    let most_bytes = u64::from(window_bytes).saturating_sub(CONTROL_RESERVE_BYTES);
+    most_bytes.saturating_sub(BATCHES_BYTES) / CONGESTION_WINDOWS
+}
+
 /// What is granted at a congestion window.
 fn units(congestion_window_bytes: u64, most: u32) -> u32 {
     let wanted = congestion_window_bytes.saturating_mul(CONGESTION_WINDOWS);
@@ -73,7 +80,10 @@ fn units(congestion_window_bytes: u64, most: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::{BATCHES_BYTES, Bulk, CONGESTION_WINDOWS, CONTROL_RESERVE_BYTES, UNIT_BYTES};
+    use super::{
+        BATCHES_BYTES, Bulk, CONGESTION_WINDOWS, CONTROL_RESERVE_BYTES, UNIT_BYTES, filled_bytes,
+        units,
+    };
 
     const WINDOW_BYTES: u32 = 48 << 20;
 
@@ -91,6 +101,19 @@ mod tests {
         assert_eq!(free_bytes(&bulk), u64::from(WINDOW_BYTES) - CONTROL_RESERVE_BYTES);
         bulk.follow(0);
         assert_eq!(free_bytes(&bulk), BATCHES_BYTES);
+    }
+
+    /// A probe would blame the line for what the window keeps from it, or the other way round.
+    #[test]
+    fn a_path_is_filled_up_to_the_window_at_which_the_bound_begins_to_cut() {
+        let filled = filled_bytes(WINDOW_BYTES);
+        let most = (u64::from(WINDOW_BYTES) - CONTROL_RESERVE_BYTES) / UNIT_BYTES;
+        assert_eq!(u64::from(units(filled, u32::MAX)), most);
+        assert!(u64::from(units(filled + UNIT_BYTES, u32::MAX)) > most);
+        // What `TransportOptions` says in words.
+        let fifth = u64::from(WINDOW_BYTES) / 5;
+        assert!((fifth * 9 / 10..=fifth).contains(&filled), "{filled}");
+        assert_eq!(filled_bytes(1 << 20), 0);
     }
 
     #[tokio::test]

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
 
-use crate::quic::Connections;
 use crate::quic::congestion::{Limited, Method, RateLimit, Siblings};
 use crate::quic::lanes::lane_window_bytes;
+use crate::quic::{Connections, bulk};
 
 /// Largest UDP payload that path-MTU discovery tries. quinn sends ten segments at a time, and ten
 /// times more than this exceeds what one UDP send can carry: the packets would vanish.
@@ -91,6 +91,11 @@ impl Default for TransportOptions {
 }
 
 impl TransportOptions {
+    /// Bandwidth × delay up to which a link is filled whatever it loses, in bytes.
+    pub fn filled_bytes(&self) -> u64 {
+        bulk::filled_bytes(self.window_bytes)
+    }
+
     /// `siblings` is common to the connections of a link.
     pub(crate) fn to_quinn(&self, siblings: Siblings) -> quinn::TransportConfig {
         let mut config = quinn::TransportConfig::default();
