@@ -171,6 +171,32 @@ struct Up {
     cpu_percent: u64,
 }
 
+/// A question and its answer.
+#[derive(Debug, Clone, Copy)]
+struct Ping {
+    rtt_seconds: f64,
+    /// How far the answer's clock is ahead of this one, if it took as long there as back.
+    skew_seconds: f64,
+}
+
+impl Ping {
+    /// `sent_us` is this end's clock, in microseconds since 1970 UTC, when the question was sent; the
+    /// reply was here `rtt` later.
+    fn of(sent_us: u64, rtt: Duration, reply: &ProbeReply) -> Self {
+        let rtt_seconds = rtt.as_secs_f64();
+        let ahead_seconds = (reply.now_us as f64 - sent_us as f64) / 1e6;
+        Self { rtt_seconds, skew_seconds: ahead_seconds - rtt_seconds / 2.0 }
+    }
+
+    /// Round-trip times in order, and the clock's skew as the shortest has it: in the others, one of
+    /// the ways took longer.
+    fn judge(mut pings: Vec<Self>) -> (Vec<f64>, f64) {
+        pings.sort_by(|a, b| a.rtt_seconds.total_cmp(&b.rtt_seconds));
+        let skew_seconds = pings.first().map_or(0.0, |ping| ping.skew_seconds);
+        (pings.into_iter().map(|ping| ping.rtt_seconds).collect(), skew_seconds)
+    }
+}
+
 /// The figure that this share of the sorted ones does not exceed.
 fn share(sorted: &[f64], share: f64) -> f64 {
     let index = (sorted.len() as f64 * share) as usize;
@@ -221,13 +247,9 @@ impl Prober {
         for _ in 0..PINGS {
             let (began, sent_us) = (Instant::now(), now_us());
             let reply = self.ask(ProbeRequest::default()).await?;
-            let rtt = began.elapsed().as_secs_f64();
-            let middle = sent_us as f64 / 1e6 + rtt / 2.0;
-            pings.push((rtt, reply.now_us as f64 / 1e6 - middle));
+            pings.push(Ping::of(sent_us, began.elapsed(), &reply));
         }
-        pings.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let skew_seconds = pings[0].1;
-        Ok((pings.into_iter().map(|(rtt, _)| rtt).collect(), skew_seconds))
+        Ok(Ping::judge(pings))
     }
 
     async fn up(&mut self, connection: &Connection, time: Duration) -> anyhow::Result<Up> {
@@ -298,6 +320,36 @@ impl Prober {
                 ended?;
                 bail!("the target ended the probe")
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use backhaul_proto::message::ProbeReply;
+
+    use super::Ping;
+
+    /// 2026-11-27, in microseconds.
+    const NOW_US: u64 = 1_795_737_600_000_000;
+
+    /// Both ends of every other test share a clock, on which an answer that is always 0 would pass.
+    #[test]
+    fn a_clock_that_is_ahead_or_behind_is_said_to_be() {
+        for (skew_seconds, skew_us) in [(7.0, 7_000_000), (-7.0, -7_000_000), (0.0, 0)] {
+            // The target reads its clock when half of the 80 ms are over.
+            let ping = |rtt_ms: u64, target_us: i64| {
+                let now_us = NOW_US.saturating_add_signed(skew_us + target_us);
+                let reply = ProbeReply { now_us, ..ProbeReply::default() };
+                Ping::of(NOW_US, Duration::from_millis(rtt_ms), &reply)
+            };
+            // Those that took longer, there or back, would say something else.
+            let pings = vec![ping(480, 440_000), ping(80, 40_000), ping(980, 40_000)];
+            let (rtts, found_seconds) = Ping::judge(pings);
+            assert_eq!(rtts, [0.08, 0.48, 0.98]);
+            assert!((found_seconds - skew_seconds).abs() < 1e-6, "{found_seconds}");
         }
     }
 }
