@@ -52,7 +52,7 @@ pub struct Report {
     /// How far the target's clock is ahead of this one, in seconds, exact to half the round-trip
     /// time.
     pub clock_skew_seconds: f64,
-    /// The path's MTU as a UDP payload; 0 over TCP, where the kernel keeps it to itself.
+    /// The path's MTU: over QUIC as a UDP payload, over TCP with all headers.
     pub mtu_bytes: u16,
     /// Share of packets lost on the way up, while it was flooded.
     pub lost_share: f64,

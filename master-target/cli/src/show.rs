@@ -200,7 +200,9 @@ impl Output {
         say!("round trip  {} at least, {} in the middle, {loaded}", ms(least), ms(median));
         say!("clock       the target's is {:+.3} s from this one", report.clock_skew_seconds);
         if report.mtu_bytes > 0 {
-            say!("MTU         {} bytes of UDP payload", report.mtu_bytes);
+            let of_what =
+                if report.transport == "tcp" { "with all headers" } else { "of UDP payload" };
+            say!("MTU         {} bytes {of_what}", report.mtu_bytes);
             say!("lost        {:.2} % of the packets under load", report.lost_share * 100.0);
         }
         say!("up          {}", rate(report.up_bytes_per_second));
