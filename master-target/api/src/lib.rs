@@ -97,6 +97,9 @@ pub struct Link {
     pub agent_dropped_datagrams: u64,
     /// Receive buffer granted to the target's socket.
     pub target_receive_buffer_bytes: u64,
+    /// Send buffer granted to the target's socket.
+    #[serde(default)]
+    pub target_send_buffer_bytes: u64,
     /// Datagrams that the target's kernel dropped for want of room, of all agents together.
     pub target_dropped_datagrams: u64,
 }

@@ -1,9 +1,11 @@
 //! What people and programs are shown.
 
+mod links;
+
 use std::io::IsTerminal;
 
 use backhaul_agent::probe::Report;
-use backhaul_api::{Consistency, Link, Machine, Point, Stage, Status};
+use backhaul_api::{Consistency, Machine, Point, Stage, Status};
 use bytesize::ByteSize;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Cell, Color, ContentArrangement, Table};
@@ -107,63 +109,6 @@ impl Output {
                     say!("{}: {sentence}", machine.name);
                 }
             }
-        }
-    }
-
-    pub(crate) fn links(&self, links: &[Link]) {
-        if self.json {
-            return self.json(&links);
-        }
-        let heads = [
-            "agent",
-            "over",
-            "rate",
-            "path",
-            "ceiling",
-            "RTT (least)",
-            "lost",
-            "window",
-            "MTU",
-            "dropped here",
-        ];
-        let mut table = self.table(&heads);
-        let rate = |bytes: u64| format!("{:.1} Mbit/s", bytes as f64 * 8.0 / 1e6);
-        for link in links {
-            let lost = link.lost_packets as f64 * 100.0 / link.sent_packets.max(1) as f64;
-            let colour = if lost > 2.0 { Color::Red } else { Color::Reset };
-            let drops = match link.target_dropped_datagrams {
-                0 => self.cell("0", Color::Reset),
-                drops => self.cell(drops, Color::Red),
-            };
-            table.add_row(vec![
-                Cell::new(format!("{} ({})", link.agent, link.address)),
-                Cell::new(format!("{}, {} {}", link.transport, link.congestion, link.state)),
-                Cell::new(rate(link.acked_bytes_per_second)),
-                Cell::new(link.path_bytes_per_second.map_or("–".into(), rate)),
-                Cell::new(link.ceiling_bytes_per_second.map_or("none".into(), rate)),
-                Cell::new(format!(
-                    "{:.1} ms ({:.1})",
-                    link.rtt_seconds * 1e3,
-                    link.min_rtt_seconds * 1e3
-                )),
-                self.cell(format!("{lost:.2} %"), colour),
-                Cell::new(ByteSize(link.window_bytes).display().iec()),
-                Cell::new(link.mtu_bytes),
-                drops,
-            ]);
-        }
-        say!("{table}");
-        for link in links {
-            let level = match link.compression_level {
-                0 => "not compressed".to_owned(),
-                level => format!("zstd {level}"),
-            };
-            let referenced = ByteSize(link.referenced_bytes).display().iec();
-            let connections = match link.connections {
-                0 | 1 => String::new(),
-                several => format!("; {several} connections carry batches"),
-            };
-            say!("{}: {level}; {referenced} went as references{connections}", link.agent);
         }
     }
 

@@ -185,6 +185,7 @@ impl Link {
             agent_send_buffer_bytes: report.send_buffer_bytes,
             agent_dropped_datagrams: report.dropped_datagrams,
             target_receive_buffer_bytes: here.socket.receive_bytes as u64,
+            target_send_buffer_bytes: here.socket.send_bytes as u64,
             target_dropped_datagrams: here.socket.dropped_datagrams(),
         }
     }
