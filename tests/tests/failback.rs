@@ -152,32 +152,6 @@ async fn real_files_written_by_a_kernel_come_home() {
     compare(&scenario.protected, &scenario.rig.image(0)).unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn both_daemons_tell_prometheus_how_things_stand() {
-    use std::io::{Read, Write};
-    let mut scenario = Scenario::prepare(16 << 20, |spec| {
-        spec.agent_options = "metrics = \"127.0.0.1:0\"".into();
-        spec.target_options = "metrics = \"127.0.0.1:0\"".into();
-    })
-    .unwrap();
-    scenario.start().unwrap();
-    scenario.wait_consistent().await.unwrap();
-    for (daemon, metric) in [
-        ("agent", "backhaul_agent_queue_bytes{machine=\"lab\"}"),
-        ("master-target", "backhaul_target_rpo_seconds{machine=\"lab\"}"),
-    ] {
-        scenario.rig.wait_log(daemon, "metrics address=").await.unwrap();
-        let log = std::fs::read_to_string(scenario.folder.path().join(format!("{daemon}.log")));
-        let log = log.unwrap();
-        let address = log.split("metrics address=").nth(1).unwrap().split_whitespace().next();
-        let mut stream = std::net::TcpStream::connect(address.unwrap()).unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        assert!(text.contains(metric), "{daemon}: {text}");
-    }
-}
-
 /// Somebody boots the machine, it writes to its disk, and the operator cancels: what was written
 /// here must not stay under what comes from the source.
 #[tokio::test(flavor = "multi_thread")]

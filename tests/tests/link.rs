@@ -207,7 +207,7 @@ async fn a_probe_tells_what_the_line_is_like() {
         return;
     }
     let mut scenario = Scenario::prepare(16 << 20, |spec| {
-        spec.link = Some("40mbit,15ms,1%".parse().unwrap());
+        spec.link = Some("40mbit,40ms,1%".parse().unwrap());
     })
     .unwrap();
     scenario.start().unwrap();
@@ -223,10 +223,11 @@ async fn a_probe_tells_what_the_line_is_like() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["reach"][0]["transport"], "quic", "{report}");
     for reach in report["reach"].as_array().unwrap() {
-        assert!(reach["seconds"].as_f64().unwrap() >= 0.03, "{report}");
+        assert!(reach["seconds"].as_f64().unwrap() >= 0.08, "{report}");
     }
     let number = |name: &str| report[name].as_f64().unwrap();
-    assert!((0.030..0.1).contains(&report["rtt_seconds"][0].as_f64().unwrap()), "{report}");
+    let least = report["rtt_seconds"][0].as_f64().unwrap();
+    assert!((0.08..0.1).contains(&least), "{report}");
     // Both ends share a clock here; half a round trip is what can be told.
     assert!(number("clock_skew_seconds").abs() < 0.05, "{report}");
     assert!((1200.0..1420.0).contains(&number("mtu_bytes")), "{report}");
@@ -236,6 +237,14 @@ async fn a_probe_tells_what_the_line_is_like() {
     }
     assert!((0.001..0.1).contains(&number("lost_share")), "{report}");
     assert_eq!(report["limit"], "link", "{report}");
+    // Control does not wait behind what fills the line: the goal of benches/REPORT.md.
+    let [median, worst] = [0, 1].map(|place| report["loaded_rtt_seconds"][place].as_f64().unwrap());
+    let goal = 1.5 * least + 0.005;
+    println!("under load {median:.3} s, 99 of 100 below {worst:.3} s; goal {goal:.3} s");
+    // One time in fifty a frame is lost with its copy, and those behind it wait a round trip. Debug
+    // builds, which run beside other tests, are allowed that.
+    let leeway = if cfg!(debug_assertions) { least } else { 0.0 };
+    assert!(worst < goal + leeway, "{report}");
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }
