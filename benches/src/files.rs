@@ -82,7 +82,12 @@ pub async fn run(dir: &Path, runs: usize, what: &Files) -> anyhow::Result<()> {
             let taken = measure(folder.path(), &disk, what, contender, time_max)
                 .await
                 .with_context(|| (*contender).to_owned())?;
-            eprintln!("{contender}: {taken:.1?}");
+            eprintln!(
+                "{contender}: {:.1} s, {} MiB on the wire{}",
+                taken.seconds,
+                taken.wire_bytes >> 20,
+                if taken.cut_off { ", cut off" } else { "" },
+            );
             if let (OURS, Some(times)) = (*contender, what.give_up) {
                 time_max = Duration::from_secs_f64(taken.seconds * times);
             }

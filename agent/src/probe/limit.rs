@@ -66,7 +66,7 @@ impl Limit {
         match self {
             Self::Link => "the line itself: this is what it carries",
             Self::Window => {
-                "the transport's window, it seems: bandwidth x delay is more than a fifth of its memory"
+                "the transport's window, it seems: bandwidth x delay is more than a fifth of it; raise link_window at both ends"
             }
             Self::Cpu => "a processor: one end encrypts or copies as fast as it can",
             Self::Disk => "the target's store: it takes less than the line carries",
