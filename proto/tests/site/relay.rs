@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::UdpSocket;
@@ -20,16 +22,28 @@ impl<T: FnMut(Way, Vec<u8>) -> Vec<Vec<u8>> + Send + 'static> Ill for T {}
 
 /// Relays between one agent and the target at `target`, `delay` each way, through `ill`; returns
 /// the address that the agent connects to.
-pub(crate) async fn start(target: SocketAddr, delay: Duration, mut ill: impl Ill) -> String {
-    let front = socket().await;
-    let back = socket().await;
-    back.connect(target).await.unwrap();
+pub(crate) async fn start(target: SocketAddr, delay: Duration, ill: impl Ill) -> String {
+    start_moving(target, delay, Arc::default(), ill).await
+}
+
+/// The same; once `moved` is set the target sees the agent at another address, and what it still sends
+/// to the first one is lost.
+pub(crate) async fn start_moving(
+    target: SocketAddr,
+    delay: Duration,
+    moved: Arc<AtomicBool>,
+    mut ill: impl Ill,
+) -> String {
+    let (front, before, after) = (socket().await, socket().await, socket().await);
+    before.connect(target).await.unwrap();
+    after.connect(target).await.unwrap();
     let address = front.local_addr().unwrap().to_string();
     tokio::spawn(async move {
         let (mut to_target, mut to_agent) = (vec![0; 65_536], vec![0; 65_536]);
         let mut agent = None;
         let mut under_way: VecDeque<(Instant, Way, Vec<u8>)> = VecDeque::new();
         loop {
+            let back = if moved.load(Ordering::Relaxed) { &after } else { &before };
             let next = under_way.front().map_or_else(Instant::now, |(at, ..)| *at);
             let (way, packet) = tokio::select! {
                 Ok((len, from)) = front.recv_from(&mut to_target) => {
@@ -58,7 +72,7 @@ pub(crate) async fn start(target: SocketAddr, delay: Duration, mut ill: impl Ill
 }
 
 /// A socket that loses nothing by itself.
-async fn socket() -> UdpSocket {
+pub(crate) async fn socket() -> UdpSocket {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let view = socket2::SockRef::from(&socket);
     view.set_recv_buffer_size(32 << 20).unwrap();
