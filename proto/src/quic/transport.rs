@@ -10,9 +10,29 @@ use crate::quic::congestion::{Limited, Method, RateLimit, Siblings};
 use crate::quic::lanes::lane_window_bytes;
 use crate::quic::{Connections, bulk};
 
-/// Largest UDP payload that path-MTU discovery tries. quinn sends ten segments at a time, and ten
-/// times more than this exceeds what one UDP send can carry: the packets would vanish.
+/// Packets that quinn hands to the system at a time (its `MAX_TRANSMIT_SEGMENTS`).
+const SEGMENTS_MAX: usize = 10;
+
+/// Most that one UDP send can carry: 65,535 bytes less the headers of IPv4 and UDP.
+const UDP_SEND_BYTES_MAX: usize = 65_507;
+
+/// Largest UDP payload that path-MTU discovery tries. Of one that is larger, as many as quinn sends at
+/// a time exceed what one UDP send can carry: the packets would vanish.
 const UDP_PAYLOAD_BYTES_MAX: u16 = 6500;
+const _: () = assert!(SEGMENTS_MAX * UDP_PAYLOAD_BYTES_MAX as usize <= UDP_SEND_BYTES_MAX);
+
+/// Receive window of a stream: a batch, whatever its size, hardly waits for it.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+
+/// Gaps in one stream at which the peer gives the connection up (quinn's `MAX_CHUNKS`).
+const STREAM_GAPS_MAX: u32 = 1024;
+
+/// The least that a full packet carries of a stream: QUIC's smallest MTU, 1,200 bytes, less the headers
+/// of packet and frame and the cipher's tag.
+const STREAM_BYTES_OF_PACKET_MIN: u32 = 1200 - 70;
+
+// Were every second packet missing, a stream would have half as many gaps as its window has packets.
+const _: () = assert!(STREAM_WINDOW_BYTES / STREAM_BYTES_OF_PACKET_MIN / 2 < STREAM_GAPS_MAX);
 
 /// Copies of control frames that wait to leave, or to be read, in bytes; older ones give way. The
 /// stream has them all, so this only has to reach a moment.
@@ -99,9 +119,7 @@ impl TransportOptions {
     /// `siblings` is common to the connections of a link.
     pub(crate) fn to_quinn(&self, siblings: Siblings) -> quinn::TransportConfig {
         let mut config = quinn::TransportConfig::default();
-        // A stream window of 2 MiB holds any batch, and keeps a stream far from the 1,024 gaps at
-        // which the peer gives the connection up.
-        config.stream_receive_window(VarInt::from_u32(2 << 20));
+        config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES));
         config.receive_window(VarInt::from_u32(self.window_bytes));
         config.send_window(self.window_bytes.into());
         config.max_concurrent_uni_streams(VarInt::from_u32(self.streams_max));
