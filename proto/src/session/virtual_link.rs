@@ -47,6 +47,8 @@ struct World {
     count: u64,
     sender: Sender,
     receiver: Receiver<BatchSeq>,
+    /// The last batch that was sent on this connection, or that the target had in hand before it.
+    sent: BatchSeq,
     to_target: BTreeMap<(Instant, u64), EncodedBatch>,
     to_agent: BTreeMap<(Instant, u64), BatchSeq>,
     to_disk: BTreeMap<(Instant, u64), BatchSeq>,
@@ -62,6 +64,7 @@ impl World {
             count: 0,
             sender: Sender::new(Generation(1)),
             receiver: Receiver::new(config, Generation(1), BatchSeq(0), WriteSeq(0)),
+            sent: BatchSeq(0),
             to_target: BTreeMap::new(),
             to_agent: BTreeMap::new(),
             to_disk: BTreeMap::new(),
@@ -86,6 +89,7 @@ impl World {
         let window = self.receiver.window_bytes();
         let (durable, received) = (self.receiver.durable(), self.receiver.received());
         self.sender.handle_connected(durable, received, window).unwrap();
+        self.sent = received;
     }
 
     fn disconnect(&mut self) {
@@ -108,6 +112,11 @@ impl World {
     fn step(&mut self) {
         self.now += Duration::from_millis(1);
         while let Some(batch) = self.sender.poll_transmit() {
+            // What the target has, acknowledged or in hand, is never sent again.
+            let seq = batch.header.batch;
+            let known = self.sender.acked().max(self.sent);
+            assert!(seq > known, "batch {seq} was sent though the target had {known}");
+            self.sent = seq;
             let key = self.later(20, 30);
             self.to_target.insert(key, batch);
         }
