@@ -75,6 +75,33 @@ async fn what_repeats_crosses_the_link_once() {
     }
 }
 
+/// A disk that is a copy of another one of its machine, neither of which repeats anything of itself:
+/// the first one crosses the link, and hardly anything of the second.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_a_copy_of_another_hardly_crosses_the_link() {
+    const BYTES: usize = 64 * MIB;
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    let mut scenario = Scenario::prepare(BYTES as u64, |spec| {
+        spec.disks.push(copy.path().to_owned());
+    })
+    .unwrap();
+    let content = noise(98, BYTES);
+    write(&scenario.protected, 0, &content);
+    write(copy.path(), 0, &content);
+    scenario.rig.edit_configuration("agent", |text| slow(text, "160 Mbit/s")).unwrap();
+    scenario.start().unwrap();
+    let synced = scenario.wait_consistent().await.unwrap();
+    println!(
+        "{} bytes of {BYTES} went as references, {} crossed the link",
+        synced.referenced_bytes, synced.received_wire_bytes
+    );
+    assert!(synced.referenced_bytes > BYTES as u64 * 9 / 10, "{synced:?}");
+    assert!(synced.received_wire_bytes < BYTES as u64 * 11 / 10, "{synced:?}");
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+    compare(copy.path(), &scenario.rig.image(1)).unwrap();
+}
+
 /// Two disks that are alike, a guest that writes over both halves of what is referred to while the
 /// sync goes on, a target that is killed and an agent that is: in the end every byte is right.
 #[tokio::test(flavor = "multi_thread")]
