@@ -1,6 +1,6 @@
 //! What the controller promises, over links of every kind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::link::Shape;
 use super::rivals::{Bbr, Cubic};
@@ -125,20 +125,36 @@ enum Other {
     Ours,
 }
 
+/// Packets as large as the Internet's.
+const MTU: u64 = 1400;
+
+impl Other {
+    fn boxed(self, epoch: Instant, seed: u64) -> Box<dyn Control> {
+        match self {
+            Self::Cubic => Box::new(Cubic::new(MTU)),
+            Self::Bbr => Box::new(Bbr::new(MTU, epoch)),
+            Self::Ours => Ours::boxed(epoch, MTU, seed, &RateLimit::default()),
+        }
+    }
+
+    /// The share of a link that it takes when it has all of it.
+    fn alone(self, shape: Shape) -> f64 {
+        let mut world = World::new(shape, 3);
+        let other = self.boxed(world.epoch, 4);
+        world.add(other, App::Bulk { from: 0 }, MTU);
+        world.run(60.0);
+        world.share(0, 15.0, 60.0)
+    }
+}
+
 /// Our flow, which begins at once or five seconds later, beside `others`, for a minute.
-fn beside(others: &[Other], mbit: f64, rtt: u64, first: bool) -> World {
-    const MTU: u64 = 1400;
-    let mut world = World::new(Shape::new(mbit, rtt, 0.0), 3);
+fn beside(others: &[Other], shape: Shape, first: bool) -> World {
+    let mut world = World::new(shape, 3);
     let (ours_at, other_at) = if first { (0, 5_000_000_000) } else { (5_000_000_000, 0) };
-    let limit = RateLimit::default();
-    let ours = Ours::boxed(world.epoch, MTU, 3, &limit);
+    let ours = Other::Ours.boxed(world.epoch, 3);
     world.add(ours, App::Bulk { from: ours_at }, MTU);
     for (seed, other) in (4..).zip(others) {
-        let other: Box<dyn Control> = match other {
-            Other::Cubic => Box::new(Cubic::new(MTU)),
-            Other::Bbr => Box::new(Bbr::new(MTU, world.epoch)),
-            Other::Ours => Ours::boxed(world.epoch, MTU, seed, &limit),
-        };
+        let other = other.boxed(world.epoch, seed);
         world.add(other, App::Bulk { from: other_at }, MTU);
     }
     world.run(60.0);
@@ -174,7 +190,7 @@ fn share_with(other: Other, least: impl Fn(f64) -> (f64, f64)) {
     let mut broken = Vec::new();
     for (mbit, rtt) in [(30.0, 20), (30.0, 40), (30.0, 80), (100.0, 40), (100.0, 80), (200.0, 40)] {
         for first in [true, false] {
-            let world = beside(&[other], mbit, rtt, first);
+            let world = beside(&[other], Shape::new(mbit, rtt, 0.0), first);
             let (ours, theirs) = (world.share(0, 15.0, 60.0), world.share(1, 15.0, 60.0));
             let line = format!(
                 "{other:?}, {mbit} Mbit/s, {rtt} ms, ours first {first}: ours {ours:.3}, other \
@@ -209,6 +225,35 @@ fn a_link_is_shared_with_bbr() {
     share_with(Other::Bbr, |mbit| if mbit < 50.0 { (0.3, 0.18) } else { (0.25, 0.3) });
 }
 
+/// The same over lines that lose by chance, and with queues of other lengths. A Cubic takes little of a
+/// line that loses, even when it has it alone: of what that would be, half is left to it.
+#[test]
+fn a_link_that_loses_or_queues_otherwise_is_shared() {
+    use Other::{Bbr, Cubic, Ours};
+    let mut broken = Vec::new();
+    for (loss, queue) in [(0.0, 20), (0.001, 250), (0.01, 20), (0.01, 100)] {
+        let mut shape = Shape::new(30.0, 40, loss);
+        shape.queue = Duration::from_millis(queue);
+        let of_cubic = (Cubic.alone(shape) / 2.0).min(0.3);
+        for (other, least) in [(Cubic, of_cubic), (Ours, 0.3), (Bbr, 0.18)] {
+            for first in [true, false] {
+                let world = beside(&[other], shape, first);
+                let (ours, theirs) = (world.share(0, 15.0, 60.0), world.share(1, 15.0, 60.0));
+                let line = format!(
+                    "{other:?}, loss {loss}, queue {queue} ms, ours first {first}: ours {ours:.3}, \
+                     other {theirs:.3} of {least:.3}, queue {:.1} ms",
+                    world.queue(15.0, 60.0) * 1e3
+                );
+                println!("{line}");
+                if ours < 0.3 || theirs < least {
+                    broken.push(line);
+                }
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
 /// What is due to each falls with the loss that all suffer: nobody is squeezed out by those who would
 /// not yield, and the link is not drowned.
 #[test]
@@ -217,7 +262,7 @@ fn a_link_is_shared_by_many() {
     let mut broken = Vec::new();
     for others in [&[Ours; 3][..], &[Cubic; 3], &[Ours, Cubic, Cubic], &[Ours; 4]] {
         for first in [true, false] {
-            let world = beside(others, 100.0, 40, first);
+            let world = beside(others, Shape::new(100.0, 40, 0.0), first);
             let flows = others.len() + 1;
             let shares: Vec<f64> =
                 (0..flows).map(|flow| world.share(flow, 20.0, 60.0) * flows as f64).collect();
@@ -236,7 +281,6 @@ fn a_link_is_shared_by_many() {
 /// 2 % of their packets by that, and four 9 %.
 #[test]
 fn connections_of_one_link_do_not_wrong_each_other() {
-    const MTU: u64 = 1400;
     let mut broken = Vec::new();
     for (mbit, rtt, count) in [(100.0, 40, 3), (100.0, 80, 4), (200.0, 40, 8)] {
         let mut world = World::new(Shape::new(mbit, rtt, 0.0), 3);
@@ -410,14 +454,24 @@ fn a_bought_line_is_filled() {
     }
 }
 
+/// A link of each kind: plain, odd, shared.
 #[test]
 fn a_run_is_the_same_every_time() {
-    let run = || {
-        let mut shape = Shape::new(20.0, 40, 0.01);
-        shape.jitter = Duration::from_millis(5);
-        let mut world = alone(shape, 11);
-        world.run(5.0);
-        (world.share(0, 0.0, 5.0).to_bits(), world.queue(0.0, 5.0).to_bits())
-    };
-    assert_eq!(run(), run());
+    let plain = Shape::new(8.0, 40, 0.01);
+    let mut odd = plain;
+    (odd.jitter, odd.clump) = (Duration::from_millis(5), Duration::from_millis(5));
+    (odd.reorder, odd.reorder_delay) = (0.05, Duration::from_millis(3));
+    for (shape, others) in
+        [(plain, &[][..]), (odd, &[]), (plain, &[Other::Cubic]), (odd, &[Other::Bbr, Other::Ours])]
+    {
+        let run = || {
+            let world = beside(others, shape, true);
+            let of_each = world.tallies.iter().map(|tally| {
+                let arrived: Vec<u64> = tally.arrived.iter().map(|bytes| bytes.to_bits()).collect();
+                (arrived, tally.sent_packets.clone(), tally.dropped_packets.clone())
+            });
+            (of_each.collect::<Vec<_>>(), world.queue(0.0, 60.0).to_bits())
+        };
+        assert!(run() == run(), "{shape:?}, {others:?}");
+    }
 }
