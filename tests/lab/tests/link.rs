@@ -92,6 +92,30 @@ fn a_blackout_and_a_new_spec_take_effect_while_it_runs() {
     assert_eq!(link.stats().up.delivered_packets - before, 3);
 }
 
+/// A socket that is bound to no address goes on from the new one; one that is bound to the old one does
+/// not.
+#[test]
+fn a_site_that_was_moved_has_one_address_which_is_new() {
+    let Some(link) = start("100mbit,1ms") else { return };
+    let (bound, b) = sockets(&link);
+    let unbound = link.site_a().run_inside(|| UdpSocket::bind("0.0.0.0:7001")).unwrap().unwrap();
+    let b_address = b.local_addr().unwrap();
+    let b = link.site_b().run_inside(|| UdpSocket::bind("0.0.0.0:7002")).unwrap().unwrap();
+    b.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let to = (b_address.ip(), 7002);
+    let mut buffer = [0; 100];
+    unbound.send_to(b"before", to).unwrap();
+    assert_eq!(b.recv_from(&mut buffer).unwrap().1, (link.site_a().address(), 7001).into());
+    let new = link.move_site_a().unwrap();
+    assert_ne!(new, link.site_a().address());
+    unbound.send_to(b"after", to).unwrap();
+    assert_eq!(b.recv_from(&mut buffer).unwrap().1, (new, 7001).into());
+    b.send_to(b"back", (new, 7001)).unwrap();
+    unbound.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert_eq!(unbound.recv(&mut buffer).unwrap(), 4);
+    assert!(bound.send(b"lost").is_err());
+}
+
 #[test]
 fn namespaces_vanish_with_the_link_and_with_a_killed_process() {
     let Some(link) = start("100mbit") else { return };

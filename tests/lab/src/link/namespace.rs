@@ -28,7 +28,7 @@ impl Site {
         &self.name
     }
 
-    /// This site's address on the line.
+    /// This site's address on the line, as it was at the start.
     pub fn address(&self) -> Ipv4Addr {
         self.address
     }
@@ -169,4 +169,5 @@ const GUARD_SCRIPT: &str =
     r#"trap '' INT TERM HUP; read -r _; for name; do ip netns delete "$name"; done"#;
 /// Only ever inside namespaces of ours, so they cannot collide with the host's.
 pub(super) const ADDRESS_A: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 1);
+pub(super) const ADDRESS_A_LATER: Ipv4Addr = Ipv4Addr::new(10, 213, 1, 1);
 pub(super) const ADDRESS_B: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 2);

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::forwarder::{Forwarder, SharedShaper};
-use super::namespace::{Site, SitePair, ip};
+use super::namespace::{ADDRESS_A_LATER, Site, SitePair, ip};
 use super::shaper::{DirectionStats, Shaper};
 use super::spec::LinkSpec;
 use super::tun;
@@ -89,6 +90,21 @@ impl Link {
         self.down.lock().set_spec(spec.down);
         self.spec = LinkSpec { seed: self.spec.seed, ..spec };
         Ok(())
+    }
+
+    /// Gives site A another address in place of the one it has, as a VPN that is re-keyed may, and
+    /// returns it. Once only.
+    ///
+    /// # Errors
+    /// When the devices refuse it.
+    pub fn move_site_a(&self) -> Result<Ipv4Addr, LinkError> {
+        let (a, b) = (&self.sites.a, &self.sites.b);
+        let (old, new) = (format!("{}/30", a.address()), ADDRESS_A_LATER.to_string());
+        let peer = b.address().to_string();
+        ip(&["-n", b.name(), "route", "add", &new, "dev", DEVICE_NAME])?;
+        ip(&["-n", a.name(), "addr", "add", &new, "peer", &peer, "dev", DEVICE_NAME])?;
+        ip(&["-n", a.name(), "addr", "del", &old, "dev", DEVICE_NAME])?;
+        Ok(ADDRESS_A_LATER)
     }
 
     /// Cuts both directions, or mends them.
