@@ -471,3 +471,65 @@ async fn after_a_short_blackout_in_the_middle_of_a_sync_data_comes_at_once() {
         println!("4 MiB took {:.2} s", back.elapsed().as_secs_f64());
     }
 }
+
+/// The agent's host gets another address in the middle of a sync, as when a VPN is re-keyed; with
+/// `dark_meanwhile` the line is cut until the agent has given its connection up. It takes so many
+/// `connections`; but nothing that the target had is sent again, and the sync does not begin anew.
+async fn gets_another_address(transport: &str, dark_meanwhile: bool, connections: usize) {
+    if !is_root() {
+        return;
+    }
+    const BYTES: usize = 40 << 20;
+    /// What was on its way at the move may be sent again: batches that were cut in two, and whole ones
+    /// that had overtaken those.
+    const UNDER_WAY_BYTES: u64 = 4 << 20;
+    let mut scenario = Scenario::prepare(BYTES as u64, |spec| {
+        spec.link = Some("100mbit,10ms".parse().unwrap());
+        spec.transport = transport.into();
+    })
+    .unwrap();
+    let mut noise = vec![0; BYTES];
+    Random::new(90).fill(&mut noise);
+    std::fs::write(&scenario.protected, &noise).unwrap();
+    scenario.start().unwrap();
+    let begun = scenario.rig.wait("8 MiB", STEP_TIME_MAX, |m| m.received_plain_bytes > 8 << 20);
+    let left = BYTES as u64 - begun.await.unwrap().received_plain_bytes;
+    let link = scenario.rig.link().unwrap();
+    let carried_before = link.stats().up.delivered_bytes;
+    link.blackout(dark_meanwhile);
+    let address = link.move_site_a().unwrap().to_string();
+    if connections > 1 {
+        scenario.rig.wait_log("agent", "no connection to the target").await.unwrap();
+    }
+    scenario.rig.link().unwrap().blackout(false);
+    let moved = |link: &Link| link.address.split(':').next() == Some(&address);
+    scenario.wait_link("the new address", moved).await;
+    let done = scenario.wait_consistent().await.unwrap();
+    let carried = scenario.rig.link().unwrap().stats().up.delivered_bytes - carried_before;
+    println!("{transport}: {carried} bytes were carried after the move, for {left} of content");
+    let most = left * 21 / 20 + UNDER_WAY_BYTES;
+    assert!(carried < most, "{carried} bytes were carried where {most} were enough");
+    let received = done.received_plain_bytes;
+    assert!(received < BYTES as u64 + UNDER_WAY_BYTES, "{received} bytes came for {BYTES}");
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert_eq!(log.matches("connected target=").count(), connections, "{log}");
+    assert_eq!(log.matches("the sync is over").count(), 1, "{log}");
+    assert!(!log.contains("new generation") && !log.contains("compared anew"), "{log}");
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quic_goes_on_from_another_address() {
+    gets_another_address("quic", false, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quic_that_was_given_up_resumes_from_another_address() {
+    gets_another_address("quic", true, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tcp_resumes_from_another_address() {
+    gets_another_address("tcp", false, 2).await;
+}
