@@ -533,3 +533,53 @@ async fn quic_that_was_given_up_resumes_from_another_address() {
 async fn tcp_resumes_from_another_address() {
     gets_another_address("tcp", false, 2).await;
 }
+
+/// Words in no order, which compress and do not repeat.
+fn text(seed: u64, len: usize) -> Vec<u8> {
+    const WORDS: u64 = 4096;
+    let mut random = Random::new(seed);
+    let mut out = Vec::with_capacity(len + 16);
+    while out.len() < len {
+        let word = random.below(WORDS);
+        out.extend_from_slice(format!("{:x} ", word.wrapping_mul(0x9e37_79b9) >> 8).as_bytes());
+    }
+    out.truncate(len);
+    out
+}
+
+/// The slower the line, the harder the agent compresses; when the line is no bottleneck any more it
+/// stops, and leaves the processors to others.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_level_of_compression_follows_the_line() {
+    const BYTES: usize = 96 << 20;
+    let mut scenario = Scenario::prepare(BYTES as u64, |spec| {
+        // A larger one takes all of the text, and has it encoded, before anything is known of the line.
+        spec.agent_options = "queue = \"16 MiB\"".into();
+    })
+    .unwrap();
+    std::fs::write(&scenario.protected, text(91, BYTES)).unwrap();
+    let limited = |text: String| format!("limit = [\"20 Mbit/s daily 00:00-24:00 UTC\"]\n{text}");
+    scenario.rig.edit_configuration("agent", limited).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_received(1).await.unwrap();
+    let link = scenario.wait_link("a high level", |link| link.compression_level >= 6).await;
+    assert!(link.ceiling_bytes_per_second.is_some(), "{link:?}");
+    let machine = scenario.rig.client().machine("lab").await.unwrap();
+    let (plain, wire) = (machine.received_plain_bytes, machine.received_wire_bytes);
+    assert!(plain > wire * 3 / 2, "{plain} bytes took {wire} on the wire");
+    assert_eq!(machine.consistency, Consistency::Syncing, "there was enough to send");
+
+    let lifted = |text: String| text.replace("[\"20 Mbit/s daily 00:00-24:00 UTC\"]", "[]");
+    scenario.rig.edit_configuration("agent", lifted).unwrap();
+    scenario.rig.reload_agent();
+    let synced = scenario.wait_consistent().await.unwrap();
+    let low = |link: &Link| link.compression_level <= 1;
+    scenario.wait_link("a low level", low).await;
+    let guest = scenario.start_guest(92, 2 << 20).await.unwrap();
+    scenario.wait_received(synced.received_plain_bytes + (6 << 20)).await.unwrap();
+    let link = scenario.wait_link("a link", |_| true).await;
+    assert!(low(&link), "the line is fast, and so few writes do not fill it: {link:?}");
+    scenario.fail_over().await.unwrap();
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
