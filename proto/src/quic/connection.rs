@@ -14,7 +14,7 @@ use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, wait_unti
 use crate::quic::SocketFacts;
 use crate::quic::bulk::Bulk;
 use crate::quic::congestion::{self, CongestionStats};
-use crate::quic::lanes::{Lanes, Opener};
+use crate::quic::lanes::{Lanes, Opener, UPKEEPS_PER_SECOND};
 use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
 use crate::session::Release;
 
@@ -22,9 +22,8 @@ use crate::session::Release;
 const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
 
-/// How often a link is looked after, and so how long the peer is silent before the first knock:
-/// heartbeats, which are answered, come as often.
-const UPKEEP_PERIOD: Duration = Duration::from_secs(1);
+/// How often a link is looked after.
+const UPKEEP_PERIOD: Duration = Duration::from_millis(250);
 
 /// Headers of IP and UDP around a datagram.
 const IPV4_UDP_BYTES: u64 = 28;
@@ -242,21 +241,23 @@ impl Connection {
         self.lanes.congestion()
     }
 
-    /// Looks after an agent's link once a second; never returns.
+    /// Looks after an agent's link four times a second; never returns.
     ///
     /// It knocks for as long as the peer is silent. In a blackout the window is full of what was lost,
     /// and the transport's own probes come at intervals that double: a link that is back after five
-    /// seconds would stay idle for another five. So every knock lets a few packets out; with heartbeats
-    /// to carry, the first acknowledgement comes within about a second. Each connection is knocked at by
-    /// itself: the first one heard does not wake the others.
+    /// seconds would stay idle for another five, and one that is there every other second would be missed
+    /// again and again. So every knock lets a few packets out. Each connection is knocked at by itself: the
+    /// first one heard does not wake the others.
     ///
     /// And it opens more connections while one core is what limits the link.
     pub async fn look_after(&self) {
         let mut period = tokio::time::interval(UPKEEP_PERIOD);
+        let mut upkeeps = 0;
         loop {
             let now = period.tick().await;
             let is_heard = self.lanes.look_after();
-            if let Some(opener) = self.opener.as_ref().filter(|_| is_heard) {
+            upkeeps = (upkeeps + 1) % UPKEEPS_PER_SECOND;
+            if let Some(opener) = self.opener.as_ref().filter(|_| is_heard && upkeeps == 0) {
                 opener.handle_second(now.into_std(), &self.lanes, self.remote_address());
             }
         }

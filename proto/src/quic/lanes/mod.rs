@@ -15,7 +15,7 @@ mod registry;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,11 @@ const FIRST_GRACE: Duration = Duration::from_secs(1);
 /// How old a congestion window may be that batches are counted out by. A connection says its own when its
 /// driver lets it, and that is busy where there are lanes.
 const WINDOWS_PERIOD: Duration = Duration::from_millis(5);
+
+/// A link is looked after so many times a second. A connection that has batches under way is silent when
+/// nothing came since the last time: those are acknowledged all the time. Without any it may be for so many
+/// of those times: heartbeats, which are answered, come once a second.
+pub(super) const UPKEEPS_PER_SECOND: u32 = 4;
 
 /// A datagram that nobody reads.
 const KNOCK: &[u8] = &[0];
@@ -86,14 +91,16 @@ pub(super) struct Lane {
     window_bytes: Arc<AtomicU64>,
     /// Datagrams that had come when it was looked after last.
     heard: Arc<AtomicU64>,
+    /// How many times in a row none had.
+    silent: Arc<AtomicU32>,
 }
 
 impl Lane {
     /// A connection and the load of its driver.
     pub(super) fn new(connection: quinn::Connection, load: Arc<Load>) -> Self {
         let window_bytes = Arc::new(AtomicU64::new(connection.stats().path.cwnd));
-        let (pending_bytes, heard) = Default::default();
-        Self { connection, load, pending_bytes, window_bytes, heard }
+        let (pending_bytes, heard, silent) = Default::default();
+        Self { connection, load, pending_bytes, window_bytes, heard, silent }
     }
 
     fn pending_bytes(&self) -> u64 {
@@ -113,10 +120,14 @@ impl Lane {
         }
     }
 
-    /// Whether nothing came since this was asked before.
-    fn is_silent(&self) -> bool {
+    /// How many times in a row nothing had come since this was asked before.
+    fn listen(&self) -> u32 {
         let heard = self.connection.stats().udp_rx.datagrams;
-        self.heard.swap(heard, Ordering::Relaxed) == heard
+        let is_silent = self.heard.swap(heard, Ordering::Relaxed) == heard;
+        let silent =
+            if is_silent { self.silent.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
+        self.silent.store(silent, Ordering::Relaxed);
+        silent
     }
 }
 
@@ -257,25 +268,27 @@ impl Lanes {
         self.lock().iter().map(|lane| lane.load.share(now)).fold(0.0, f64::max)
     }
 
-    /// Lets a few packets out of every connection on which nothing came since this was called before, if
-    /// it waits for something or nothing came on any. Whether anything came. Once a second.
+    /// Lets a few packets out of every connection that is silent, [`UPKEEPS_PER_SECOND`] times a second.
+    /// Whether anything came on any within the last second.
     pub(super) fn look_after(&self) -> bool {
         self.siblings.set(self.in_use());
         let lanes = self.all();
-        let silent: Vec<_> = lanes.iter().map(Lane::is_silent).collect();
-        let all_silent = silent.iter().all(|silent| *silent);
-        for (index, (lane, silent)) in lanes.iter().zip(silent).enumerate() {
-            let is_first = index == 0;
-            let knocks = silent && (all_silent || is_first || lane.pending_bytes() > 0);
+        let silent: Vec<_> = lanes.iter().map(Lane::listen).collect();
+        let is_heard = silent.iter().any(|times| *times < UPKEEPS_PER_SECOND);
+        for (index, (lane, times)) in lanes.iter().zip(silent).enumerate() {
+            let patience = if lane.pending_bytes() > 0 { 1 } else { UPKEEPS_PER_SECOND };
+            // A lane that waits for nothing may be silent for longer, when the link is not.
+            let may_be = index > 0 && patience > 1 && is_heard;
+            let knocks = times > 0 && times % patience == 0 && !may_be;
             if knocks {
                 congestion::knock(&lane.connection);
             }
-            // The first connection has heartbeats to send; a lane may have nothing.
-            if !is_first && (knocks || congestion::is_knocking(&lane.connection)) {
+            // It wakes the connection, which may have nothing else to send, until it is answered.
+            if knocks || congestion::is_knocking(&lane.connection) {
                 let _ = lane.connection.send_datagram(Bytes::from_static(KNOCK));
             }
         }
-        !all_silent
+        is_heard
     }
 
     /// Takes a connection in. `false` when the link has as many as it may, or is closed.
