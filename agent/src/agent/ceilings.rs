@@ -2,6 +2,10 @@
 //!
 //! A ceiling is counted in bytes of IP packets from the agent to the target: batches with all their
 //! headers and what is sent again.
+//!
+//! What was handed to the transport while there was no ceiling is not called back: when the first one comes
+//! in the middle of a sync, as much as the target's window admits goes out at the link's own rate before it
+//! holds. The link's over QUIC alone holds at once.
 
 use std::time::Instant;
 
