@@ -34,6 +34,8 @@ pub(super) struct Shape {
     /// Share of packets that take `reorder_delay` longer and are overtaken.
     pub(super) reorder: f64,
     pub(super) reorder_delay: Duration,
+    /// Share of packets that arrive twice.
+    pub(super) duplicate: f64,
     /// Acknowledgements leave the receiver only at multiples of this.
     pub(super) clump: Duration,
     /// Nothing passes.
@@ -50,6 +52,7 @@ impl Shape {
             jitter: Duration::ZERO,
             reorder: 0.0,
             reorder_delay: Duration::ZERO,
+            duplicate: 0.0,
             clump: Duration::ZERO,
             dark: false,
         }
@@ -110,6 +113,11 @@ impl Link {
             self.last_arrival = at;
         }
         Fate::Arrives { at, waited }
+    }
+
+    /// Whether a packet that arrives does so twice.
+    pub(super) fn duplicates(&mut self) -> bool {
+        self.shape.duplicate > 0.0 && self.dice.roll() < self.shape.duplicate
     }
 
     /// The link changes; packets that wait are sent on at the new rate.

@@ -109,6 +109,11 @@ enum Event {
         flow: usize,
         number: u64,
     },
+    /// It arrived before.
+    ArriveAgain {
+        flow: usize,
+        number: u64,
+    },
     Acknowledge {
         flow: usize,
     },
@@ -138,6 +143,8 @@ struct Tally {
     arrived: Vec<f64>,
     sent_packets: Vec<u64>,
     dropped_packets: Vec<u64>,
+    /// Acknowledgements that came back.
+    heard: u64,
 }
 
 /// Length of a tick.
@@ -235,7 +242,13 @@ impl World {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Arrive { flow, number } => self.arrive(flow, number),
+            Event::Arrive { flow, number } => {
+                let tick = (self.now / TICK) as usize;
+                let bytes = self.senders[flow].mtu as f64;
+                *slot(&mut self.tallies[flow].arrived, tick) += bytes;
+                self.receive(flow, number);
+            }
+            Event::ArriveAgain { flow, number } => self.receive(flow, number),
             Event::AckTimer { flow } => {
                 let receiver = &self.receivers[flow];
                 let due = receiver.oldest_at + 25_000_000;
@@ -247,6 +260,7 @@ impl World {
                 let Some(numbers) = self.receivers[flow].acks.pop_front() else { return };
                 if !self.link.shape.dark {
                     self.senders[flow].ack(self.now, &numbers);
+                    self.tallies[flow].heard += 1;
                 }
                 self.drive(flow);
             }
@@ -288,6 +302,9 @@ impl World {
                     sum.0 += waited as f64 / 1e9;
                     sum.1 += 1.0;
                     self.push(at, Event::Arrive { flow, number });
+                    if self.link.duplicates() {
+                        self.push(at, Event::ArriveAgain { flow, number });
+                    }
                 }
                 Fate::Lost => {}
                 Fate::Dropped => *slot(&mut self.tallies[flow].dropped_packets, tick) += 1,
@@ -295,9 +312,8 @@ impl World {
         }
     }
 
-    fn arrive(&mut self, flow: usize, number: u64) {
-        let tick = (self.now / TICK) as usize;
-        *slot(&mut self.tallies[flow].arrived, tick) += self.senders[flow].mtu as f64;
+    /// Acknowledges a packet soon, one that was acknowledged before as well: a receiver may.
+    fn receive(&mut self, flow: usize, number: u64) {
         let receiver = &mut self.receivers[flow];
         if receiver.waiting.is_empty() {
             receiver.oldest_at = self.now;
