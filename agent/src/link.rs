@@ -91,8 +91,12 @@ pub async fn run(
     loop {
         let doubtful = doubted.is_some_and(|since| since.elapsed() < LAN_DOUBT);
         options.lan_over_tcp = lan_over_tcp && !doubtful && ceiling.get().is_none();
+        let (began, mut tried) = (Instant::now(), Duration::ZERO);
         let reason = match connect(&config.target, &identity, &options).await {
-            Err(error) => error.to_string(),
+            Err(error) => {
+                tried = began.elapsed();
+                error.to_string()
+            }
             Ok(connection) => tokio::select! {
                 reason = converse(&connection, &events, &mut backoff) => reason,
                 reason = connection.unfit() => {
@@ -109,7 +113,8 @@ pub async fn run(
             return;
         }
         // Nothing tells when the target is back, and one that is down would be knocked at without pause.
-        tokio::time::sleep(backoff.handle_failure()).await;
+        // An attempt that nobody answered was such a pause: a link may be back since its last packet.
+        tokio::time::sleep(backoff.handle_failure().saturating_sub(tried)).await;
     }
 }
 

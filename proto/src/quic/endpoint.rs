@@ -254,7 +254,7 @@ pub async fn connect(
     let socket = socket::open(any, options.socket_buffer_bytes).map_err(no_socket)?;
     let facts = socket::facts(&socket).map_err(no_socket)?;
     let endpoint = Endpoint::new(
-        TransportOptions::endpoint_config(identity.reset_secret()),
+        TransportOptions::agent_endpoint_config(identity.reset_secret()),
         None,
         socket,
         Arc::new(MeasuredRuntime),

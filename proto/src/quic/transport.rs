@@ -34,6 +34,14 @@ const STREAM_BYTES_OF_PACKET_MIN: u32 = 1200 - 70;
 // Were every second packet missing, a stream would have half as many gaps as its window has packets.
 const _: () = assert!(STREAM_WINDOW_BYTES / STREAM_BYTES_OF_PACKET_MIN / 2 < STREAM_GAPS_MAX);
 
+/// What an agent's socket takes. Only control and hashes come back; and quinn receives into two thousand
+/// times as much: with nine handshakes under way after a blackout, larger ones held 120 MiB.
+const UDP_PAYLOAD_BYTES_MAX_AGENT: u16 = 1500;
+
+/// What a round trip is taken for before one was measured: a handshake is tried again after three times
+/// as long. quinn's default is twice this.
+const INITIAL_RTT: Duration = Duration::from_millis(167);
+
 /// Copies of control frames that wait to leave, or to be read, in bytes; older ones give way. The
 /// stream has them all, so this only has to reach a moment.
 const COPIES_BYTES: usize = 64 << 10;
@@ -126,6 +134,7 @@ impl TransportOptions {
         config.max_concurrent_bidi_streams(VarInt::from_u32(4));
         // IPsec and ECMP reorder; three packets, the default, would be taken for loss.
         config.packet_threshold(24);
+        config.initial_rtt(INITIAL_RTT);
         let idle = IdleTimeout::try_from(self.idle_timeout)
             .unwrap_or_else(|_| IdleTimeout::from(VarInt::from_u32(10_000)));
         config.max_idle_timeout(Some(idle));
@@ -164,6 +173,14 @@ impl TransportOptions {
         config.receive_window(VarInt::from_u32(LANE_WINDOW_BYTES));
         config.max_concurrent_uni_streams(VarInt::from_u32(0));
         config.max_concurrent_bidi_streams(VarInt::from_u32(0));
+        config
+    }
+
+    /// For an agent.
+    pub(crate) fn agent_endpoint_config(secret: [u8; 32]) -> quinn::EndpointConfig {
+        let mut config = Self::endpoint_config(secret);
+        // Cannot fail: the bound is 65,527.
+        let _ = config.max_udp_payload_size(UDP_PAYLOAD_BYTES_MAX_AGENT);
         config
     }
 
