@@ -249,43 +249,6 @@ async fn a_probe_tells_what_the_line_is_like() {
     scenario.compare().unwrap();
 }
 
-/// The link is dark for longer than the transport waits. The guest notices nothing; when the link is
-/// back the stream goes on within seconds, with what was not acknowledged, over QUIC again.
-#[tokio::test(flavor = "multi_thread")]
-async fn after_a_blackout_the_stream_goes_on_where_it_was() {
-    if !is_root() {
-        return;
-    }
-    let mut scenario = Scenario::prepare(48 << 20, |spec| {
-        spec.link = Some("200mbit,20ms,0.1%".parse().unwrap());
-        spec.transport = "auto".into();
-    })
-    .unwrap();
-    scenario.start().unwrap();
-    let guest = scenario.start_guest(84, 1 << 20).await.unwrap();
-    scenario.wait_consistent().await.unwrap();
-    scenario.rig.link().unwrap().blackout(true);
-    let dark = |machine: &Machine| !machine.connected;
-    let before = scenario.rig.wait("the dark", STEP_TIME_MAX, dark).await.unwrap();
-    scenario.rig.wait_log("agent", "no connection to the target").await.unwrap();
-    scenario.rig.link().unwrap().blackout(false);
-    let back = Instant::now();
-    scenario.wait_received(before.received_plain_bytes + 1).await.unwrap();
-    println!("data came {:.1} s after the link was back", back.elapsed().as_secs_f64());
-    assert!(back.elapsed().as_secs() < 8, "{:?}", back.elapsed());
-    let done = scenario.wait_consistent().await.unwrap();
-    let links = scenario.rig.client().links().await.unwrap();
-    assert_eq!(links[0].transport, "quic", "both were blind, and QUIC is the better one");
-    scenario.fail_over().await.unwrap();
-    let written = guest.await.unwrap().unwrap();
-    // What the guest wrote, once: markers and what was under way when the light went out come on
-    // top.
-    let sent = done.received_plain_bytes;
-    assert!(sent < written.bytes + (8 << 20), "{sent} received for {} written", written.bytes);
-    assert!(written.longest.as_secs() < 5, "the guest waited {:?}", written.longest);
-    scenario.compare().unwrap();
-}
-
 /// The worst line that anybody would still use: it loses, reorders and duplicates, and goes away
 /// every other moment.
 #[tokio::test(flavor = "multi_thread")]
@@ -468,7 +431,10 @@ async fn after_a_short_blackout_in_the_middle_of_a_sync_data_comes_at_once() {
         println!("after {dark_seconds} s of dark, data came {:.2} s late", late.as_secs_f64());
         assert!(late.as_secs_f64() < 2.0, "{late:?} after {dark_seconds} s of dark");
         scenario.wait_received(before + (4 << 20)).await.unwrap();
-        println!("4 MiB took {:.2} s", back.elapsed().as_secs_f64());
+        let took = back.elapsed().as_secs_f64();
+        println!("4 MiB took {took:.2} s");
+        // Two seconds until the rate is back, and at four fifths of the line's from then on.
+        assert!(took < 2.0 + f64::from(4 << 20) / (0.8 * 5e6), "{took} s for 4 MiB");
     }
 }
 
