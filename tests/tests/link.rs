@@ -404,18 +404,31 @@ async fn a_target_that_hangs_is_gone_on_with_when_it_is_back() {
 /// of six seconds put the next probe off by seven.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_short_blackout_in_the_middle_of_a_sync_data_comes_at_once() {
+    data_comes_at_once_after_a_short_blackout(1).await;
+}
+
+/// The first of several that was heard had woken the link, and the others waited for their own timers.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_short_blackout_every_connection_of_a_link_goes_on_at_once() {
+    data_comes_at_once_after_a_short_blackout(3).await;
+}
+
+async fn data_comes_at_once_after_a_short_blackout(connections: usize) {
     if !is_root() {
         return;
     }
     const BYTES: usize = 96 << 20;
     let mut scenario = Scenario::prepare(BYTES as u64, |spec| {
         spec.link = Some("40mbit,20ms,0.1%".parse().unwrap());
+        spec.agent_options = format!("connections = \"{connections}\"\n");
     })
     .unwrap();
     let mut noise = vec![0; BYTES];
     Random::new(86).fill(&mut noise);
     std::fs::write(&scenario.protected, &noise).unwrap();
     scenario.start().unwrap();
+    let all = |link: &Link| link.connections as usize == connections;
+    scenario.wait_link("all connections", all).await;
     scenario.wait_received(4 << 20).await.unwrap();
     for dark_seconds in [2, 6] {
         scenario.rig.link().unwrap().blackout(true);
