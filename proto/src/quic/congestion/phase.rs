@@ -241,6 +241,10 @@ impl Flow {
         {
             rival.raise(now, self.share.end_dip(window_bytes, end.rtt_mean));
         }
+        // A packet alone is acknowledged when the peer's patience ends: that tells of nobody's queue.
+        if end.app_limited {
+            return self.cruise(now);
+        }
         self.floor = end.rtt_mean.saturating_sub(base);
         let [_, second, third] = self.company;
         self.company = [second, third, end.rtt_min.saturating_sub(base)];

@@ -69,6 +69,8 @@ pub(super) enum App {
     Bulk { from: u64 },
     /// For `on` nanoseconds of each `period`.
     Bursts { on: u64, period: u64 },
+    /// One packet, and the next when `period` nanoseconds are over.
+    Heartbeats { period: u64 },
     /// A producer of that many bytes a second.
     Slow { bytes_per_second: f64 },
 }
@@ -131,6 +133,8 @@ impl Sender {
             App::Bulk { .. } => Ok(()),
             App::Bursts { on, period } if now % period < on => Ok(()),
             App::Bursts { period, .. } => Err(Some((now / period + 1) * period)),
+            App::Heartbeats { period } if now >= self.last_sent + period => Ok(()),
+            App::Heartbeats { period } => Err(Some(self.last_sent + period)),
             App::Slow { bytes_per_second } => {
                 let ready = (self.produced + self.mtu as f64) / bytes_per_second * 1e9;
                 if now as f64 >= ready { Ok(()) } else { Err(Some(ready as u64 + 1)) }

@@ -426,6 +426,27 @@ fn an_application_that_pauses_finds_its_rate_again() {
     assert!(found < 2.0 && world.queue(10.0, 20.0) < 0.002, "{found} s");
 }
 
+/// A target whose journal stalls leaves nothing to send but heartbeats. A packet alone is acknowledged when
+/// the peer's patience ends, 25 ms later: that was taken for somebody else's queue, and the rate was found
+/// again by Cubic's law, four seconds long.
+#[test]
+fn heartbeats_are_no_company() {
+    for (mbit, rtt) in [(100.0, 20), (100.0, 100), (20.0, 40)] {
+        for heartbeat in [250, 500, 1000] {
+            let mut world = alone(Shape::new(mbit, rtt, 0.0), 9);
+            world.run(5.0);
+            world.senders[0].app = App::Heartbeats { period: heartbeat * 1_000_000 };
+            world.run(17.0);
+            world.senders[0].app = App::Bulk { from: 0 };
+            world.wake(0, world.now + 1);
+            world.run(22.0);
+            let back = world.reaches(0, 0.8, 17.0, 0.1);
+            println!("{mbit} Mbit/s, {rtt} ms, every {heartbeat} ms: 80 % after {back:.2} s");
+            assert!(back < 0.5, "{mbit} Mbit/s, {rtt} ms, every {heartbeat} ms: {back} s");
+        }
+    }
+}
+
 #[test]
 fn a_ceiling_holds_within_three_percent_and_changes_live() {
     let mut broken = Vec::new();
