@@ -285,6 +285,10 @@ async fn a_journal_that_stalls_is_gone_on_with() {
     if !is_root() {
         return;
     }
+    if !Path::new("/dev/loop-control").exists() {
+        eprintln!("skipped: this kernel has no loop devices");
+        return;
+    }
     let _alone = ONE_AT_A_TIME.lock().await;
     // Of these 64 are the window, which fills while the disk stands still.
     let mut scenario = prepare("100mbit,10ms", 128, 91, |_| {});
