@@ -77,7 +77,10 @@ impl Metrics {
             sent_packets: gauge("link_sent_packets", "Packets sent on this connection")?,
             lost_packets: gauge("link_lost_packets", "Packets lost on this connection")?,
             lost_bytes: gauge("link_retransmitted_bytes", "Bytes of those, sent again")?,
-            mtu_bytes: gauge("link_mtu_bytes", "The path's MTU, as a UDP payload")?,
+            mtu_bytes: gauge(
+                "link_mtu_bytes",
+                "What a packet carries at most: the UDP payload, or the whole over TCP",
+            )?,
             connections: gauge("link_connections", "QUIC connections that carry batches")?,
             receive_buffer_bytes: gauge("socket_receive_buffer_bytes", "Granted by the system")?,
             send_buffer_bytes: gauge("socket_send_buffer_bytes", "Granted by the system")?,

@@ -286,12 +286,13 @@ impl Prober {
         flood.await??;
         rtts.sort_by(f64::total_cmp);
         target_cpu.sort_unstable();
-        let packets = (after.sent_packets - stats.sent_packets).max(1);
+        let packets = after.sent_packets.saturating_sub(stats.sent_packets).max(1);
         Ok(Up {
             bytes_per_second: last.received_bytes.saturating_sub(before.received_bytes) as f64
                 / seconds,
             rtt_seconds: (share(&rtts, 0.5), share(&rtts, 0.99)),
-            lost_share: (after.lost_packets - stats.lost_packets) as f64 / packets as f64,
+            lost_share: after.lost_packets.saturating_sub(stats.lost_packets) as f64
+                / packets as f64,
             mtu_bytes: after.mtu_bytes,
             dropped_datagrams: last.dropped_datagrams.saturating_sub(before.dropped_datagrams),
             cpu_percent: target_cpu

@@ -4,14 +4,14 @@ mod site;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use backhaul_proto::id::BatchSeq;
 use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, issue};
 use backhaul_proto::link::{ConnectOptions, Listener, Transport, TransportChoice, connect};
 use backhaul_proto::message::{AgentMessage, Heartbeat, agent_message};
 use backhaul_proto::quic::{AcceptError, ConnectError, TransportOptions};
-
+use backhaul_proto::session::{BatchLimit, Due};
 use tokio::task::JoinSet;
 
 use site::relay::{self, Way};
@@ -232,6 +232,34 @@ async fn a_batch_that_is_not_read_to_its_end_ends_a_tcp_session() {
     drop(target.accept_batch().await.unwrap());
     assert!(target.accept_batch().await.is_err());
     assert_eq!(target.closed().await, "a batch was not read to its end");
+}
+
+/// Over TCP a batch that left as slowly as its machine's ceiling wanted it held up every other machine's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_with_a_low_ceiling_holds_up_nobody_else() {
+    for choice in BOTH {
+        let dir = site();
+        let (_listener, agent, target) = pair(dir.path(), choice).await;
+        let (mut low, now) = (BatchLimit::unlimited(), Instant::now());
+        low.set(Some(1_000));
+        let machine = low.handle_sent(now, 64 << 10);
+        let slow = Due { machine, ..Due::at_once(now) };
+        let sending = agent.clone();
+        tokio::spawn(async move { sending.release_batch(batch_of(1, 64 << 10), slow).await });
+        // The slow one has begun when its head is there.
+        let mut first = target.accept_batch().await.unwrap();
+        let header = first.read_header().await.unwrap();
+        let rest = tokio::spawn(async move {
+            let mut body = vec![0; header.wire_bytes as usize];
+            first.read_exact(&mut body).await.unwrap();
+            first.read_end().await.unwrap();
+        });
+        agent.send_batch(batch(2)).await.unwrap();
+        let mut second = target.accept_batch().await.unwrap();
+        second.read_header().await.unwrap();
+        assert!(now.elapsed() < Duration::from_secs(2), "{choice:?}: {:?}", now.elapsed());
+        rest.abort();
+    }
 }
 
 /// The VPN is re-keyed, or a NAT forgets its table: datagrams come from another port in the middle

@@ -6,7 +6,7 @@ use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::link::Connection;
 use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend};
-use backhaul_proto::session::Release;
+use backhaul_proto::session::Due;
 
 use super::Agent;
 use crate::batch::Encoded;
@@ -46,13 +46,17 @@ impl Agent {
         while self.ceiling.poll_ready(now).is_ok() && machine.limit.poll_ready(now).is_ok() {
             let Some(batch) = machine.sender.poll_transmit() else {
                 machine.limit.handle_idle();
-                self.ceiling.handle_idle();
                 break;
             };
-            let release = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
+            let due = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
             self.metrics.sent(machine.config.name.as_str(), &batch);
             self.referenced_bytes += u64::from(batch.header.referenced_bytes());
-            tokio::spawn(send(link.connection.clone(), batch, on_wire, release));
+            tokio::spawn(send(link.connection.clone(), batch, on_wire, due));
+        }
+        let still =
+            |machine: &super::Machine| machine.replicating.is_none() || machine.limit.is_still(now);
+        if self.machines.iter().all(still) {
+            self.ceiling.handle_idle();
         }
     }
 
@@ -124,8 +128,8 @@ impl Agent {
         self.metrics.resent(name, &unfolded);
         let referenced: u64 = unfolded.references.iter().map(|one| u64::from(one.len_bytes)).sum();
         self.referenced_bytes = self.referenced_bytes.saturating_sub(referenced);
-        let release = Release::at_once(now);
-        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire, release));
+        let due = Due::at_once(now);
+        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire, due));
     }
 
     pub(super) fn handle_sync(&mut self, output: SyncOutput) {
@@ -186,12 +190,7 @@ fn untag_request(tagged: u64) -> (usize, u64) {
     ((tagged >> 48) as usize, tagged & ((1 << 48) - 1))
 }
 
-async fn send(
-    connection: Connection,
-    batch: EncodedBatch,
-    machine: MachineIndex,
-    release: Release,
-) {
+async fn send(connection: Connection, batch: EncodedBatch, machine: MachineIndex, due: Due) {
     // When this fails the connection has failed, and the batch is sent again on the next one.
-    let _ = connection.release_batch(batch.chunks(machine), release).await;
+    let _ = connection.release_batch(batch.chunks(machine), due).await;
 }

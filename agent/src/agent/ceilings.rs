@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use backhaul_daemon::bandwidth::{BandwidthLimits, Rate, Timestamp};
 use backhaul_proto::quic::RateLimit;
-use backhaul_proto::session::{BatchLimit, LinkCost, Release};
+use backhaul_proto::session::{BatchLimit, Due, LinkCost, Release};
 
 use super::Agent;
 
@@ -108,14 +108,14 @@ impl LinkCeiling {
         now: Instant,
         wire_bytes: usize,
         machine: &mut BatchLimit,
-    ) -> Release {
+    ) -> Due {
         let cost_bytes = self.cost.of(wire_bytes as u64);
-        let release = machine.handle_sent(now, cost_bytes);
+        let machine = machine.handle_sent(now, cost_bytes);
         if self.transport_keeps {
             self.batches.handle_sent(now, wire_bytes as u64);
-            return release;
+            return Due { machine, link: Release::at_once(now) };
         }
-        release.later(self.batches.handle_sent(now, cost_bytes))
+        Due { machine, link: self.batches.handle_sent(now, cost_bytes) }
     }
 }
 
@@ -217,7 +217,7 @@ mod tests {
         let now = Instant::now();
         let mut machine = BatchLimit::unlimited();
         for (keeps, batch_bytes_max, bytes) in
-            [(true, 1 << 20, 1_000_000), (false, 192 << 10, 1_050_000)]
+            [(true, 1 << 20, 1_000_000), (false, 64 << 10, 1_050_000)]
         {
             let mut ceiling = LinkCeiling::default();
             ceiling.follow(&rules(&["8 Mbit/s"]), Timestamp::UNIX_EPOCH, |_| keeps);

@@ -299,7 +299,7 @@ impl Target {
             agent_message::Kind::Probe(_) => self.drop_link(id, "the agent probes in a session"),
             agent_message::Kind::Heartbeat(Heartbeat { nonce, .. }) => {
                 // What the cores are worth is worth it to all links together.
-                let connections_max = (connections_here() / self.links.len().max(1)).max(1) as u32;
+                let connections_max = connections_here(self.links.len()) as u32;
                 if let Some(link) = self.links.get(&id) {
                     link.up.control(target_message::Kind::Heartbeat(Heartbeat {
                         nonce,

@@ -20,7 +20,7 @@ use crate::batch::{BatchHeader, HeaderError};
 use crate::id::PeerName;
 use crate::message::FrameError;
 use crate::quic::{CongestionStats, SocketFacts};
-use crate::session::Release;
+use crate::session::Due;
 use crate::{quic, tcp};
 
 pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
@@ -186,18 +186,15 @@ impl Connection {
     /// Sends a batch; returns when the transport has no more to do with it: over QUIC when the peer
     /// has all of it, over TCP when the kernel has. The chunks are not copied.
     pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
-        self.release_batch(chunks, Release::at_once(Instant::now())).await
+        self.release_batch(chunks, Due::at_once(Instant::now())).await
     }
 
-    /// The same, with each byte when it is due.
-    pub async fn release_batch(
-        &self,
-        chunks: Vec<Bytes>,
-        release: Release,
-    ) -> Result<(), StreamError> {
+    /// The same, with each byte when it is due. Over TCP, where no other batch passes one that leaves
+    /// slowly, only the link's ceiling makes it do so.
+    pub async fn release_batch(&self, chunks: Vec<Bytes>, due: Due) -> Result<(), StreamError> {
         match self {
-            Self::Quic(connection) => connection.release_batch(chunks, release).await,
-            Self::Tcp(connection) => connection.release_batch(chunks, release).await,
+            Self::Quic(connection) => connection.release_batch(chunks, due.longer()).await,
+            Self::Tcp(connection) => connection.release_batch(chunks, due.link).await,
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{Mutex, mpsc};
+use tokio::time::MissedTickBehavior;
 
 use crate::id::PeerName;
 use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, wait_until};
@@ -23,7 +24,7 @@ const CONTROL_PRIORITY: i32 = 2;
 const SYNC_PRIORITY: i32 = 1;
 
 /// How often a link is looked after.
-const UPKEEP_PERIOD: Duration = Duration::from_millis(250);
+const UPKEEP_PERIOD: Duration = Duration::from_millis(1000 / UPKEEPS_PER_SECOND as u64);
 
 /// Headers of IP and UDP around a datagram.
 const IPV4_UDP_BYTES: u64 = 28;
@@ -252,6 +253,8 @@ impl Connection {
     /// And it opens more connections while one core is what limits the link.
     pub async fn look_after(&self) {
         let mut period = tokio::time::interval(UPKEEP_PERIOD);
+        // After a pause of this process nothing can have been heard between ticks that come at once.
+        period.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut upkeeps = 0;
         loop {
             let now = period.tick().await;

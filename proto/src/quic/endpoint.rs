@@ -272,7 +272,7 @@ pub async fn connect(
         Congestion::Auto => options.connections,
         _ => Connections::Exactly(1),
     };
-    let opener = Opener::new(endpoint, of_lanes, connections, connections_here());
+    let opener = Opener::new(endpoint, of_lanes, connections, connections_here(1));
     let (ceiling, window_bytes) = (options.rate_limit.clone(), options.window_bytes);
     let first = Lane::new(connection.clone(), load);
     let lanes = Arc::new(Lanes::new(first, siblings, ceiling, window_bytes));

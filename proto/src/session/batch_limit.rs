@@ -12,9 +12,9 @@ const BURST: Duration = Duration::from_millis(20);
 /// What is made good when batches waited and were sent late, as by a busy host: that is no pause.
 const LATE_MAX: Duration = Duration::from_millis(200);
 
-/// What a batch may take at the ceiling. Another machine's batch waits for so long behind it over TCP,
-/// and what the transport holds for it is given to nobody else.
-const BATCH_TIME: Duration = Duration::from_millis(250);
+/// What a batch may take at the ceiling: over TCP, where a machine's batches leave whole, ten seconds are
+/// off by one at most, and what the transport holds for it is given to nobody else.
+const BATCH_TIME: Duration = Duration::from_millis(100);
 
 /// Releases batches at a rate. What is taken is paid for afterwards: a batch is released whole, to leave
 /// evenly over the time that it costs, and the next one waits for the end of that.
@@ -68,10 +68,16 @@ impl BatchLimit {
         self.idle = true;
     }
 
+    /// Whether nothing waits to be sent, or this ceiling holds it back.
+    pub fn is_still(&self, now: Instant) -> bool {
+        self.idle || self.poll_ready(now).is_err()
+    }
+
     /// So many bytes are sent, when the answer says.
     pub fn handle_sent(&mut self, now: Instant, bytes: u64) -> Release {
+        let was_idle = std::mem::take(&mut self.idle);
         let Some(rate) = self.bytes_per_second else { return Release::at_once(now) };
-        let saved = if std::mem::take(&mut self.idle) { BURST } else { LATE_MAX };
+        let saved = if was_idle { BURST } else { LATE_MAX };
         let from = self.paid_at.unwrap_or(now).max(now.checked_sub(saved).unwrap_or(now));
         let cost = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
         self.paid_at = Some(from + cost);
@@ -191,6 +197,6 @@ mod tests {
             limit.set((mbit > 0).then_some(mbit * MBIT));
             limit.batch_bytes_max() >> 10
         };
-        assert_eq!([0, 1, 2, 8, 20, 30, 200].map(most), [1024, 64, 64, 192, 576, 896, 1024]);
+        assert_eq!([0, 1, 2, 8, 20, 30, 200].map(most), [1024, 64, 64, 64, 192, 320, 1024]);
     }
 }

@@ -17,7 +17,7 @@ pub use backoff::Backoff;
 pub use batch_limit::BatchLimit;
 pub use link_cost::LinkCost;
 pub use receiver::{Delivery, Receiver, ReceiverConfig, Rejected};
-pub use release::Release;
+pub use release::{Due, Release};
 pub use sender::{AckError, Released, Sender, Unfolded};
 pub use watermark::Watermark;
 

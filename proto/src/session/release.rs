@@ -34,12 +34,6 @@ impl Release {
         Self { from, to: from + time.min(SPREAD_MAX) }
     }
 
-    /// Of two, the one that lasts longer.
-    #[must_use]
-    pub fn later(self, other: Self) -> Self {
-        if other.to > self.to { other } else { self }
-    }
-
     /// Cuts a batch into pieces, each with the moment at which it is due. Copies nothing.
     pub(crate) fn pieces(self, chunks: Vec<Bytes>) -> Vec<(Instant, Vec<Bytes>)> {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
@@ -73,13 +67,34 @@ impl Release {
     }
 }
 
+/// When a batch leaves under both of the ceilings that it is under.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Due {
+    /// Its machine's.
+    pub machine: Release,
+    /// The link's, while which nobody else may send either.
+    pub link: Release,
+}
+
+impl Due {
+    /// All of it is due now.
+    pub fn at_once(now: Instant) -> Self {
+        Self { machine: Release::at_once(now), link: Release::at_once(now) }
+    }
+
+    /// The one that lasts longer.
+    pub(crate) fn longer(self) -> Release {
+        if self.link.to > self.machine.to { self.link } else { self.machine }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};
 
     use bytes::Bytes;
 
-    use super::Release;
+    use super::{Due, Release};
 
     /// A batch left in one burst and was followed by silence: a second, at a low rate.
     #[test]
@@ -112,7 +127,12 @@ mod tests {
         // 8 kbit/s.
         let slow = Release::over(now, Duration::from_secs(1048));
         assert!(
-            slow.later(Release::at_once(now)).pieces(chunks).last().unwrap().0
+            Due { machine: slow, link: Release::at_once(now) }
+                .longer()
+                .pieces(chunks)
+                .last()
+                .unwrap()
+                .0
                 < now + Duration::from_secs(5)
         );
     }

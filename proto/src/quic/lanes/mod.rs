@@ -58,11 +58,11 @@ pub(super) const UPKEEPS_PER_SECOND: u32 = 4;
 /// A datagram that nobody reads.
 const KNOCK: &[u8] = &[0];
 
-/// Connections of a link that this machine's cores are worth.
-pub fn connections_here() -> usize {
+/// Connections of each of so many links that this machine's cores are worth.
+pub fn connections_here(links: usize) -> usize {
     static CORES: OnceLock<usize> = OnceLock::new();
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    count::most_for(*CORES.get_or_init(cores))
+    count::most_for(CORES.get_or_init(cores) / links.max(1))
 }
 
 /// Receive window of a lane at a target whose links have `window_bytes`. Their first connections keep all of
@@ -230,7 +230,7 @@ impl Lanes {
 
     /// What all connections in use may have in flight, in bytes, as of [`WINDOWS_PERIOD`] ago at most.
     pub(super) fn congestion_windows(&self, now: Instant) -> u64 {
-        if self.is_time_to_look(now) {
+        if self.take_turn_to_look(now) {
             for lane in self.all() {
                 lane.window_bytes.store(lane.connection.stats().path.cwnd, Ordering::Relaxed);
             }
@@ -239,7 +239,7 @@ impl Lanes {
         self.usable(&lanes).iter().map(Lane::window_bytes).sum()
     }
 
-    fn is_time_to_look(&self, now: Instant) -> bool {
+    fn take_turn_to_look(&self, now: Instant) -> bool {
         let mut looked_at = self.looked_at.lock().unwrap_or_else(PoisonError::into_inner);
         let is_known =
             looked_at.is_some_and(|at| now.saturating_duration_since(at) < WINDOWS_PERIOD);
