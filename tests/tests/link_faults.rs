@@ -217,7 +217,7 @@ async fn a_target_that_stops_reading_is_gone_on_with() {
         return;
     }
     let _alone = ONE_AT_A_TIME.lock().await;
-    let mut scenario = prepare("100mbit,10ms", 96, 90, |_| {});
+    let mut scenario = prepare("100mbit,10ms", 160, 90, |_| {});
     scenario.start().unwrap();
     let guest = scenario.start_guest(90, GUEST_RATE_BYTES).await.unwrap();
     let earlier = wait_flowing(&mut scenario).await;
@@ -230,6 +230,8 @@ async fn a_target_that_stops_reading_is_gone_on_with() {
         assert_back(&what, &scenario, Instant::now(), earlier).await;
         assert_eq!(connections(&scenario), connected, "{what}");
     }
+    // The rest is no part of the test.
+    scenario.rig.set_link("1gbit,10ms".parse().unwrap()).unwrap();
     end("without reading", &mut scenario, Some(guest), BEHIND_A_GAP_BYTES).await;
 }
 
@@ -291,7 +293,7 @@ async fn a_journal_that_stalls_is_gone_on_with() {
     }
     let _alone = ONE_AT_A_TIME.lock().await;
     // Of these 64 are the window, which fills while the disk stands still.
-    let mut scenario = prepare("100mbit,10ms", 128, 91, |_| {});
+    let mut scenario = prepare("100mbit,10ms", 192, 91, |_| {});
     // Dropped before the scenario, which would wait for the target.
     let disk = StoreDisk::mount(&scenario.folder.path().join("store"));
     scenario.start().unwrap();
@@ -307,6 +309,8 @@ async fn a_journal_that_stalls_is_gone_on_with() {
     sleep_until(frozen + Duration::from_secs(12)).await;
     disk.thaw();
     assert_back("a stalled journal", &scenario, Instant::now(), earlier).await;
+    // The rest is no part of the test.
+    scenario.rig.set_link("1gbit,10ms".parse().unwrap()).unwrap();
     end("a stalled journal", &mut scenario, Some(guest), 0).await;
     assert_eq!(connections(&scenario), 1);
 }

@@ -205,6 +205,10 @@ impl Controller for Adapter {
         largest_packet_num_acked: Option<u64>,
     ) {
         self.in_flight_bytes = in_flight;
+        // It has what the knocks before let out in it.
+        let _ = self
+            .knocks
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |knocks| (knocks > 1).then_some(1));
         let limited = app_limited || self.is_capped();
         match &mut self.inner {
             Inner::Auto(flow) => {

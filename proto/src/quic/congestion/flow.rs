@@ -318,7 +318,8 @@ impl Flow {
             self.share.forget();
             return;
         }
-        let start = self.window_bytes / self.mtu_bytes;
+        // A dip, or a probe for the round trip, is no measure of what we had.
+        let start = self.window_bytes.max(self.bdp()) / self.mtu_bytes;
         let rival = self.rival.get_or_insert_with(|| Rival::new(now, start));
         rival.end_round(now, congested && !self.share.is_wronged());
         let probing = matches!(self.phase, Phase::Down { .. } | Phase::ProbeRtt { .. });

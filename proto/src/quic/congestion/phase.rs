@@ -242,7 +242,7 @@ impl Flow {
             rival.raise(now, self.share.end_dip(window_bytes, end.rtt_mean));
         }
         // A packet alone is acknowledged when the peer's patience ends: that tells of nobody's queue.
-        if end.app_limited {
+        if end.app_limited && end.total_bytes < ALONE_PACKETS * self.mtu_bytes {
             return self.cruise(now);
         }
         self.floor = end.rtt_mean.saturating_sub(base);
@@ -291,7 +291,8 @@ impl Flow {
         let low = self.delivery.in_flight_bytes() as f64 <= self.window_bytes + self.mtu_bytes;
         match span {
             None if low => {
-                let rtt = self.smoothed_rtt;
+                // After a peer stood still for seconds the mean is seconds, for a while.
+                let rtt = self.smoothed_rtt.min((2 * self.base_rtt()).max(PROBE_RTT_TIME));
                 let span = Some((now + rtt, now + PROBE_RTT_TIME.max(2 * rtt)));
                 self.phase = Phase::ProbeRtt { span, seen };
             }
@@ -354,6 +355,8 @@ const SLOW_ROUNDS: u32 = 3;
 const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
 /// Draft: ProbeRTTDuration.
 const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
+/// Fewer packets in a round are heartbeats, and what knocks let out.
+const ALONE_PACKETS: f64 = 8.0;
 /// Delay beyond a quarter of the round trip that makes a drained path suspicious.
 const FLOOR_SUSPECT: Duration = Duration::from_millis(10);
 /// Round-trip times that vary by less while half is in flight are the path's own.
