@@ -95,6 +95,27 @@ impl Link {
         (finished.map(|_| ()).unwrap_err(), closed)
     }
 
+    /// A lane of agent `a1` that shows the ticket of `end`, and does not wait for the answer; how that ends
+    /// at the target.
+    async fn join(
+        &self,
+        end: &Connection,
+    ) -> (quinn::Connection, Result<Option<Connection>, AcceptError>) {
+        let ticket = super::ticket(&end.lanes.lock()[0].connection).unwrap();
+        let agent = identity(self.dir.path(), "a1", Role::Agent);
+        let config = lane_config(&agent, None, &self.options, Siblings::default()).unwrap();
+        let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = self.listener.local_address().unwrap();
+        let showing = async {
+            let lane = endpoint.connect_with(config, address, "backhaul").unwrap().await.unwrap();
+            let (mut stream, _answer) = lane.open_bi().await.unwrap();
+            stream.write_all(&ticket).await.unwrap();
+            lane
+        };
+        let accepting = async { self.listener.accept().await.unwrap().finish().await };
+        tokio::join!(showing, accepting)
+    }
+
     /// A batch that goes on the lane, since the first connection has something to do.
     async fn assert_a_batch_passes_on_the_lane(&self) {
         let before = self.agent.lanes.lock()[1].connection.stats().udp_tx.bytes;
@@ -189,19 +210,7 @@ async fn a_lane_that_is_refused_leaves_its_link_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lane_that_goes_before_it_carried_a_batch_leaves_its_link_alone() {
     let link = Link::of(Connections::Auto).await;
-    let ticket = super::ticket(&link.agent.lanes.lock()[0].connection).unwrap();
-    let agent = identity(link.dir.path(), "a1", Role::Agent);
-    let config = lane_config(&agent, None, &link.options, Siblings::default()).unwrap();
-    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-    let address = link.listener.local_address().unwrap();
-    let showing = async {
-        let lane = endpoint.connect_with(config, address, "backhaul").unwrap().await.unwrap();
-        let (mut stream, _answer) = lane.open_bi().await.unwrap();
-        stream.write_all(&ticket).await.unwrap();
-        lane
-    };
-    let accepting = async { link.listener.accept().await.unwrap().finish().await };
-    let (lane, finished) = tokio::join!(showing, accepting);
+    let (lane, finished) = link.join(&link.agent).await;
     assert!(finished.unwrap().is_none());
     assert_eq!(link.target.lanes.lock().len(), 2);
     lane.close(VarInt::from_u32(0), b"");
@@ -276,21 +285,10 @@ async fn an_agent_has_lanes_for_two_links_at_most() {
         let connecting = async { connect(&name, &agent, None, &link.options).await.unwrap() };
         firsts.push(tokio::join!(connecting, accepting));
     }
-    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let mut held = Vec::new();
     let ends = [&link.agent, &firsts[0].0, &firsts[1].0];
     for at in 0..2 * (CONNECTIONS_MAX - 1) + 1 {
-        let first = &ends[at / (CONNECTIONS_MAX - 1)].lanes.lock()[0].connection.clone();
-        let ticket = super::ticket(first).unwrap();
-        let config = lane_config(&agent, None, &link.options, Siblings::default()).unwrap();
-        let showing = async {
-            let lane = endpoint.connect_with(config, address, "backhaul").unwrap().await.unwrap();
-            let (mut stream, _answer) = lane.open_bi().await.unwrap();
-            stream.write_all(&ticket).await.unwrap();
-            lane
-        };
-        let accepting = async { link.listener.accept().await.unwrap().finish().await };
-        let (lane, finished) = tokio::join!(showing, accepting);
+        let (lane, finished) = link.join(ends[at / (CONNECTIONS_MAX - 1)]).await;
         held.push(lane);
         if at < 2 * (CONNECTIONS_MAX - 1) {
             assert!(finished.unwrap().is_none());
@@ -309,6 +307,7 @@ async fn a_link_with_a_ceiling_sends_on_its_first_connection_alone() {
     let first = link.agent.lanes.lock()[0].connection.stable_id();
     let picked: Vec<_> = (0..3).map(|_| link.agent.lanes.pick(1000)).collect();
     assert!(picked.iter().all(|lane| lane.connection.stable_id() == first));
+    drop(picked);
     assert_eq!(link.agent.stats().connections, 1);
     let cwnd = link.agent.lanes.lock()[0].connection.stats().path.cwnd;
     let later = Instant::now() + Duration::from_secs(1);
