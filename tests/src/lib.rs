@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use backhaul_api::{Consistency, FailoverRequest, Link, Machine, Stage};
+use backhaul_lab::random::Random;
 use backhaul_lab::rig::{MACHINE, Rig, RigSpec};
 use backhaul_lab::workload::WorkloadSpec;
 use backhaul_lab::writer::Written;
@@ -47,6 +48,19 @@ impl Scenario {
         spec.transport = "quic".into();
         adjust(&mut spec);
         Ok(Self { rig: Rig::prepare(spec)?, protected, folder, size_bytes })
+    }
+
+    /// The same with a disk of noise, which nothing compresses: what a line has to carry is known.
+    pub fn prepare_noise(
+        size_bytes: u64,
+        seed: u64,
+        adjust: impl FnOnce(&mut RigSpec),
+    ) -> anyhow::Result<Self> {
+        let scenario = Self::prepare(size_bytes, adjust)?;
+        let mut noise = vec![0; size_bytes as usize];
+        Random::new(seed).fill(&mut noise);
+        std::fs::write(&scenario.protected, noise)?;
+        Ok(scenario)
     }
 
     /// Starts both daemons.

@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use backhaul_api::Machine;
 use backhaul_lab::link::{Link, LinkStats};
-use backhaul_lab::random::Random;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
 
 /// What a ceiling is kept within.
@@ -52,15 +51,12 @@ async fn assert_holds(scenario: &Scenario, what: &str, mbit: f64, seconds: u64) 
 }
 
 /// A machine with so many bytes that nothing compresses, over `line`, whose first batch has arrived.
-async fn begin(bytes: usize, line: &str, transport: &str, edit: fn(String) -> String) -> Scenario {
-    let mut scenario = Scenario::prepare(bytes as u64, |spec| {
+async fn begin(bytes: u64, line: &str, transport: &str, edit: fn(String) -> String) -> Scenario {
+    let mut scenario = Scenario::prepare_noise(bytes, 91, |spec| {
         spec.link = Some(line.parse().unwrap());
         spec.transport = transport.into();
     })
     .unwrap();
-    let mut noise = vec![0; bytes];
-    Random::new(91).fill(&mut noise);
-    std::fs::write(&scenario.protected, &noise).unwrap();
     scenario.rig.edit_configuration("agent", edit).unwrap();
     scenario.start().unwrap();
     let begun = |machine: &Machine| machine.received_plain_bytes > 0;

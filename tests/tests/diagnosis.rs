@@ -8,7 +8,6 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use backhaul_api::Link;
-use backhaul_lab::random::Random;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root, programs};
 
 /// Switches the metrics of a daemon on.
@@ -173,19 +172,16 @@ async fn both_daemons_tell_prometheus_how_things_stand() {
 /// than it does: nobody would look for what is wrong where it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_status_of_a_lossy_line_says_what_it_carries_and_what_it_loses() {
-    const DISK_BYTES: usize = 48 << 20;
+    const DISK_BYTES: u64 = 48 << 20;
     const RATE_BYTES: f64 = 5e6;
     if !is_root() {
         return;
     }
-    let mut scenario = Scenario::prepare(DISK_BYTES as u64, |spec| {
+    let mut scenario = Scenario::prepare_noise(DISK_BYTES, 91, |spec| {
         spec.link = Some("40mbit,15ms,1%".parse().unwrap());
         spec.agent_options = METRICS.into();
     })
     .unwrap();
-    let mut noise = vec![0; DISK_BYTES];
-    Random::new(91).fill(&mut noise);
-    std::fs::write(&scenario.protected, &noise).unwrap();
     scenario.start().unwrap();
     scenario.wait_received(1).await.unwrap();
     // The rate is found by then, and the sync has more before it than it has behind it.

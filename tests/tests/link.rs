@@ -1,6 +1,5 @@
 //! The link: its ceilings, its status, and TCP where UDP does not pass.
 
-use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use backhaul_api::{Consistency, Link, Machine};
@@ -14,11 +13,7 @@ use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machines_ceiling_holds_and_is_lifted_without_a_reconnect() {
     const RATE_BYTES: u64 = 2_000_000;
-    let mut scenario = Scenario::prepare(24 << 20, |_| {}).unwrap();
-    let mut noise = vec![0; 24 << 20];
-    Random::new(81).fill(&mut noise);
-    let disk = std::fs::File::options().write(true).open(&scenario.protected).unwrap();
-    disk.write_all_at(&noise, 0).unwrap();
+    let mut scenario = Scenario::prepare_noise(24 << 20, 81, |_| {}).unwrap();
     let limited = |text: String| {
         text.replace(
             "[[machine]]\n",
@@ -417,15 +412,11 @@ async fn data_comes_at_once_after_a_short_blackout(connections: usize) {
     if !is_root() {
         return;
     }
-    const BYTES: usize = 96 << 20;
-    let mut scenario = Scenario::prepare(BYTES as u64, |spec| {
+    let mut scenario = Scenario::prepare_noise(96 << 20, 86, |spec| {
         spec.link = Some("40mbit,20ms,0.1%".parse().unwrap());
         spec.agent_options = format!("connections = \"{connections}\"\n");
     })
     .unwrap();
-    let mut noise = vec![0; BYTES];
-    Random::new(86).fill(&mut noise);
-    std::fs::write(&scenario.protected, &noise).unwrap();
     scenario.start().unwrap();
     let all = |link: &Link| link.connections as usize == connections;
     scenario.wait_link("all connections", all).await;
@@ -458,21 +449,18 @@ async fn gets_another_address(transport: &str, dark_meanwhile: bool, connections
     if !is_root() {
         return;
     }
-    const BYTES: usize = 40 << 20;
+    const BYTES: u64 = 40 << 20;
     /// What was on its way at the move may be sent again: batches that were cut in two, and whole ones
     /// that had overtaken those.
     const UNDER_WAY_BYTES: u64 = 4 << 20;
-    let mut scenario = Scenario::prepare(BYTES as u64, |spec| {
+    let mut scenario = Scenario::prepare_noise(BYTES, 90, |spec| {
         spec.link = Some("100mbit,10ms".parse().unwrap());
         spec.transport = transport.into();
     })
     .unwrap();
-    let mut noise = vec![0; BYTES];
-    Random::new(90).fill(&mut noise);
-    std::fs::write(&scenario.protected, &noise).unwrap();
     scenario.start().unwrap();
     let begun = scenario.rig.wait("8 MiB", STEP_TIME_MAX, |m| m.received_plain_bytes > 8 << 20);
-    let left = BYTES as u64 - begun.await.unwrap().received_plain_bytes;
+    let left = BYTES - begun.await.unwrap().received_plain_bytes;
     let link = scenario.rig.link().unwrap();
     let carried_before = link.stats().up.delivered_bytes;
     link.blackout(dark_meanwhile);
@@ -489,7 +477,7 @@ async fn gets_another_address(transport: &str, dark_meanwhile: bool, connections
     let most = left * 21 / 20 + UNDER_WAY_BYTES;
     assert!(carried < most, "{carried} bytes were carried where {most} were enough");
     let received = done.received_plain_bytes;
-    assert!(received < BYTES as u64 + UNDER_WAY_BYTES, "{received} bytes came for {BYTES}");
+    assert!(received < BYTES + UNDER_WAY_BYTES, "{received} bytes came for {BYTES}");
     let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
     assert_eq!(log.matches("connected target=").count(), connections, "{log}");
     assert_eq!(log.matches("the sync is over").count(), 1, "{log}");

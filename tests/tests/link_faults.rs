@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use backhaul_lab::random::Random;
 use backhaul_lab::rig::{MACHINE, RigSpec};
 use backhaul_tests::{Guest, Scenario, is_root};
 use tokio::sync::Mutex;
@@ -31,21 +30,12 @@ const BEHIND_A_GAP_BYTES: u64 = 16 << 20;
 
 /// A machine at the near end of `line` whose first sync the line is the limit of: no compression
 /// shortens its content.
-fn prepare(
-    line: &str,
-    content_mib: usize,
-    seed: u64,
-    adjust: impl FnOnce(&mut RigSpec),
-) -> Scenario {
-    let mut noise = vec![0; content_mib << 20];
-    Random::new(seed).fill(&mut noise);
-    let scenario = Scenario::prepare(noise.len() as u64, |spec| {
+fn prepare(line: &str, content_mib: u64, seed: u64, adjust: impl FnOnce(&mut RigSpec)) -> Scenario {
+    Scenario::prepare_noise(content_mib << 20, seed, |spec| {
         spec.link = Some(line.parse().unwrap());
         adjust(spec);
     })
-    .unwrap();
-    std::fs::write(&scenario.protected, &noise).unwrap();
-    scenario
+    .unwrap()
 }
 
 /// Bytes of batches that the target has received.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use quinn::VarInt;
 
-use super::{CONNECTIONS_MAX, LANE_ALPN, Lanes, Opener};
+use super::{CONNECTIONS_MAX, LANE_ALPN, Lanes, Opener, Ticket};
 use crate::identity::{Identity, IdentityFiles, Role, create_ca, issue};
 use crate::quic::congestion::Siblings;
 use crate::quic::endpoint::lane_config;
@@ -31,6 +31,11 @@ fn identity(dir: &Path, name: &str, role: Role) -> Identity {
 }
 
 impl Connection {
+    /// What a lane of this link has to show.
+    fn ticket(&self) -> Ticket {
+        super::ticket(&self.lanes.lock()[0].connection).unwrap()
+    }
+
     /// Waits until the lanes are as wanted.
     async fn soon(&self, what: &str, wanted: impl Fn(&Lanes) -> bool) {
         let looking = async {
@@ -77,8 +82,12 @@ impl Link {
         link
     }
 
-    /// Knocks as agent `name` with a lane that shows `ticket`; how that ends at both ends.
-    async fn show(&self, name: &str, ticket: &[u8]) -> (AcceptError, String) {
+    /// Knocks as agent `name` with a lane that shows `ticket`; the lane, and how that ends at the target.
+    async fn show(
+        &self,
+        name: &str,
+        ticket: &[u8],
+    ) -> (quinn::Connection, Result<Option<Connection>, AcceptError>) {
         let agent = identity(self.dir.path(), name, Role::Agent);
         let config = lane_config(&agent, None, &self.options, Siblings::default()).unwrap();
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -88,28 +97,6 @@ impl Link {
             let (mut stream, _answer) = lane.open_bi().await.unwrap();
             stream.write_all(ticket).await.unwrap();
             stream.finish().unwrap();
-            lane.closed().await.to_string()
-        };
-        let accepting = async { self.listener.accept().await.unwrap().finish().await };
-        let (closed, finished) = tokio::join!(showing, accepting);
-        (finished.map(|_| ()).unwrap_err(), closed)
-    }
-
-    /// A lane of agent `a1` that shows the ticket of `end`, and does not wait for the answer; how that ends
-    /// at the target.
-    async fn join(
-        &self,
-        end: &Connection,
-    ) -> (quinn::Connection, Result<Option<Connection>, AcceptError>) {
-        let ticket = super::ticket(&end.lanes.lock()[0].connection).unwrap();
-        let agent = identity(self.dir.path(), "a1", Role::Agent);
-        let config = lane_config(&agent, None, &self.options, Siblings::default()).unwrap();
-        let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = self.listener.local_address().unwrap();
-        let showing = async {
-            let lane = endpoint.connect_with(config, address, "backhaul").unwrap().await.unwrap();
-            let (mut stream, _answer) = lane.open_bi().await.unwrap();
-            stream.write_all(&ticket).await.unwrap();
             lane
         };
         let accepting = async { self.listener.accept().await.unwrap().finish().await };
@@ -141,14 +128,15 @@ impl Link {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lane_without_the_links_ticket_is_refused_and_harms_nobody() {
     let link = Link::of(Connections::Auto).await;
-    let ticket = super::ticket(&link.agent.lanes.lock()[0].connection).unwrap();
+    let ticket = link.agent.ticket();
     let cases: [(&str, &[u8], &str); 3] = [
         ("a1", &[0; 32], "the ticket of no link of its agent"),
         ("a1", &ticket[..31], "showed no ticket"),
         ("a2", &ticket, "the ticket of no link of its agent"),
     ];
     for (name, ticket, expected) in cases {
-        let (error, closed) = link.show(name, ticket).await;
+        let (lane, finished) = link.show(name, ticket).await;
+        let (error, closed) = (finished.map(drop).unwrap_err(), lane.closed().await.to_string());
         assert!(error.to_string().contains(expected), "{error}");
         assert!(closed.contains(expected), "{closed}");
     }
@@ -210,7 +198,7 @@ async fn a_lane_that_is_refused_leaves_its_link_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lane_that_goes_before_it_carried_a_batch_leaves_its_link_alone() {
     let link = Link::of(Connections::Auto).await;
-    let (lane, finished) = link.join(&link.agent).await;
+    let (lane, finished) = link.show("a1", &link.agent.ticket()).await;
     assert!(finished.unwrap().is_none());
     assert_eq!(link.target.lanes.lock().len(), 2);
     lane.close(VarInt::from_u32(0), b"");
@@ -288,7 +276,8 @@ async fn an_agent_has_lanes_for_two_links_at_most() {
     let mut held = Vec::new();
     let ends = [&link.agent, &firsts[0].0, &firsts[1].0];
     for at in 0..2 * (CONNECTIONS_MAX - 1) + 1 {
-        let (lane, finished) = link.join(ends[at / (CONNECTIONS_MAX - 1)]).await;
+        let ticket = ends[at / (CONNECTIONS_MAX - 1)].ticket();
+        let (lane, finished) = link.show("a1", &ticket).await;
         held.push(lane);
         if at < 2 * (CONNECTIONS_MAX - 1) {
             assert!(finished.unwrap().is_none());
