@@ -118,9 +118,9 @@ impl Scenario {
         let (began, mut looks) = (Instant::now(), tokio::time::interval(Duration::from_millis(50)));
         loop {
             looks.tick().await;
-            let links = self.rig.client().links().await.unwrap();
-            match links.into_iter().next() {
-                Some(link) if wanted(&link) => return link,
+            // The target may not be up yet.
+            match self.rig.client().links().await.map(|links| links.into_iter().next()) {
+                Ok(Some(link)) if wanted(&link) => return link,
                 last => assert!(began.elapsed() < STEP_TIME_MAX, "{what} did not happen: {last:?}"),
             }
         }
