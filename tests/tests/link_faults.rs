@@ -129,6 +129,34 @@ async fn after_half_a_minute_of_dark_a_sync_goes_on_where_it_was() {
     assert_eq!(connections(&scenario), 2);
 }
 
+/// The same on a line of 200 ms, on which two seconds are ten round trips: the new connection begins with
+/// half of the rate that the old one had found, and has all of it after 1.4 s. When it began anew, the
+/// second that ends after two brought a fifth of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_line_is_as_fast_as_before_soon_after_half_a_minute_of_dark() {
+    /// Of the rate before, over a second in the first half of which it still grows.
+    const BACK_LEAST: f64 = 0.6;
+    if !is_root() {
+        return;
+    }
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let mut scenario = prepare("50mbit,100ms,loss=2%", 96, 90, |_| {});
+    scenario.start().unwrap();
+    scenario.wait_received(8 << 20).await.unwrap();
+    let earlier = rate_from(&scenario, Instant::now()).await;
+    let light = Instant::now() + Duration::from_secs(30);
+    scenario.rig.link().unwrap().blackout(true);
+    // The length of the dark is the input of this test, not a wait for something to happen.
+    sleep_until(light).await;
+    scenario.rig.link().unwrap().blackout(false);
+    let back = rate_from(&scenario, Instant::now() + Duration::from_secs(1)).await / earlier;
+    println!("30 s of dark, 200 ms: {back:.2} of the rate before in the second second");
+    assert!(back >= BACK_LEAST, "{back} of the rate before in the second second");
+    scenario.rig.set_link("200mbit,10ms".parse().unwrap()).unwrap();
+    end("30 s of dark, 200 ms", &mut scenario, None, BEHIND_A_GAP_BYTES).await;
+    assert_eq!(connections(&scenario), 2);
+}
+
 /// A link that is there every other second, for a minute: it is used while it is there, over the same
 /// connection.
 #[tokio::test(flavor = "multi_thread")]

@@ -15,7 +15,7 @@ mod socket;
 mod streams;
 mod transport;
 
-pub use congestion::{CongestionStats, RateLimit};
+pub use congestion::{CongestionStats, PathMemory, RateLimit};
 pub use connection::Connection;
 pub use endpoint::{AcceptError, BindError, ConnectError, Handshake, Listener, connect};
 pub use lanes::{CONNECTIONS_MAX, Connections, connections_here};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
 
-use crate::quic::congestion::{Limited, Method, RateLimit, Siblings};
+use crate::quic::congestion::{Limited, Method, PathMemory, RateLimit, Siblings};
 use crate::quic::lanes::lane_window_bytes;
 use crate::quic::{Connections, bulk};
 
@@ -102,6 +102,10 @@ pub struct TransportOptions {
     /// Socket buffer that is asked for, in bytes (default 8 MiB). Too small, and bursts are dropped
     /// before this program sees them.
     pub socket_buffer_bytes: usize,
+    /// What connections that were made with these options, one after the other, learned of their path:
+    /// a link that is back after a dark begins at half of the rate it had. Clones share it, so each
+    /// link wants options of its own.
+    pub memory: PathMemory,
 }
 
 impl Default for TransportOptions {
@@ -114,6 +118,7 @@ impl Default for TransportOptions {
             streams_max: 256,
             idle_timeout: Duration::from_secs(10),
             socket_buffer_bytes: 8 << 20,
+            memory: PathMemory::default(),
         }
     }
 }
@@ -124,8 +129,16 @@ impl TransportOptions {
         bulk::filled_bytes(self.window_bytes)
     }
 
-    /// `siblings` is common to the connections of a link.
+    /// For the first connection of a link, to the others of which `siblings` is common.
     pub(crate) fn to_quinn(&self, siblings: Siblings) -> quinn::TransportConfig {
+        self.to_quinn_with(siblings, Some(self.memory.clone()))
+    }
+
+    fn to_quinn_with(
+        &self,
+        siblings: Siblings,
+        memory: Option<PathMemory>,
+    ) -> quinn::TransportConfig {
         let mut config = quinn::TransportConfig::default();
         config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES));
         config.receive_window(VarInt::from_u32(self.window_bytes));
@@ -154,22 +167,24 @@ impl TransportOptions {
             }
         };
         let limit = self.rate_limit.clone();
-        config.congestion_controller_factory(Arc::new(Limited { method, limit, siblings }));
+        let factory = Limited { method, limit, siblings, memory };
+        config.congestion_controller_factory(Arc::new(factory));
         config
     }
 
     /// For a target, which learns only after the handshake whether a connection is a lane: it begins
     /// with a lane's share of the window, and a link's first one is given all of it then.
     pub(crate) fn to_quinn_target(&self) -> quinn::TransportConfig {
-        // It sends little, and has nothing to share.
-        let mut config = self.to_quinn(Siblings::default());
+        // It sends little, and has nothing to share; and its agents are many.
+        let mut config = self.to_quinn_with(Siblings::default(), None);
         config.receive_window(VarInt::from_u32(lane_window_bytes(self.window_bytes)));
         config
     }
 
-    /// For lanes of an agent, on which nothing but acknowledgements comes back.
+    /// For lanes of an agent, on which nothing but acknowledgements comes back. What is free beside the
+    /// first connection, each has to find.
     pub(crate) fn to_quinn_lane(&self, siblings: Siblings) -> quinn::TransportConfig {
-        let mut config = self.to_quinn(siblings);
+        let mut config = self.to_quinn_with(siblings, None);
         config.receive_window(VarInt::from_u32(LANE_WINDOW_BYTES));
         config.max_concurrent_uni_streams(VarInt::from_u32(0));
         config.max_concurrent_bidi_streams(VarInt::from_u32(0));

@@ -12,6 +12,7 @@ use quinn_proto::RttEstimator;
 use crate::quic::congestion::ceiling::{Ceiling, RateLimit};
 use crate::quic::congestion::fixed::Fixed;
 use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
+use crate::quic::congestion::known::PathMemory;
 use crate::quic::congestion::share::Siblings;
 
 /// Packets that one knock lets out: the window is full of what was lost, and never had room for them.
@@ -51,6 +52,8 @@ pub(crate) struct Limited {
     pub(crate) method: Method,
     pub(crate) limit: RateLimit,
     pub(crate) siblings: Siblings,
+    /// Where a connection begins with what the one before it learned.
+    pub(crate) memory: Option<PathMemory>,
 }
 
 impl ControllerFactory for Limited {
@@ -59,7 +62,8 @@ impl ControllerFactory for Limited {
             // Two connections that begin together must not probe together.
             Method::Auto => {
                 let seed = RandomState::new().hash_one(0u8);
-                Inner::Auto(Box::new(Flow::new(now, current_mtu, seed)))
+                let known = self.memory.as_ref().and_then(|memory| memory.recall(now));
+                Inner::Auto(Box::new(Flow::new(now, current_mtu, seed, known)))
             }
             Method::Cubic => {
                 let cubic = Arc::new(CubicConfig::default());
@@ -75,6 +79,7 @@ impl ControllerFactory for Limited {
             ceiling,
             limit: self.limit.clone(),
             siblings: self.siblings.clone(),
+            memory: self.memory.clone(),
             mtu: current_mtu,
             lost_bytes: 0,
             in_flight_bytes: 0,
@@ -114,6 +119,7 @@ struct Adapter {
     ceiling: Ceiling,
     limit: RateLimit,
     siblings: Siblings,
+    memory: Option<PathMemory>,
     mtu: u16,
     lost_bytes: u64,
     /// What was under way when the peer was last heard, and what was sent since, before any knock.
@@ -214,6 +220,9 @@ impl Controller for Adapter {
             Inner::Auto(flow) => {
                 flow.set_siblings(self.siblings.count());
                 flow.on_end_acks(now, in_flight, limited);
+                if let (Some(memory), Some(path)) = (&self.memory, flow.learned(now)) {
+                    memory.keep(path);
+                }
             }
             Inner::Cubic(cubic) => {
                 cubic.on_end_acks(now, in_flight, limited, largest_packet_num_acked);
@@ -281,6 +290,7 @@ impl Controller for Adapter {
             ceiling: self.ceiling.clone(),
             limit: self.limit.clone(),
             siblings: self.siblings.clone(),
+            memory: self.memory.clone(),
             mtu: self.mtu,
             lost_bytes: self.lost_bytes,
             in_flight_bytes: self.in_flight_bytes,

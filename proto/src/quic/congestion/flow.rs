@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::quic::congestion::delivery::{Delivery, Sample};
 use crate::quic::congestion::filter::{MaxRate, MinRtt};
+use crate::quic::congestion::known::KnownPath;
 use crate::quic::congestion::loss::LossBase;
 use crate::quic::congestion::phase::Phase;
 use crate::quic::congestion::rival::Rival;
@@ -52,12 +53,15 @@ pub(super) struct Flow {
     peak_rtt: Duration,
     pub(super) clump_epoch: (Instant, f64),
     pub(super) window_bytes: f64,
+    /// What earlier connections learned, until the first round trip says whether it is this path.
+    known: Option<KnownPath>,
     random: u64,
 }
 
 impl Flow {
-    /// `seed` spreads the probes of connections that begin together.
-    pub(super) fn new(now: Instant, mtu: u16, seed: u64) -> Self {
+    /// `seed` spreads the probes of connections that begin together; `known` is what an earlier one of
+    /// the same link learned.
+    pub(super) fn new(now: Instant, mtu: u16, seed: u64, known: Option<KnownPath>) -> Self {
         Self {
             mtu_bytes: mtu.into(),
             phase: Phase::startup(),
@@ -81,6 +85,7 @@ impl Flow {
             peak_rtt: Duration::ZERO,
             clump_epoch: (now, 0.0),
             window_bytes: WINDOW_PACKETS_INITIAL * f64::from(mtu),
+            known,
             random: seed | 1,
         }
     }
@@ -108,6 +113,9 @@ impl Flow {
         let sample = self.delivery.on_end_acks(now, in_flight_bytes, app_limited, rtt);
         let Some(sample) = sample else { return };
         self.min_rtt.update(now, sample.rtt);
+        if let Some(known) = self.known.take() {
+            self.window_bytes = self.window_bytes.max(known.start_bytes(sample.rtt));
+        }
         self.round.add(&sample);
         // Over less than a round trip a rate says more about bursts than about the link.
         let whole = sample.interval >= self.base_rtt().mul_f64(0.9);
@@ -152,6 +160,12 @@ impl Flow {
     /// Bytes that may be in flight. quinn paces at 1.25 × this ÷ its smoothed round-trip time.
     pub(super) fn window(&self) -> u64 {
         self.window_bytes as u64
+    }
+
+    /// What the next connection may know of this path; nothing before its rate was found.
+    pub(super) fn learned(&self, now: Instant) -> Option<KnownPath> {
+        let found = !matches!(self.phase, Phase::Startup { .. } | Phase::Drain);
+        found.then(|| KnownPath { rate: self.rate(), rtt: self.base_rtt(), learned_at: now })
     }
 
     /// The rate the model sends at, in bytes a second.

@@ -13,6 +13,7 @@
 //! | [`round`] | what one round trip brought |
 //! | [`rival`] | the window beside somebody who yields |
 //! | [`share`] | how much of a shared path is ours |
+//! | [`known`] | what the connection before learned of the path |
 //! | [`flow`], [`phase`] | the model: its window, its states |
 //! | [`ceiling`] | a rate limit that changes live, for any controller |
 //! | [`fixed`] | a line whose rate is known |
@@ -24,6 +25,7 @@ mod delivery;
 mod filter;
 mod fixed;
 mod flow;
+mod known;
 mod loss;
 mod phase;
 mod rival;
@@ -34,6 +36,7 @@ mod sim;
 
 pub use adapter::CongestionStats;
 pub use ceiling::RateLimit;
+pub use known::PathMemory;
 
 pub(crate) use adapter::{Limited, Method, is_knocking, knock, stats};
 pub(crate) use ceiling::keeps_ceiling;

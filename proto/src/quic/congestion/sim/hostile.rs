@@ -49,7 +49,7 @@ proptest! {
         let mut now = Instant::now() + Duration::from_secs(1 << 20);
         let mut rtt = Duration::from_millis(50);
         let limit = RateLimit::default();
-        let mut flow = Flow::new(now, 1200, 1);
+        let mut flow = Flow::new(now, 1200, 1, None);
         let mut ceiling = Ceiling::new(limit.clone(), 1200);
         for call in calls {
             let ago = |micros| now.checked_sub(Duration::from_micros(micros)).unwrap_or(now);

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use crate::quic::congestion::ceiling::{Ceiling, RateLimit};
 use crate::quic::congestion::fixed::Fixed;
 use crate::quic::congestion::flow::Flow;
+use crate::quic::congestion::known::KnownPath;
 use link::{Fate, Link, Shape};
 use sender::{App, Control, Sender};
 
@@ -27,13 +28,26 @@ struct Ours {
 
 impl Ours {
     fn boxed(epoch: Instant, mtu: u64, seed: u64, limit: &RateLimit) -> Box<dyn Control> {
-        let flow = Flow::new(epoch, mtu as u16, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        Self::knowing(epoch, mtu, seed, limit, None)
+    }
+
+    /// One to which an earlier connection left what it learned.
+    fn knowing(
+        epoch: Instant,
+        mtu: u64,
+        seed: u64,
+        limit: &RateLimit,
+        known: Option<KnownPath>,
+    ) -> Box<dyn Control> {
+        let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let flow = Flow::new(epoch, mtu as u16, seed, known);
         Box::new(Self { flow, ceiling: Ceiling::new(limit.clone(), mtu) })
     }
 
     /// One of `count` connections of a link.
     fn sibling(epoch: Instant, mtu: u64, seed: u64, count: usize) -> Box<dyn Control> {
-        let mut flow = Flow::new(epoch, mtu as u16, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let mut flow = Flow::new(epoch, mtu as u16, seed, None);
         flow.set_siblings(count);
         Box::new(Self { flow, ceiling: Ceiling::new(RateLimit::default(), mtu) })
     }

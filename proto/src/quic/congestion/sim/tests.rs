@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::link::Shape;
 use super::rivals::{Bbr, Cubic};
 use super::sender::App;
-use super::{Bought, Control, Fixed, Ours, RateLimit, World};
+use super::{Bought, Control, Fixed, KnownPath, Ours, RateLimit, World};
 
 /// A packet size that keeps a simulated second below some thousand packets.
 fn mtu(shape: &Shape) -> u64 {
@@ -331,6 +331,77 @@ fn a_blackout_is_over_within_two_seconds() {
         println!("{mbit} Mbit/s, {rtt} ms, dark for {seconds} s: 80 % after {back:.2} s");
         assert!(back <= 2.0, "{mbit} {rtt}: {back} s");
     }
+}
+
+/// Runs a link whose controller knows a path of `known_mbit` and `known_rtt` milliseconds.
+fn knowing(shape: Shape, seed: u64, known_mbit: f64, known_rtt: u64) -> World {
+    let mut world = World::new(shape, seed);
+    let known = KnownPath {
+        rate: known_mbit * 1e6 / 8.0,
+        rtt: Duration::from_millis(known_rtt),
+        learned_at: world.epoch,
+    };
+    let limit = RateLimit::default();
+    let ours = Ours::knowing(world.epoch, mtu(&shape), seed, &limit, Some(known));
+    world.add(ours, App::Bulk { from: 0 }, mtu(&shape));
+    world.run(8.0);
+    world
+}
+
+/// A link that was dark for so long that its connection is gone connects anew. Finding the rate of a
+/// line of 200 ms took 1.6 s of the two that the link may take to be back, the handshake not counted.
+#[test]
+fn a_new_connection_over_a_known_path_is_fast_at_once() {
+    for (mbit, rtt, loss) in
+        [(500.0, 100, 0.01), (200.0, 80, 0.005), (50.0, 200, 0.02), (100.0, 20, 0.0)]
+    {
+        let shape = Shape::new(mbit, rtt, loss);
+        let round = rtt as f64 / 1e3;
+        for seed in 0..4 {
+            let mut cold = alone(shape, seed);
+            cold.run(8.0);
+            let world = knowing(shape, seed, mbit, rtt);
+            let (anew, found) =
+                (cold.reaches(0, 0.8, 0.0, round), world.reaches(0, 0.8, 0.0, round));
+            let (share, dropped) = (world.share(0, 3.0, 8.0), world.dropped(0, 0.0, 8.0));
+            let dropped_anew = cold.dropped(0, 0.0, 8.0);
+            println!(
+                "{mbit} Mbit/s, {rtt} ms: 80 % after {:.1} RTT, anew {:.1}; then {share:.3}, dropped {dropped:.4}, anew {dropped_anew:.4}",
+                found / round,
+                anew / round
+            );
+            assert!(found <= 6.0 * round && found <= anew, "{mbit} {rtt}: {found} s, {anew} s");
+            // What the last doubling throws away is its own.
+            let dropped_most = dropped_anew.max(0.01) * 2.0;
+            assert!(share >= 0.95 && dropped <= dropped_most, "{mbit} {rtt}: {share} {dropped}");
+        }
+    }
+}
+
+/// The line that is back is another one: slower, faster, or of another length. What is known may cost it
+/// one burst, and no more.
+#[test]
+fn a_known_path_that_is_another_by_now_does_little_harm() {
+    let mut broken = Vec::new();
+    for (name, mbit, rtt, known_mbit, known_rtt) in [
+        ("a fifth of the rate", 20.0, 100, 100.0, 100),
+        ("a twentieth", 10.0, 100, 200.0, 100),
+        ("five times the rate", 100.0, 100, 20.0, 100),
+        ("longer", 50.0, 200, 50.0, 40),
+        ("much shorter", 50.0, 20, 50.0, 200),
+    ] {
+        for seed in 0..4 {
+            let world = knowing(Shape::new(mbit, rtt, 0.002), seed, known_mbit, known_rtt);
+            let (share, queue) = (world.share(0, 4.0, 8.0), world.queue(4.0, 8.0) * 1e3);
+            let dropped = world.dropped(0, 4.0, 8.0);
+            let line = format!("{name}: {share:.3}, queue {queue:.1} ms, dropped {dropped:.4}");
+            println!("{line}");
+            if share < 0.9 || queue > 15.0 || dropped > 0.01 {
+                broken.push(line);
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
 /// A second dark, a second up, for a minute. Backhaul looks after a link four times a second, at whatever
