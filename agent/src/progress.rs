@@ -21,9 +21,24 @@ pub struct ProgressView {
 
 struct Shown {
     bar: ProgressBar,
-    /// Since when the target takes batches; the time before says nothing about the rate.
-    began: Option<Instant>,
+    /// Since when the target takes batches; what was before says nothing about the rate.
+    began: Option<Began>,
     last_line: Instant,
+}
+
+/// Where a sync stood when the target began to take batches, the first time or again.
+#[derive(Debug, Clone, Copy)]
+struct Began {
+    at: Instant,
+    done_bytes: u64,
+}
+
+impl Began {
+    /// Bytes a second since; nothing in the first second, over which it would be anything.
+    fn rate(&self, now: Instant, done_bytes: u64) -> Option<f64> {
+        let seconds = now.saturating_duration_since(self.at).as_secs_f64();
+        (seconds >= 1.0).then(|| done_bytes.saturating_sub(self.done_bytes) as f64 / seconds)
+    }
 }
 
 /// How a machine's sync stands.
@@ -86,7 +101,7 @@ impl ProgressView {
         if !replicating {
             shown.began = None;
         } else if shown.began.is_none() {
-            shown.began = Some(now);
+            shown.began = Some(Began { at: now, done_bytes });
             shown.bar.reset_eta();
         }
         shown.bar.set_length(total_bytes);
@@ -103,23 +118,40 @@ impl ProgressView {
             && now.duration_since(shown.last_line) >= LINE_PERIOD
         {
             shown.last_line = now;
-            let seconds = now.duration_since(began).as_secs_f64();
-            let rate = done_bytes as f64 / seconds;
-            let left = if rate > 0.0 {
-                let time = Duration::from_secs_f64((dirty_bytes as f64 / rate).min(1e9));
-                format!("about {} left", HumanDuration(time))
-            } else {
-                "time left unknown".into()
+            let rate = began.rate(now, done_bytes).filter(|rate| *rate > 0.0);
+            let pace = match rate {
+                Some(rate) => {
+                    let time = Duration::from_secs_f64((dirty_bytes as f64 / rate).min(1e9));
+                    format!("{}/s, about {} left", HumanBytes(rate as u64), HumanDuration(time))
+                }
+                None => "time left unknown".into(),
             };
             tracing::info!(
                 machine,
-                "sync {}% ({} of {}, {}/s, {} sent), {left}",
+                "sync {}% ({} of {}, {} sent), {pace}",
                 done_bytes * 100 / total_bytes,
                 HumanBytes(done_bytes),
                 HumanBytes(total_bytes),
-                HumanBytes(rate as u64),
                 HumanBytes(sent_bytes),
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::Began;
+
+    /// After a dark of half a minute the log said "16.00 EiB/s, about 0 seconds left": all that was done
+    /// in minutes, over the instant since the link was back.
+    #[test]
+    fn a_rate_counts_from_when_the_target_took_batches_again() {
+        let at = Instant::now();
+        let began = Began { at, done_bytes: 48 << 20 };
+        assert_eq!(began.rate(at + Duration::from_millis(40), 48 << 20), None);
+        let rate = began.rate(at + Duration::from_secs(4), 56 << 20);
+        assert_eq!(rate, Some(f64::from(2 << 20)));
     }
 }
