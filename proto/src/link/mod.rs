@@ -10,7 +10,7 @@ mod places;
 pub mod probe;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -55,6 +55,15 @@ pub enum StreamError {
     /// A batch's header is not one.
     #[error(transparent)]
     Header(#[from] HeaderError),
+}
+
+/// Header of IP of a packet to `peer`, in bytes. A socket of both families has an IPv4 peer under an IPv6
+/// address.
+pub(crate) fn ip_header_bytes(peer: SocketAddr) -> u64 {
+    match peer.ip().to_canonical() {
+        IpAddr::V4(_) => 20,
+        IpAddr::V6(_) => 40,
+    }
 }
 
 /// Waits until `due`. What is due already does not wait for the next tick of a timer, a millisecond.
@@ -326,6 +335,21 @@ impl BatchStream {
                 stream.read_end();
                 Ok(())
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ip_header_bytes;
+
+    /// The ceiling took every peer for one over IPv4, and the counters an IPv4 peer of a socket of both
+    /// families for one over IPv6.
+    #[test]
+    fn a_mapped_address_is_one_of_ipv4() {
+        for (peer, bytes) in [("10.0.0.1:1", 20), ("[::ffff:10.0.0.1]:1", 20), ("[fd00::1]:1", 40)]
+        {
+            assert_eq!(ip_header_bytes(peer.parse().unwrap()), bytes, "{peer}");
         }
     }
 }

@@ -11,7 +11,9 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::time::MissedTickBehavior;
 
 use crate::id::PeerName;
-use crate::link::{CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, wait_until};
+use crate::link::{
+    CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, ip_header_bytes, wait_until,
+};
 use crate::quic::SocketFacts;
 use crate::quic::bulk::Bulk;
 use crate::quic::congestion::{self, CongestionStats};
@@ -26,13 +28,17 @@ const SYNC_PRIORITY: i32 = 1;
 /// How often a link is looked after.
 const UPKEEP_PERIOD: Duration = Duration::from_millis(1000 / UPKEEPS_PER_SECOND as u64);
 
-/// Headers of IP and UDP around a datagram.
-const IPV4_UDP_BYTES: u64 = 28;
-const IPV6_UDP_BYTES: u64 = 48;
-
 /// What QUIC takes of a datagram of batches: flags 1, connection id 8, packet number 2, seal 16, and the
 /// head of a stream frame, 9 with the offsets and stream numbers of a session that lasts.
 const QUIC_PACKET_BYTES: u64 = 36;
+
+/// Header of UDP.
+const UDP_BYTES: u64 = 8;
+
+/// Headers of IP and UDP around a datagram to `peer`, in bytes.
+pub(super) fn datagram_header_bytes(peer: SocketAddr) -> u64 {
+    ip_header_bytes(peer) + UDP_BYTES
+}
 
 /// An authenticated connection. Clones share it.
 #[derive(Debug, Clone)]
@@ -209,10 +215,7 @@ impl Connection {
             connections: self.lanes.in_use() as u32,
             ..LinkStats::default()
         };
-        let header_bytes = match self.remote_address() {
-            SocketAddr::V4(_) => IPV4_UDP_BYTES,
-            SocketAddr::V6(_) => IPV6_UDP_BYTES,
-        };
+        let header_bytes = datagram_header_bytes(self.remote_address());
         self.lanes.each(|connection| {
             let one = connection.stats();
             let (datagrams, lost) = (one.udp_tx.datagrams, one.path.lost_packets);

@@ -12,6 +12,7 @@ use thiserror::Error;
 use crate::id::PeerName;
 use crate::identity::{Identity, IdentityError, Role, certificate_reason, holder};
 use crate::quic::congestion::Siblings;
+use crate::quic::connection::datagram_header_bytes;
 use crate::quic::lanes::{LANE_ALPN, Lane, Lanes, Opener, Registry};
 use crate::quic::load::{MeasuredRuntime, of_driver};
 use crate::quic::socket::{self, SocketFacts};
@@ -244,7 +245,8 @@ pub async fn connect(
     let tls = QuicClientConfig::try_from(tls).map_err(|error| local(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
     let siblings = Siblings::default();
-    config.transport_config(Arc::new(options.to_quinn(siblings.clone())));
+    let header_bytes = datagram_header_bytes(address);
+    config.transport_config(Arc::new(options.to_quinn(siblings.clone(), header_bytes)));
     let any: SocketAddr = match address {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -267,7 +269,8 @@ pub async fn connect(
         let reason = "it showed no certificate".into();
         return Err(ConnectError::Certificate { address, reason });
     };
-    let of_lanes = lane_config(identity, Some(name.clone()), options, siblings.clone())?;
+    let of_lanes =
+        lane_config(identity, Some(name.clone()), options, siblings.clone(), header_bytes)?;
     let connections = match options.congestion {
         Congestion::Auto => options.connections,
         _ => Connections::Exactly(1),
@@ -286,13 +289,14 @@ pub(super) fn lane_config(
     expected: Option<PeerName>,
     options: &TransportOptions,
     siblings: Siblings,
+    header_bytes: u64,
 ) -> Result<quinn::ClientConfig, ConnectError> {
     let local = |error: String| ConnectError::Local(error);
     let mut tls = identity.client_config(expected).map_err(|error| local(error.to_string()))?;
     tls.alpn_protocols = vec![LANE_ALPN.to_vec()];
     let tls = QuicClientConfig::try_from(tls).map_err(|error| local(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
-    config.transport_config(Arc::new(options.to_quinn_lane(siblings)));
+    config.transport_config(Arc::new(options.to_quinn_lane(siblings, header_bytes)));
     Ok(config)
 }
 

@@ -129,14 +129,16 @@ impl TransportOptions {
         bulk::filled_bytes(self.window_bytes)
     }
 
-    /// For the first connection of a link, to the others of which `siblings` is common.
-    pub(crate) fn to_quinn(&self, siblings: Siblings) -> quinn::TransportConfig {
-        self.to_quinn_with(siblings, Some(self.memory.clone()))
+    /// For the first connection of a link, to the others of which `siblings` is common; `header_bytes` are
+    /// those of IP and UDP.
+    pub(crate) fn to_quinn(&self, siblings: Siblings, header_bytes: u64) -> quinn::TransportConfig {
+        self.to_quinn_with(siblings, header_bytes, Some(self.memory.clone()))
     }
 
     fn to_quinn_with(
         &self,
         siblings: Siblings,
+        header_bytes: u64,
         memory: Option<PathMemory>,
     ) -> quinn::TransportConfig {
         let mut config = quinn::TransportConfig::default();
@@ -167,7 +169,7 @@ impl TransportOptions {
             }
         };
         let limit = self.rate_limit.clone();
-        let factory = Limited { method, limit, siblings, memory };
+        let factory = Limited { method, limit, header_bytes, siblings, memory };
         config.congestion_controller_factory(Arc::new(factory));
         config
     }
@@ -175,16 +177,21 @@ impl TransportOptions {
     /// For a target, which learns only after the handshake whether a connection is a lane: it begins
     /// with a lane's share of the window, and a link's first one is given all of it then.
     pub(crate) fn to_quinn_target(&self) -> quinn::TransportConfig {
-        // It sends little, and has nothing to share; and its agents are many.
-        let mut config = self.to_quinn_with(Siblings::default(), None);
+        // It sends little, has nothing to share and no ceiling to count headers for; and its agents are
+        // many.
+        let mut config = self.to_quinn_with(Siblings::default(), 0, None);
         config.receive_window(VarInt::from_u32(lane_window_bytes(self.window_bytes)));
         config
     }
 
     /// For lanes of an agent, on which nothing but acknowledgements comes back. What is free beside the
     /// first connection, each has to find.
-    pub(crate) fn to_quinn_lane(&self, siblings: Siblings) -> quinn::TransportConfig {
-        let mut config = self.to_quinn_with(siblings, None);
+    pub(crate) fn to_quinn_lane(
+        &self,
+        siblings: Siblings,
+        header_bytes: u64,
+    ) -> quinn::TransportConfig {
+        let mut config = self.to_quinn_with(siblings, header_bytes, None);
         config.receive_window(VarInt::from_u32(LANE_WINDOW_BYTES));
         config.max_concurrent_uni_streams(VarInt::from_u32(0));
         config.max_concurrent_bidi_streams(VarInt::from_u32(0));

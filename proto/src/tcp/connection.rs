@@ -15,7 +15,7 @@ use tokio_rustls::TlsStream;
 
 use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
-use crate::link::{LinkStats, StreamError, wait_until};
+use crate::link::{LinkStats, StreamError, ip_header_bytes, wait_until};
 use crate::message::split_frame;
 use crate::session::Release;
 use crate::tcp::endpoint::PACKET_BYTES_MAX;
@@ -39,9 +39,8 @@ const GOODBYE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Longest reason that is sent or read, in bytes.
 const REASON_BYTES_MAX: usize = 1024;
 
-/// Headers of IP and TCP, and the option that every segment of a connection has once both ends know it.
-const IPV4_TCP_BYTES: u64 = 40;
-const IPV6_TCP_BYTES: u64 = 60;
+/// Header of TCP, and the option that every segment of a connection has once both ends know it.
+const TCP_BYTES: u64 = 20;
 const TIMESTAMPS_BYTES: u64 = 12;
 
 /// A TLS record, and what it adds: head 5, kind 1, seal 16.
@@ -238,11 +237,7 @@ impl Connection {
     /// Headers of a segment.
     fn header_bytes(&self, info: kernel::Info) -> u64 {
         let options = if info.has_timestamps { TIMESTAMPS_BYTES } else { 0 };
-        let headers = match self.0.remote_address {
-            SocketAddr::V4(_) => IPV4_TCP_BYTES,
-            SocketAddr::V6(_) => IPV6_TCP_BYTES,
-        };
-        headers + options
+        ip_header_bytes(self.0.remote_address) + TCP_BYTES + options
     }
 
     /// Ends the session here at once, and tells the peer why if that can be done in time.

@@ -51,6 +51,8 @@ pub(crate) enum Method {
 pub(crate) struct Limited {
     pub(crate) method: Method,
     pub(crate) limit: RateLimit,
+    /// IP and UDP headers of a datagram to the peer.
+    pub(crate) header_bytes: u64,
     pub(crate) siblings: Siblings,
     /// Where a connection begins with what the one before it learned.
     pub(crate) memory: Option<PathMemory>,
@@ -73,7 +75,7 @@ impl ControllerFactory for Limited {
                 Inner::Fixed(Fixed::new(bytes_per_second, current_mtu))
             }
         };
-        let ceiling = Ceiling::new(self.limit.clone(), current_mtu.into());
+        let ceiling = Ceiling::new(self.limit.clone(), current_mtu.into(), self.header_bytes);
         Box::new(Adapter {
             inner,
             ceiling,

@@ -5,8 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const UNLIMITED: u64 = u64::MAX;
-/// IPv4 and UDP headers of a datagram, which the link carries and quinn does not count.
-const DATAGRAM_OVERHEAD_BYTES: u64 = 28;
 /// Time over which a deviation is made good; short enough that ten seconds hold the ceiling, long
 /// against a round trip (see [`Ceiling::settle_time`]), or the correction would swing.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -28,7 +26,7 @@ impl Default for RateLimit {
 }
 
 impl RateLimit {
-    /// No more than this many bytes a second on the wire, IPv4 and UDP headers included; `None`
+    /// No more than this many bytes a second on the wire, IP and UDP headers included; `None`
     /// lifts the ceiling. 0 is taken for 1: a ceiling slows a connection down, it does not stop it.
     pub fn set(&self, bytes_per_second: Option<u64>) {
         let value = bytes_per_second.map_or(UNLIMITED, |rate| rate.clamp(1, UNLIMITED - 1));
@@ -54,6 +52,8 @@ pub(crate) fn keeps_ceiling(bytes_per_second: u64, rtt: Duration, mtu: u16) -> b
 pub(super) struct Ceiling {
     limit: RateLimit,
     mtu_bytes: u64,
+    /// IP and UDP headers of a datagram, which the link carries and quinn does not count.
+    header_bytes: u64,
     ledger: Option<Ledger>,
 }
 
@@ -67,15 +67,15 @@ struct Ledger {
 }
 
 impl Ceiling {
-    pub(super) fn new(limit: RateLimit, mtu_bytes: u64) -> Self {
-        Self { limit, mtu_bytes, ledger: None }
+    pub(super) fn new(limit: RateLimit, mtu_bytes: u64, header_bytes: u64) -> Self {
+        Self { limit, mtu_bytes, header_bytes, ledger: None }
     }
 
     pub(super) fn on_sent(&mut self, now: Instant, bytes: u64) {
         self.settle(now, None);
         if let Some(ledger) = &mut self.ledger {
             let datagrams = bytes.div_ceil(self.mtu_bytes);
-            ledger.balance_bytes -= (bytes + datagrams * DATAGRAM_OVERHEAD_BYTES) as f64;
+            ledger.balance_bytes -= (bytes + datagrams * self.header_bytes) as f64;
         }
     }
 
@@ -95,7 +95,7 @@ impl Ceiling {
         let settle = Self::settle_time(ledger.smoothed_rtt).as_secs_f64();
         let owed = ledger.balance_bytes / (ledger.bytes_per_second * settle);
         // quinn does not count the headers that the ceiling includes.
-        let payload = self.mtu_bytes as f64 / (self.mtu_bytes + DATAGRAM_OVERHEAD_BYTES) as f64;
+        let payload = self.mtu_bytes as f64 / (self.mtu_bytes + self.header_bytes) as f64;
         let flight = ledger.bytes_per_second * payload * ledger.smoothed_rtt.as_secs_f64();
         let allowed = flight * (1.0 + owed.clamp(-0.5, 0.5)) + self.mtu_bytes as f64;
         window_bytes.min((allowed as u64).max(WINDOW_PACKETS_MIN * self.mtu_bytes))
@@ -134,9 +134,39 @@ impl Ceiling {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::collections::VecDeque;
+    use std::time::{Duration, Instant};
 
-    use super::keeps_ceiling;
+    use super::{Ceiling, RateLimit, keeps_ceiling};
+
+    /// The headers of IPv6 are 20 bytes longer, which were sent on top of the ceiling.
+    #[test]
+    fn the_ceiling_counts_the_headers_of_its_peer() {
+        const RATE: u64 = 1_000_000;
+        const PACKET_BYTES: u64 = 1200;
+        let rtt = Duration::from_millis(40);
+        for header_bytes in [28, 48] {
+            let limit = RateLimit::default();
+            limit.set(Some(RATE));
+            let mut ceiling = Ceiling::new(limit, PACKET_BYTES, header_bytes);
+            let start = Instant::now();
+            let (mut under_way, mut packets) = (VecDeque::new(), 0);
+            for millis in 0..12_000 {
+                let now = start + Duration::from_millis(millis);
+                while under_way.pop_front_if(|sent| *sent + rtt <= now).is_some() {
+                    ceiling.on_ack(now, rtt);
+                }
+                let window_bytes = ceiling.lower(50_000);
+                while (under_way.len() as u64 + 1) * PACKET_BYTES < window_bytes {
+                    under_way.push_back(now);
+                    ceiling.on_sent(now, PACKET_BYTES);
+                    packets += u64::from(millis >= 2_000);
+                }
+            }
+            let share = (packets * (PACKET_BYTES + header_bytes)) as f64 / (10 * RATE) as f64;
+            assert!((share - 1.0).abs() < 0.005, "with headers of {header_bytes}: {share}");
+        }
+    }
 
     /// Within a LAN three packets a round trip are more than a low ceiling allows, and nothing else
     /// would hold it.

@@ -89,7 +89,7 @@ impl Link {
         ticket: &[u8],
     ) -> (quinn::Connection, Result<Option<Connection>, AcceptError>) {
         let agent = identity(self.dir.path(), name, Role::Agent);
-        let config = lane_config(&agent, None, &self.options, Siblings::default()).unwrap();
+        let config = lane_config(&agent, None, &self.options, Siblings::default(), 28).unwrap();
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = self.listener.local_address().unwrap();
         let showing = async {

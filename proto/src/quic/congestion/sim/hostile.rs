@@ -50,7 +50,7 @@ proptest! {
         let mut rtt = Duration::from_millis(50);
         let limit = RateLimit::default();
         let mut flow = Flow::new(now, 1200, 1, None);
-        let mut ceiling = Ceiling::new(limit.clone(), 1200);
+        let mut ceiling = Ceiling::new(limit.clone(), 1200, 28);
         for call in calls {
             let ago = |micros| now.checked_sub(Duration::from_micros(micros)).unwrap_or(now);
             match call {

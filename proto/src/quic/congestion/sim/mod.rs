@@ -20,6 +20,9 @@ use crate::quic::congestion::known::KnownPath;
 use link::{Fate, Link, Shape};
 use sender::{App, Control, Sender};
 
+/// IPv4 and UDP headers of a datagram.
+const HEADER_BYTES: u64 = 28;
+
 /// Our controller, composed as the adapter for quinn composes it.
 struct Ours {
     flow: Flow,
@@ -41,7 +44,7 @@ impl Ours {
     ) -> Box<dyn Control> {
         let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let flow = Flow::new(epoch, mtu as u16, seed, known);
-        Box::new(Self { flow, ceiling: Ceiling::new(limit.clone(), mtu) })
+        Box::new(Self { flow, ceiling: Ceiling::new(limit.clone(), mtu, HEADER_BYTES) })
     }
 
     /// One of `count` connections of a link.
@@ -49,7 +52,7 @@ impl Ours {
         let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let mut flow = Flow::new(epoch, mtu as u16, seed, None);
         flow.set_siblings(count);
-        Box::new(Self { flow, ceiling: Ceiling::new(RateLimit::default(), mtu) })
+        Box::new(Self { flow, ceiling: Ceiling::new(RateLimit::default(), mtu, HEADER_BYTES) })
     }
 
     fn is_capped(&self) -> bool {

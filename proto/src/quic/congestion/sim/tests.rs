@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::link::Shape;
 use super::rivals::{Bbr, Cubic};
 use super::sender::App;
-use super::{Bought, Control, Fixed, KnownPath, Ours, RateLimit, World};
+use super::{Bought, Control, Fixed, HEADER_BYTES, KnownPath, Ours, RateLimit, World};
 
 /// A packet size that keeps a simulated second below some thousand packets.
 fn mtu(shape: &Shape) -> u64 {
@@ -536,7 +536,7 @@ fn a_ceiling_holds_within_three_percent_and_changes_live() {
             let tally = &world.tallies[0];
             let packets: u64 =
                 super::ticks(&tally.sent_packets, from + 1.0, from + 11.0).iter().sum();
-            let sent = packets as f64 * (world.senders[0].mtu + 28) as f64 / 10.0;
+            let sent = packets as f64 * (world.senders[0].mtu + HEADER_BYTES) as f64 / 10.0;
             let ratio = sent / bytes_per_second;
             println!("{mbit} Mbit/s, {rtt} ms, {loss}, ceiling {share}: {ratio:.4}");
             if !(0.97..=1.03).contains(&ratio) {
