@@ -262,6 +262,27 @@ async fn a_machine_with_a_low_ceiling_holds_up_nobody_else() {
     }
 }
 
+/// What sends a batch that a ceiling spreads over seconds stayed for as long when its link had ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_leaves_slowly_ends_with_its_connection() {
+    for choice in BOTH {
+        let dir = site();
+        let (_listener, agent, target) = pair(dir.path(), choice).await;
+        let (mut low, now) = (BatchLimit::unlimited(), Instant::now());
+        low.set(Some(1_000));
+        // In two pieces, the second of which is due after 2.5 s.
+        let link = low.handle_sent(now, 40 << 10);
+        let (sending, slow) = (agent.clone(), Due { link, ..Due::at_once(now) });
+        let sent =
+            tokio::spawn(async move { sending.release_batch(batch_of(1, 40 << 10), slow).await });
+        // It has begun when its head is there.
+        target.accept_batch().await.unwrap().read_header().await.unwrap();
+        agent.close("enough");
+        assert!(sent.await.unwrap().is_err(), "{choice:?}");
+        assert!(now.elapsed() < Duration::from_secs(2), "{choice:?}: {:?}", now.elapsed());
+    }
+}
+
 /// The VPN is re-keyed, or a NAT forgets its table: datagrams come from another port in the middle
 /// of a batch, and what is sent to the old one is lost. The connection lives on, and nothing that was
 /// delivered is sent again.

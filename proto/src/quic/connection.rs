@@ -171,7 +171,12 @@ impl Connection {
         let mut stream = lane.connection.open_uni().await.map_err(ended)?;
         let _ = stream.set_priority(self.next_priority());
         for (due, mut piece) in release.pieces(chunks) {
-            wait_until(due).await;
+            // It may be due in seconds, and nothing is to stay until then of a link that has ended.
+            tokio::select! {
+                biased;
+                () = wait_until(due) => {}
+                error = lane.connection.closed() => return Err(ended(error)),
+            }
             stream.write_all_chunks(&mut piece).await.map_err(|error| broken(error.to_string()))?;
         }
         stream.finish().map_err(|error| broken(error.to_string()))?;
