@@ -67,7 +67,7 @@ impl Metrics {
             window_bytes: gauge("link_window_bytes", "Congestion window")?,
             path_bytes_per_second: gauge(
                 "link_path_bytes_per_second",
-                "Rate that the path is measured to deliver; 0 over TCP",
+                "Rate that the path is measured to deliver",
             )?,
             acked_bytes_per_second: gauge(
                 "link_acked_bytes_per_second",
@@ -127,7 +127,8 @@ impl Metrics {
         self.acked_bytes_per_second.set(acked_bytes_per_second as i64);
         if let Some(connection) = connection {
             let (stats, path) = (connection.stats(), connection.congestion());
-            let path_bytes_per_second = path.map_or(0, |path| path.bandwidth_bytes_per_second);
+            let path_bytes_per_second = path
+                .map_or(stats.delivered_bytes_per_second, |path| path.bandwidth_bytes_per_second);
             self.path_bytes_per_second.set(path_bytes_per_second as i64);
             self.sent_bytes.set(stats.sent_bytes as i64);
             self.sent_packets.set(stats.sent_packets as i64);

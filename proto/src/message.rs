@@ -361,7 +361,8 @@ pub struct LinkReport {
     /// Where the congestion controller stands, `probe_bw_cruise` say; empty over TCP.
     #[prost(string, tag = "16")]
     pub state: String,
-    /// The rate that it takes the path for, in bytes a second; 0 when it makes no estimate.
+    /// The rate that it takes the path for, in bytes a second; 0 when it makes no estimate. Over TCP the
+    /// rate of the kernel's last measure.
     #[prost(uint64, tag = "17")]
     pub path_bytes_per_second: u64,
     /// The smallest round-trip time of late, in microseconds; 0 when none was measured.

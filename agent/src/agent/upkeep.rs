@@ -134,7 +134,8 @@ impl Agent {
             send_buffer_bytes: stats.socket.send_bytes as u64,
             dropped_datagrams: stats.socket.dropped_datagrams(),
             state: path.map(|path| path.state.to_owned()).unwrap_or_default(),
-            path_bytes_per_second: path.map_or(0, |path| path.bandwidth_bytes_per_second),
+            path_bytes_per_second: path
+                .map_or(stats.delivered_bytes_per_second, |path| path.bandwidth_bytes_per_second),
             min_rtt_us: min_rtt.as_micros() as u64,
             compression_level: self.pool.level().unsigned_abs(),
             referenced_bytes: self.referenced_bytes,

@@ -56,7 +56,7 @@ pub struct Link {
     pub congestion: String,
     /// Where the congestion controller stands; empty over TCP.
     pub state: String,
-    /// The rate that it takes the path for.
+    /// The rate that it takes the path for; over TCP that of the kernel's last measure.
     pub path_bytes_per_second: Option<u64>,
     /// The smallest round-trip time of late, in seconds; 0 when none was measured.
     pub min_rtt_seconds: f64,

@@ -99,6 +99,9 @@ pub struct LinkStats {
     pub rtt: Duration,
     /// The least of late; over QUIC the congestion controller knows it, and this is 0.
     pub min_rtt: Duration,
+    /// Bytes a second that the path delivered when that was measured last; over QUIC the congestion
+    /// controller knows it, and this is 0.
+    pub delivered_bytes_per_second: u64,
     /// Bytes that may be in flight.
     pub congestion_window_bytes: u64,
     /// The path's MTU: over QUIC as a UDP payload, over TCP with all headers.

@@ -221,6 +221,7 @@ impl Connection {
         LinkStats {
             rtt: info.rtt,
             min_rtt: info.min_rtt,
+            delivered_bytes_per_second: info.delivered_bytes_per_second,
             congestion_window_bytes: info.window_bytes,
             mtu_bytes: info.path_mtu_bytes.min(PACKET_BYTES_MAX) as u16,
             sent_bytes: self.0.sent_bytes.load(Ordering::Relaxed),

@@ -24,6 +24,8 @@ pub(super) struct Info {
     pub(super) window_bytes: u64,
     /// The path's MTU.
     pub(super) path_mtu_bytes: u32,
+    /// Bytes that were delivered a second, when it was measured last (Linux 4.9).
+    pub(super) delivered_bytes_per_second: u64,
     /// Segments sent, with those that were sent again (Linux 4.2). The kernel counts to 2^32.
     pub(super) sent_segments: u64,
     /// Segments sent again because they were lost: without those that the peer had already (Linux 4.18),
@@ -70,6 +72,7 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
         min_rtt: micros(148),
         window_bytes: u64::from(word(80)) * u64::from(word(16)),
         path_mtu_bytes: word(60),
+        delivered_bytes_per_second: long(160),
         sent_segments: word(136).into(),
         repeated_segments: word(100).saturating_sub(word(216)).into(),
         sent_bytes: long(200),
@@ -106,6 +109,8 @@ mod tests {
         assert!((1280..=65_536).contains(&info.path_mtu_bytes), "{info:?}");
         let least = (10 << 20) / u64::from(info.path_mtu_bytes);
         assert!((least..100_000).contains(&info.sent_segments), "{info:?}");
+        // No loopback is slower than 100 KB or faster than a terabyte a second.
+        assert!((100_000..1 << 40).contains(&info.delivered_bytes_per_second), "{info:?}");
         assert!(info.window_bytes > u64::from(info.path_mtu_bytes), "{info:?}");
         assert!(info.repeated_segments < info.sent_segments && info.timeouts == 0, "{info:?}");
         assert_eq!(info.sent_bytes - info.repeated_bytes, 10 << 20, "{info:?}");
