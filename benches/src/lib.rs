@@ -8,6 +8,7 @@ use std::time::Duration;
 pub mod ceiling;
 pub mod clean;
 pub mod control;
+pub mod dark;
 pub mod files;
 pub mod first_sync;
 pub mod guest_writes;

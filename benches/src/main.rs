@@ -7,8 +7,8 @@ use backhaul_benches::ceiling::Whose;
 use backhaul_benches::files::Files;
 use backhaul_benches::sharing::Sharing;
 use backhaul_benches::{
-    Span, ceiling, clean, control, files, first_sync, guest_writes, images, instrument, links,
-    loopback, sharing, startup,
+    Span, ceiling, clean, control, dark, files, first_sync, guest_writes, images, instrument,
+    links, loopback, sharing, startup,
 };
 use backhaul_lab::link::LinkSpec;
 use clap::{Parser, Subcommand};
@@ -91,6 +91,15 @@ enum What {
         #[arg(long, default_value = "")]
         only: String,
     },
+    /// How soon a link that was dark is full again
+    Dark {
+        /// Only links whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+        /// For how long it is dark
+        #[arg(long, default_value_t = 30)]
+        dark_seconds: u64,
+    },
     /// What senders lose and delay by themselves on a link without loss
     Clean {
         /// Only links whose name contains this
@@ -147,6 +156,9 @@ async fn main() -> anyhow::Result<()> {
             sharing::run(&dir, runs, &span, &what).await
         }
         What::Startup { only } => startup::run(&dir, runs, &only).await,
+        What::Dark { only, dark_seconds } => {
+            dark::run(&dir, runs, &only, Duration::from_secs(dark_seconds)).await
+        }
         What::Clean { only } => clean::run(&dir, runs, &span, &only).await,
         What::Loopback => loopback::run(&dir, runs, &span),
         What::Files { gib, link, tcp, contender, give_up } => {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use backhaul_api::{Consistency, Machine};
-use backhaul_lab::link::LinkSpec;
+use backhaul_lab::link::{Link, LinkSpec};
 use backhaul_lab::random::Random;
 
 use crate::peer::START_TIME_MAX;
@@ -16,7 +16,7 @@ use crate::sample::Sample;
 use crate::{links::LINKS, pipeline, plot};
 
 /// What has to be reached, as a share of the rate of the link.
-const WANTED: f64 = 0.8;
+pub(crate) const WANTED: f64 = 0.8;
 /// How often the link's counters are read.
 const GRAIN: Duration = Duration::from_millis(2);
 /// A start that takes longer than so many round trips is given up.
@@ -67,12 +67,12 @@ fn chart(name: &str, record: &Record, spec: &LinkSpec) -> String {
 }
 
 /// The round-trip time of an empty link.
-fn round_trip(spec: &LinkSpec) -> f64 {
+pub(crate) fn round_trip(spec: &LinkSpec) -> f64 {
     (spec.up.delay + spec.down.delay).as_secs_f64()
 }
 
 /// Watches the link until it has delivered [`WANTED`] of its rate over a round trip.
-async fn watch(link: &backhaul_lab::link::Link, spec: &LinkSpec) -> Record {
+pub(crate) async fn until_filled(link: &Link, spec: &LinkSpec) -> Record {
     let round_trip = round_trip(spec);
     let wanted = spec.up.rate.0 as f64 * WANTED;
     let limit = Duration::from_secs_f64(round_trip * ROUND_TRIPS_MAX);
@@ -89,7 +89,7 @@ async fn first_sync(dir: &Path, folder: &Path, spec: &LinkSpec) -> anyhow::Resul
     let disk = pipeline::noise(dir, bytes.min((1 << 30) as f64) as u64)?;
     let mut rig = pipeline::prepare(folder, &disk, spec, String::new()).await?;
     rig.start_agent()?;
-    let record = watch(pipeline::link(&rig)?, spec).await;
+    let record = until_filled(pipeline::link(&rig)?, spec).await;
     let began = record.first_packet_seconds().context("the agent sent nothing")?;
     Ok((record.whole().seconds - began) / round_trip(spec))
 }
@@ -127,7 +127,7 @@ async fn from_idle(folder: &Path, spec: &LinkSpec) -> anyhow::Result<Record> {
             })
         })
         .collect();
-    let record = watch(pipeline::link(&rig)?, spec).await;
+    let record = until_filled(pipeline::link(&rig)?, spec).await;
     stop.store(true, Ordering::Relaxed);
     for writer in writers {
         writer.await??;
