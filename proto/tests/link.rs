@@ -245,7 +245,7 @@ async fn a_machine_with_a_low_ceiling_holds_up_nobody_else() {
         let dir = site();
         let (_listener, agent, target) = pair(dir.path(), choice).await;
         let (mut low, now) = (BatchLimit::unlimited(), Instant::now());
-        low.set(Some(1_000));
+        low.set(now, Some(1_000), 0);
         let machine = low.handle_sent(now, 64 << 10);
         let slow = Due { machine, ..Due::at_once(now) };
         let sending = agent.clone();
@@ -273,7 +273,7 @@ async fn a_batch_that_leaves_slowly_ends_with_its_connection() {
         let dir = site();
         let (_listener, agent, target) = pair(dir.path(), choice).await;
         let (mut low, now) = (BatchLimit::unlimited(), Instant::now());
-        low.set(Some(1_000));
+        low.set(now, Some(1_000), 0);
         // In two pieces, the second of which is due after 2.5 s.
         let link = low.handle_sent(now, 40 << 10);
         let (sending, slow) = (agent.clone(), Due { link, ..Due::at_once(now) });

@@ -169,3 +169,39 @@ async fn the_links_ceiling_changes_live_and_is_lifted_without_a_reconnect() {
     );
     assert_busy_and_connected_once(&scenario).await;
 }
+
+/// A first ceiling in the middle of a sync, by `edit`: of the twenty seconds that follow, the first ones
+/// bring what had been handed over to the transport, at the line's rate, and the others that much less.
+async fn assert_first_ceiling_holds(what: &str, transport: &str, edit: fn(String) -> String) {
+    if !is_root() {
+        return;
+    }
+    let scenario = begin(160 << 20, "60mbit,10ms", transport, |text| text).await;
+    let link = scenario.rig.link().unwrap();
+    let second = Duration::from_secs(1);
+    let full = |seen: &Seen| seen.0.len() > 20 && seen.bits_per_second(second) > 50e6;
+    let before = Seen::of(link, STEP_TIME_MAX, full).await;
+    assert!(full(&before), "the line was never full");
+    scenario.rig.edit_configuration("agent", edit).unwrap();
+    scenario.rig.reload_agent();
+    let window = Duration::from_secs(20);
+    let seen = Seen::of(link, window, |_| false).await;
+    let rate = seen.bits_per_second(window) / 1e6;
+    println!("{what}: {rate:.2} Mbit/s of 30, {:+.2} %", (rate / 30.0 - 1.0) * 100.0);
+    assert!((rate / 30.0 - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of 30");
+    assert_busy_and_connected_once(&scenario).await;
+}
+
+/// What was on its way into the link when a machine's first ceiling came, 41 MB, went out on top of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machines_first_ceiling_pays_for_what_is_under_way_over_quic() {
+    let limited = |text| of_machine(text, "30 Mbit/s");
+    assert_first_ceiling_holds("a machine's first, over QUIC", "quic", limited).await;
+}
+
+/// The same over TCP, where the link's own is kept batch by batch too.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_links_first_ceiling_pays_for_what_is_under_way_over_tcp() {
+    let limited = |text| of_link(text, "30 Mbit/s");
+    assert_first_ceiling_holds("the link's first, over TCP", "tcp", limited).await;
+}

@@ -4,8 +4,8 @@
 //! headers and what is sent again.
 //!
 //! What was handed to the transport while there was no ceiling is not called back: when the first one comes
-//! in the middle of a sync, as much as the target's window admits goes out at the link's own rate before it
-//! holds. The link's over QUIC alone holds at once.
+//! in the middle of a sync, as much as the target's window admits goes out at the link's own rate. It is a
+//! debt: nothing more is sent until the ceiling has paid for it. The link's over QUIC alone holds at once.
 
 use std::time::Instant;
 
@@ -24,18 +24,22 @@ impl Agent {
             self.ceiling.handle_counts(stats.link_bytes, stats.content_bytes);
         }
         let keeps = |rate| connection.is_none_or(|connection| connection.keeps_ceiling(rate));
-        self.ceiling.follow(&self.config.limit, clock, keeps);
+        let now = Instant::now();
+        let all_bytes = self.machines.iter().map(|machine| machine.sender.under_way_bytes()).sum();
+        self.ceiling.follow(now, &self.config.limit, clock, all_bytes, keeps);
         for machine in &mut self.machines {
-            follow(&mut machine.limit, &machine.config.limit, clock);
+            let rate = rate(&machine.config.limit, clock);
+            let under_way_bytes = self.ceiling.cost.of(machine.sender.under_way_bytes());
+            machine.limit.set(now, rate, under_way_bytes);
             let most = machine.limit.batch_bytes_max().min(self.ceiling.batch_bytes_max());
             machine.capture.order().set_batch_bytes_max(most);
         }
     }
 }
 
-/// A machine's ceiling is what its rules say at `clock`.
-fn follow(limit: &mut BatchLimit, rules: &BandwidthLimits, clock: Timestamp) {
-    limit.set(rules.at(clock).map(Rate::bytes_per_second));
+/// The ceiling that `rules` say at `clock`, in bytes a second.
+fn rate(rules: &BandwidthLimits, clock: Timestamp) -> Option<u64> {
+    rules.at(clock).map(Rate::bytes_per_second)
 }
 
 /// The ceiling of all machines together, and what batches cost under it and under the machines' own.
@@ -72,16 +76,26 @@ impl LinkCeiling {
         self.cost.handle_counts(link_bytes, content_bytes);
     }
 
-    /// It is what `rules` say at `clock`; `keeps` tells whether the transport keeps that by itself.
+    /// It is what `rules` say at `clock`; so many bytes of batches are under way, and `keeps` tells whether
+    /// the transport keeps the ceiling by itself, for those too.
     fn follow(
         &mut self,
+        now: Instant,
         rules: &BandwidthLimits,
         clock: Timestamp,
+        under_way_bytes: u64,
         keeps: impl FnOnce(u64) -> bool,
     ) {
-        follow(&mut self.batches, rules, clock);
-        self.transport.set(self.batches.bytes_per_second());
-        self.transport_keeps = self.batches.bytes_per_second().is_none_or(keeps);
+        let rate = rate(rules, clock);
+        self.transport.set(rate);
+        self.transport_keeps = rate.is_none_or(keeps);
+        let let_out_bytes = if self.transport_keeps { 0 } else { self.cost.of(under_way_bytes) };
+        self.batches.set(now, rate, let_out_bytes);
+    }
+
+    /// See [`BatchLimit::handle_disconnected`].
+    pub(super) fn handle_disconnected(&mut self) {
+        self.batches.handle_disconnected();
     }
 
     /// What a batch is to have of data at most, in bytes.
@@ -126,7 +140,7 @@ mod tests {
     use backhaul_daemon::bandwidth::{BandwidthLimits, Timestamp};
     use backhaul_proto::session::BatchLimit;
 
-    use super::{LinkCeiling, follow};
+    use super::{LinkCeiling, rate};
     use crate::agent::TICK;
 
     const MBIT: u64 = 125_000;
@@ -151,8 +165,9 @@ mod tests {
         while now < start + Duration::from_secs(seconds) {
             if now >= next_tick {
                 // Over TCP.
-                ceiling.follow(link, begin + (now - start), |_| false);
-                follow(&mut limit, machine, begin + (now - start));
+                let clock = begin + (now - start);
+                ceiling.follow(now, link, clock, 0, |_| false);
+                limit.set(now, rate(machine, clock), 0);
                 next_tick += TICK;
             }
             match ceiling.poll_ready(now).and(limit.poll_ready(now)) {
@@ -220,12 +235,26 @@ mod tests {
             [(true, 1 << 20, 1_000_000), (false, 64 << 10, 1_050_000)]
         {
             let mut ceiling = LinkCeiling::default();
-            ceiling.follow(&rules(&["8 Mbit/s"]), Timestamp::UNIX_EPOCH, |_| keeps);
+            let rules = rules(&["8 Mbit/s"]);
+            ceiling.follow(now, &rules, Timestamp::UNIX_EPOCH, 0, |_| keeps);
             assert_eq!(ceiling.batch_bytes_max(), batch_bytes_max);
             assert_eq!(ceiling.transport().get(), Some(8 * MBIT));
             ceiling.handle_sent(now, 1_000_000, &mut machine);
             let paid = ceiling.poll_ready(now).unwrap_err() - now;
             assert_eq!((paid.as_secs_f64() * 1e6).round() as u64, bytes);
+        }
+    }
+
+    /// Over TCP 41 MB went out at the line's rate after the link's first ceiling had come.
+    #[test]
+    fn what_is_under_way_is_a_debt_where_nothing_holds_it_back() {
+        let (now, clock) = (Instant::now(), Timestamp::UNIX_EPOCH);
+        for (keeps, debt) in [(false, Err(10_500)), (true, Ok(()))] {
+            let mut ceiling = LinkCeiling::default();
+            ceiling.follow(now, &BandwidthLimits::default(), clock, 10_000_000, |_| keeps);
+            assert_eq!(ceiling.poll_ready(now), Ok(()), "there is no ceiling");
+            ceiling.follow(now, &rules(&["8 Mbit/s"]), clock, 10_000_000, |_| keeps);
+            assert_eq!(ceiling.poll_ready(now).map_err(|at| (at - now).as_millis()), debt);
         }
     }
 }

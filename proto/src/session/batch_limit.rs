@@ -33,12 +33,24 @@ impl BatchLimit {
         Self { bytes_per_second: None, paid_at: None, idle: true }
     }
 
-    /// Changes the ceiling, from now on: what was sent under another one is no debt under this one.
-    pub fn set(&mut self, bytes_per_second: Option<u64>) {
-        if bytes_per_second != self.bytes_per_second {
-            self.bytes_per_second = bytes_per_second;
-            self.paid_at = None;
+    /// Changes the ceiling, from `now` on. Of what was sent before, that is a debt under this one which
+    /// may be on its way into the link still: at most `under_way_bytes`, without what was paid for already.
+    pub fn set(&mut self, now: Instant, bytes_per_second: Option<u64>, under_way_bytes: u64) {
+        let before = std::mem::replace(&mut self.bytes_per_second, bytes_per_second);
+        if before == bytes_per_second {
+            return;
         }
+        let unpaid = self.paid_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
+        let unpaid_bytes = before.map_or(f64::MAX, |rate| unpaid.as_secs_f64() * rate as f64);
+        let debt_bytes = unpaid_bytes.min(under_way_bytes as f64);
+        self.paid_at = bytes_per_second
+            .filter(|_| debt_bytes > 0.0)
+            .map(|rate| now + Duration::from_secs_f64(debt_bytes / rate.max(1) as f64));
+    }
+
+    /// What was under way is lost: what of it is sent again is paid for then.
+    pub fn handle_disconnected(&mut self) {
+        self.paid_at = None;
     }
 
     /// The ceiling.
@@ -136,7 +148,7 @@ mod tests {
                 for late_millis in [0, 30] {
                     let start = Instant::now();
                     let mut limit = BatchLimit::unlimited();
-                    limit.set(Some(mbit * MBIT));
+                    limit.set(start, Some(mbit * MBIT), 0);
                     let late = Duration::from_millis(late_millis);
                     let mut turn = 0;
                     let sizes = || {
@@ -161,18 +173,47 @@ mod tests {
     fn a_change_counts_at_once_and_a_pause_saves_up_little() {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
         let mut limit = BatchLimit::unlimited();
-        limit.set(Some(1_000_000));
+        limit.set(start, Some(1_000_000), 0);
         send(&mut limit, start, second, Duration::ZERO, || 10_000);
         let later = start + Duration::from_secs(60);
-        limit.set(Some(10_000_000));
+        limit.set(later, Some(10_000_000), 0);
         for later in [later, later + Duration::from_secs(60)] {
             let bytes: u64 =
                 send(&mut limit, later, second, Duration::ZERO, || 10_000).iter().sum();
             assert!((10_000_000..10_300_000).contains(&bytes), "{bytes}");
             limit.handle_idle();
         }
-        limit.set(None);
+        limit.set(later, None, 0);
         assert_eq!(limit.poll_ready(later), Ok(()));
+    }
+
+    /// A first ceiling let all of it out, 41 MB, before it held.
+    #[test]
+    fn what_is_under_way_when_a_first_ceiling_comes_is_a_debt() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let mut limit = BatchLimit::unlimited();
+        limit.handle_sent(start, 30_000_000);
+        limit.set(start, Some(1_000_000), 20_000_000);
+        assert_eq!(limit.poll_ready(start), Err(start + 20 * second));
+        // Five seconds on, it is 5 MB less; and of that, some may have left sooner.
+        let later = start + 5 * second;
+        limit.set(later, Some(3_000_000), 20_000_000);
+        assert_eq!(limit.poll_ready(later), Err(later + 5 * second));
+        limit.set(later, Some(1_000_000), 6_000_000);
+        assert_eq!(limit.poll_ready(later), Err(later + 6 * second));
+        let bytes: u64 =
+            send(&mut limit, later, 10 * second, Duration::ZERO, || 10_000).iter().sum();
+        assert!((3_990_000..4_010_000).contains(&bytes), "{bytes}");
+    }
+
+    /// It is sent again, and would be paid for twice.
+    #[test]
+    fn what_was_lost_with_its_link_is_no_debt() {
+        let start = Instant::now();
+        let mut limit = BatchLimit::unlimited();
+        limit.set(start, Some(1_000_000), 20_000_000);
+        limit.handle_disconnected();
+        assert_eq!(limit.poll_ready(start), Ok(()));
     }
 
     /// A batch that was sent at 8 kbit/s held the stream up for a quarter of an hour after the ceiling
@@ -181,11 +222,11 @@ mod tests {
     fn what_was_sent_under_a_low_ceiling_is_no_debt_under_a_high_one() {
         let start = Instant::now();
         let mut limit = BatchLimit::unlimited();
-        limit.set(Some(1000));
+        limit.set(start, Some(1000), 0);
         limit.handle_sent(start, 1 << 20);
-        limit.set(Some(1000));
+        limit.set(start, Some(1000), 0);
         assert!(limit.poll_ready(start).is_err(), "it is the same ceiling");
-        limit.set(Some(10_000_000));
+        limit.set(start, Some(10_000_000), 0);
         assert_eq!(limit.poll_ready(start), Ok(()));
     }
 
@@ -194,7 +235,7 @@ mod tests {
     fn a_low_ceiling_makes_small_batches() {
         let most = |mbit: u64| {
             let mut limit = BatchLimit::unlimited();
-            limit.set((mbit > 0).then_some(mbit * MBIT));
+            limit.set(Instant::now(), (mbit > 0).then_some(mbit * MBIT), 0);
             limit.batch_bytes_max() >> 10
         };
         assert_eq!([0, 1, 2, 8, 20, 30, 200].map(most), [1024, 64, 64, 64, 192, 320, 1024]);

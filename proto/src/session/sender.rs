@@ -124,6 +124,12 @@ impl Sender {
         self.held_wire_bytes
     }
 
+    /// What the batches cost on the wire that were sent over this connection and are not acknowledged.
+    pub fn under_way_bytes(&self) -> u64 {
+        let Link::Up { sent, .. } = self.link else { return 0 };
+        self.held.iter().take(sent).map(|batch| batch.wire_bytes() as u64).sum()
+    }
+
     /// The capture time (microseconds since 1970 UTC) of the oldest batch not acknowledged.
     pub fn oldest_captured_at_us(&self) -> Option<u64> {
         self.held.front().map(|batch| batch.header.captured_at_us)

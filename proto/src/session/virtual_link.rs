@@ -212,10 +212,16 @@ fn a_batch_larger_than_the_window_still_goes() {
     sender.push(batch(1));
     sender.push(batch(2));
     sender.handle_connected(BatchSeq(0), BatchSeq(0), 1).unwrap();
-    assert_eq!(sender.poll_transmit().unwrap().header.batch, BatchSeq(1));
+    assert_eq!(sender.under_way_bytes(), 0);
+    let first = sender.poll_transmit().unwrap();
+    assert_eq!(first.header.batch, BatchSeq(1));
+    assert_eq!(sender.under_way_bytes(), first.wire_bytes() as u64, "and not the second");
     assert!(sender.poll_transmit().is_none());
     sender.handle_ack(BatchSeq(1), 1).unwrap();
+    assert_eq!(sender.under_way_bytes(), 0);
     assert_eq!(sender.poll_transmit().unwrap().header.batch, BatchSeq(2));
+    sender.handle_disconnected();
+    assert_eq!(sender.under_way_bytes(), 0, "it is sent again");
 }
 
 #[test]
