@@ -5,7 +5,8 @@
 //!
 //! What was handed to the transport while there was no ceiling is not called back: when the first one comes
 //! in the middle of a sync, as much as the target's window admits goes out at the link's own rate. It is a
-//! debt: nothing more is sent until the ceiling has paid for it. The link's over QUIC alone holds at once.
+//! debt: nothing more is sent until the ceiling has paid for it, for a minute at most. The link's over QUIC
+//! alone holds at once.
 
 use std::time::Instant;
 

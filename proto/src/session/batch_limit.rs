@@ -16,6 +16,10 @@ const LATE_MAX: Duration = Duration::from_millis(200);
 /// off by one at most, and what the transport holds for it is given to nobody else.
 const BATCH_TIME: Duration = Duration::from_millis(100);
 
+/// Longest that a new ceiling lets a machine wait for what was under way before it: at 1 Mbit/s, 48 MB would
+/// be more than six minutes, in which the target falls ever further behind.
+const DEBT_TIME_MAX: Duration = Duration::from_secs(60);
+
 /// Releases batches at a rate. What is taken is paid for afterwards: a batch is released whole, to leave
 /// evenly over the time that it costs, and the next one waits for the end of that.
 #[derive(Debug, Clone)]
@@ -34,7 +38,8 @@ impl BatchLimit {
     }
 
     /// Changes the ceiling, from `now` on. Of what was sent before, that is a debt under this one which
-    /// may be on its way into the link still: at most `under_way_bytes`, without what was paid for already.
+    /// may be on its way into the link still: at most `under_way_bytes`, without what was paid for already,
+    /// and no more than [`DEBT_TIME_MAX`] pays for.
     pub fn set(&mut self, now: Instant, bytes_per_second: Option<u64>, under_way_bytes: u64) {
         let before = std::mem::replace(&mut self.bytes_per_second, bytes_per_second);
         if before == bytes_per_second {
@@ -45,7 +50,8 @@ impl BatchLimit {
         let debt_bytes = unpaid_bytes.min(under_way_bytes as f64);
         self.paid_at = bytes_per_second
             .filter(|_| debt_bytes > 0.0)
-            .map(|rate| now + Duration::from_secs_f64(debt_bytes / rate.max(1) as f64));
+            .map(|rate| Duration::from_secs_f64(debt_bytes / rate.max(1) as f64))
+            .map(|time| now + time.min(DEBT_TIME_MAX));
     }
 
     /// What was under way is lost: what of it is sent again is paid for then.
@@ -103,7 +109,7 @@ mod tests {
 
     use bytes::Bytes;
 
-    use super::BatchLimit;
+    use super::{BatchLimit, DEBT_TIME_MAX};
 
     const MBIT: u64 = 125_000;
 
@@ -195,6 +201,9 @@ mod tests {
         limit.handle_sent(start, 30_000_000);
         limit.set(start, Some(1_000_000), 20_000_000);
         assert_eq!(limit.poll_ready(start), Err(start + 20 * second));
+        let mut low = BatchLimit::unlimited();
+        low.set(start, Some(1_000), 20_000_000);
+        assert_eq!(low.poll_ready(start), Err(start + DEBT_TIME_MAX));
         // Five seconds on, it is 5 MB less; and of that, some may have left sooner.
         let later = start + 5 * second;
         limit.set(later, Some(3_000_000), 20_000_000);
