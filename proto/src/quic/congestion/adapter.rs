@@ -26,7 +26,7 @@ pub struct CongestionStats {
     pub state: &'static str,
     /// Estimated rate of the path in bytes a second, 0 where the method makes no estimate.
     pub bandwidth_bytes_per_second: u64,
-    /// Smallest round-trip time of the last twenty seconds, if one was measured.
+    /// Smallest round-trip time of the last twenty seconds (`fixed`: of this route), if one was measured.
     pub min_rtt: Option<Duration>,
     /// Bytes that may be in flight, the ceiling considered.
     pub window_bytes: u64,
@@ -201,7 +201,7 @@ impl Controller for Adapter {
         match &mut self.inner {
             Inner::Auto(flow) => flow.on_ack(now, sent, bytes, rtt.get()),
             Inner::Cubic(cubic) => cubic.on_ack(now, sent, bytes, limited, rtt),
-            Inner::Fixed(fixed) => fixed.on_ack(now, sent),
+            Inner::Fixed(fixed) => fixed.on_ack(now, sent, limited),
         }
     }
 

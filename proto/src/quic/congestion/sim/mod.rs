@@ -107,8 +107,8 @@ struct Bought(Fixed);
 impl Control for Bought {
     fn on_sent(&mut self, _: Instant, _: u64) {}
 
-    fn on_ack(&mut self, now: Instant, sent: Instant, _: u64, _: bool, _: Duration) {
-        self.0.on_ack(now, sent);
+    fn on_ack(&mut self, now: Instant, sent: Instant, _: u64, app_limited: bool, _: Duration) {
+        self.0.on_ack(now, sent, app_limited);
     }
 
     fn on_end_acks(&mut self, _: Instant, _: u64, _: bool, _: Duration) {}

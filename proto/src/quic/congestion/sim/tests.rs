@@ -578,6 +578,47 @@ fn a_bought_line_is_filled() {
     }
 }
 
+/// A route that became longer left the window too small for good. And what is tried against that must not
+/// take the window's own queue for a longer route, not even where the line carries less than was bought.
+#[test]
+fn a_bought_line_is_filled_when_its_route_changes_and_no_queue_grows() {
+    let bought = |mbit: f64, shape: &Shape| {
+        let mut world = World::new(*shape, 14);
+        let fixed = Fixed::new((mbit * 1e6 / 8.0) as u64, mtu(shape) as u16);
+        world.add(Box::new(Bought(fixed)), App::Bulk { from: 0 }, mtu(shape));
+        world
+    };
+    for (mbit, before, after) in [(50.0, 20, 120), (50.0, 120, 20), (5.0, 40, 90), (200.0, 20, 40)]
+    {
+        let mut world = bought(mbit, &Shape::new(mbit, before, 0.01));
+        world.change(5.0, Shape::new(mbit, after, 0.01));
+        world.run(60.0);
+        let (share, queue) = (world.share(0, 28.0, 60.0), world.queue(28.0, 60.0) * 1e3);
+        println!(
+            "{mbit} Mbit/s, {before} to {after} ms: {share:.3} of the rate, queue {queue:.1} ms"
+        );
+        assert!(share >= 0.95 && queue <= 15.0, "{mbit} {before} {after}: {share}, {queue} ms");
+    }
+    for (mbit, carried, rtt) in
+        [(50.0, 50.0, 40), (50.0, 45.0, 40), (50.0, 30.0, 20), (5.0, 5.0, 10)]
+    {
+        let mut shape = Shape::new(carried, rtt, 0.0);
+        shape.queue = Duration::from_secs(1);
+        let mut world = bought(mbit, &shape);
+        world.run(200.0);
+        let [early, late] =
+            [(2.0, 20.0), (180.0, 200.0)].map(|(from, to)| world.queue(from, to) * 1e3);
+        let share = world.share(0, 20.0, 200.0);
+        println!(
+            "{carried} of {mbit} Mbit/s, {rtt} ms: {share:.3}, queue {early:.1} ms, then {late:.1}"
+        );
+        assert!(
+            late <= early + 1.0 && share >= 0.97,
+            "{carried} {rtt}: {share}, {early}, {late} ms"
+        );
+    }
+}
+
 /// A link of each kind: plain, odd, shared.
 #[test]
 fn a_run_is_the_same_every_time() {
