@@ -61,6 +61,9 @@ enum What {
         /// Only links whose name contains this
         #[arg(long, default_value = "")]
         only: String,
+        /// These links instead: rate, one-way delay, loss and so on
+        #[arg(long)]
+        link: Vec<LinkSpec>,
     },
     /// Payload over long, lossy links against iperf3, rsync, nbdcopy over TLS, quinn and noq
     Links {
@@ -148,7 +151,7 @@ async fn main() -> anyhow::Result<()> {
         }
         What::Links { only, contender } => links::run(&dir, runs, &span, &only, &contender).await,
         What::Images { mib, only } => images::run(&dir, mib << 20, runs, &only),
-        What::Control { only } => control::run(&dir, runs, &only).await,
+        What::Control { only, link } => control::run(&dir, runs, &only, &link).await,
         What::GuestWrites => guest_writes::run(&dir, runs).await,
         What::Instrument => instrument::run(runs, &span),
         What::Sharing { link, only, contender } => {
