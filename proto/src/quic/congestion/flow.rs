@@ -43,6 +43,8 @@ pub(super) struct Flow {
     pub(super) slow_rounds: u32,
     /// Rounds in a row of a cruise that were congested.
     pub(super) congested_rounds: u32,
+    /// Delivery rate before the drain, in bytes a second.
+    pub(super) loaded_rate: f64,
     /// The window beside somebody else who yields.
     pub(super) rival: Option<Rival>,
     /// How much of a shared path is ours.
@@ -79,6 +81,7 @@ impl Flow {
             probed_rtt_at: now,
             slow_rounds: 0,
             congested_rounds: 0,
+            loaded_rate: 0.0,
             rival: None,
             share: Share::default(),
             round_rtt: Duration::ZERO,

@@ -3,7 +3,8 @@
 //! Chance does not care how much is in flight. So the loss of rounds in which no queue was seen is
 //! the link's own, its *base*; a round that loses clearly more than that is congested. With a
 //! queue in sight 2 % more is enough (the draft's LossThresh), without one it takes 10 %: that is
-//! a policer or a very short queue.
+//! a policer or a very short queue. A drained round that is congested adds what the drain proves to
+//! be chance: see `Flow::learn_chance`.
 
 /// Excess that means congestion when the round-trip time has risen.
 const EXCESS_QUEUED: f64 = 0.02;
@@ -11,8 +12,9 @@ const EXCESS_QUEUED: f64 = 0.02;
 const EXCESS_UNQUEUED: f64 = 0.10;
 /// The base remembers about this many packets: enough to tell 0.5 % from 2 %.
 const BASE_PACKETS: f64 = 1_000.0;
-/// No base above this is believed to be chance.
-const BASE_MAX: f64 = 0.10;
+/// No base above this is believed to be chance. With the excess it bears a link that loses, or holds
+/// back too long, a fifth.
+const BASE_MAX: f64 = 0.13;
 
 /// The loss of the link itself.
 #[derive(Debug, Clone, Copy, Default)]
@@ -27,7 +29,7 @@ impl LossBase {
         if self.total < 1.0 { 0.0 } else { (self.lost / self.total.max(100.0)).min(BASE_MAX) }
     }
 
-    /// Adds a round in which no queue was seen.
+    /// Adds a round in which no queue was seen, or what is known to be chance of one.
     pub(super) fn add(&mut self, lost_packets: f64, total_packets: f64) {
         self.lost += lost_packets;
         self.total += total_packets;

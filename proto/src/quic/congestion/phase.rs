@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::quic::congestion::delivery::Sample;
-use crate::quic::congestion::flow::Flow;
+use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
 use crate::quic::congestion::round::RoundEnd;
 
 /// What the controller is doing.
@@ -85,6 +85,7 @@ impl Flow {
                 if in_flight <= window_bytes + slack =>
             {
                 self.phase = Phase::Down { window_bytes, drained_rounds: Some(0) };
+                self.loaded_rate = sample.rate;
                 self.round.ends_at_bytes = self.delivery.delivered_bytes();
             }
             Phase::Cruise { until } if now >= until => {
@@ -108,10 +109,14 @@ impl Flow {
     pub(super) fn turn(&mut self, now: Instant, end: &RoundEnd, queued: bool, congested: bool) {
         match self.phase {
             Phase::Startup { best_rate, flat_rounds } => {
-                if congested {
+                let grew = end.rate > best_rate * GROWTH_STARTUP;
+                // What lets more out than before is not full, whatever it loses; and while the first
+                // window is not exceeded, a round alone may be flat.
+                let few = end.total_bytes < 1.1 * WINDOW_PACKETS_INITIAL * self.mtu_bytes;
+                if congested && (queued || (!grew && (flat_rounds > 0 || !few))) {
                     self.bound_inflight(end);
                     self.phase = Phase::Drain;
-                } else if end.rate > best_rate * GROWTH_STARTUP {
+                } else if grew {
                     self.phase = Phase::Startup { best_rate: end.rate, flat_rounds: 0 };
                 } else if !end.app_limited {
                     let flat_rounds = flat_rounds + 1;
@@ -133,7 +138,7 @@ impl Flow {
                     let drained_rounds = Some(1);
                     self.phase = Phase::Down { window_bytes, drained_rounds };
                 } else {
-                    self.leave_down(now, end);
+                    self.leave_down(now, end, congested && !queued);
                 }
             }
             Phase::Cruise { .. } | Phase::Refill => {
@@ -232,7 +237,7 @@ impl Flow {
     }
 
     /// Our queue is gone: what is left is not ours.
-    fn leave_down(&mut self, now: Instant, end: &RoundEnd) {
+    fn leave_down(&mut self, now: Instant, end: &RoundEnd, congested: bool) {
         let was_shared = self.is_shared();
         let base = self.base_rtt();
         if let Some(rival) = &mut self.rival
@@ -245,6 +250,10 @@ impl Flow {
         if end.app_limited && end.total_bytes < ALONE_PACKETS * self.mtu_bytes {
             return self.cruise(now);
         }
+        // A round that is not congested was added to the base as it is; beside a queue nothing is proved.
+        if congested {
+            self.learn_chance(end);
+        }
         self.floor = end.rtt_mean.saturating_sub(base);
         let [_, second, third] = self.company;
         self.company = [second, third, end.rtt_min.saturating_sub(base)];
@@ -254,6 +263,17 @@ impl Flow {
         if self.is_clearly_longer(end.rtt_min) && !was_shared && !recent {
             self.enter_probe_rtt();
         }
+    }
+
+    /// A path that was full lets out in a drained round what it did before, or all that is sent. So what
+    /// was lost of the round, as far as less came out than before, was lost by chance.
+    fn learn_chance(&mut self, end: &RoundEnd) {
+        if self.is_shared() || end.app_limited || self.loaded_rate <= 0.0 {
+            return;
+        }
+        let (lost, total) = (end.lost_bytes / self.mtu_bytes, end.total_bytes / self.mtu_bytes);
+        let less = (1.0 - end.last_rate / self.loaded_rate).max(0.0);
+        self.loss.add(lost.min(less * total), total);
     }
 
     fn is_clearly_longer(&self, rtt: Duration) -> bool {

@@ -11,6 +11,8 @@ pub(super) struct Round {
     pub(super) ends_at_bytes: u64,
     /// Highest delivery rate, in bytes a second.
     pub(super) rate: f64,
+    /// The newest sample's delivery rate, in bytes a second.
+    pub(super) last_rate: f64,
     pub(super) rtt_min: Duration,
     pub(super) rtt_samples: u32,
     pub(super) rtt_max: Duration,
@@ -27,6 +29,8 @@ pub(super) struct Round {
 pub(super) struct RoundEnd {
     /// Highest delivery rate, in bytes a second.
     pub(super) rate: f64,
+    /// Delivery rate over just this round, in bytes a second: that of its last sample.
+    pub(super) last_rate: f64,
     pub(super) rtt_min: Duration,
     pub(super) rtt_mean: Duration,
     pub(super) rtt_max: Duration,
@@ -42,6 +46,7 @@ impl Round {
         Self {
             ends_at_bytes,
             rate: 0.0,
+            last_rate: 0.0,
             rtt_min: Duration::MAX,
             rtt_samples: 0,
             rtt_max: Duration::ZERO,
@@ -54,6 +59,7 @@ impl Round {
     }
 
     pub(super) fn add(&mut self, sample: &Sample) {
+        self.last_rate = sample.rate;
         self.rtt_min = self.rtt_min.min(sample.rtt);
         self.rtt_max = self.rtt_max.max(sample.rtt);
         self.rtt_sum += sample.rtt;
@@ -67,6 +73,7 @@ impl Round {
         let done = std::mem::replace(self, Self::new(delivered_bytes));
         RoundEnd {
             rate: done.rate,
+            last_rate: done.last_rate,
             rtt_min: done.rtt_min,
             rtt_mean: done.rtt_sum / done.rtt_samples.max(1),
             rtt_max: done.rtt_max,

@@ -160,6 +160,9 @@ struct Tally {
     arrived: Vec<f64>,
     sent_packets: Vec<u64>,
     dropped_packets: Vec<u64>,
+    /// Bytes that were acknowledged before they were taken for lost, by tick. All others are sent
+    /// again, so this is what arrives of the content.
+    content: Vec<f64>,
     /// Acknowledgements that came back.
     heard: u64,
 }
@@ -276,7 +279,8 @@ impl World {
             Event::Acknowledge { flow } => {
                 let Some(numbers) = self.receivers[flow].acks.pop_front() else { return };
                 if !self.link.shape.dark {
-                    self.senders[flow].ack(self.now, &numbers);
+                    let acked = self.senders[flow].ack(self.now, &numbers) as f64;
+                    *slot(&mut self.tallies[flow].content, (self.now / TICK) as usize) += acked;
                     self.tallies[flow].heard += 1;
                 }
                 self.drive(flow);
@@ -358,6 +362,12 @@ impl World {
     /// Share of the link's rate that arrived for `flow` between two times, in seconds.
     fn share(&self, flow: usize, from: f64, to: f64) -> f64 {
         let sum: f64 = ticks(&self.tallies[flow].arrived, from, to).iter().sum();
+        sum * 8.0 / (to - from) / self.link.shape.bits_per_second
+    }
+
+    /// Share of the link's rate that was content of `flow` between two times, in seconds.
+    fn content(&self, flow: usize, from: f64, to: f64) -> f64 {
+        let sum: f64 = ticks(&self.tallies[flow].content, from, to).iter().sum();
         sum * 8.0 / (to - from) / self.link.shape.bits_per_second
     }
 
