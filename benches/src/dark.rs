@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use backhaul_lab::link::LinkSpec;
 
 use crate::links::LINKS;
 use crate::pipeline;
 use crate::sample::Sample;
-use crate::startup::{WANTED, round_trip, until_filled};
+use crate::startup::{WANTED, until_filled};
 
 /// The sync is under way for so long before.
 const SETTLE: Duration = Duration::from_secs(5);
@@ -17,8 +17,9 @@ const GOAL_SECONDS: f64 = 2.0;
 
 /// Measures the links whose names contain `only`, `runs` times each, after `dark`; prints a table.
 pub async fn run(dir: &Path, runs: usize, only: &str, dark: Duration) -> anyhow::Result<()> {
+    let seconds = dark.as_secs();
     println!(
-        "| link | seconds from its return until it delivers {WANTED:.1} of its rate over a round trip (goal {GOAL_SECONDS}) |"
+        "| link | seconds from its return, after {seconds} of dark, until it delivers {WANTED:.1} of its rate over a round trip (goal {GOAL_SECONDS}) |"
     );
     println!("| --- | --- |");
     for (name, spec, _) in LINKS.iter().filter(|(name, ..)| name.contains(only)) {
@@ -36,6 +37,7 @@ pub async fn run(dir: &Path, runs: usize, only: &str, dark: Duration) -> anyhow:
     Ok(())
 }
 
+/// Seconds; those of the limit when it was not reached.
 async fn measure(
     dir: &Path,
     folder: &Path,
@@ -53,8 +55,5 @@ async fn measure(
     pipeline::link(&rig)?.blackout(false);
     let record = until_filled(pipeline::link(&rig)?, spec).await;
     pipeline::ensure_busy(&rig).await?;
-    let last = record.last(round_trip(spec)).context("it was over at once")?;
-    let reached = last.delivered_bits_per_second() >= WANTED * spec.up.rate.0 as f64;
-    ensure!(reached, "the link was not filled again in {} s", record.whole().seconds);
     Ok(record.whole().seconds)
 }

@@ -5,8 +5,9 @@
 //!
 //! What was handed to the transport while there was no ceiling is not called back: when the first one comes
 //! in the middle of a sync, as much as the target's window admits goes out at the link's own rate. It is a
-//! debt: nothing more is sent until the ceiling has paid for it, for a minute at most. The link's over QUIC
-//! alone holds at once.
+//! debt: nothing more is sent until the ceiling has paid for it, for twenty seconds at most. What has
+//! landed and is not durable is counted with it. The link's over QUIC alone holds at once, where it has one
+//! connection.
 
 use std::time::Instant;
 
@@ -34,6 +35,14 @@ impl Agent {
             machine.limit.set(now, rate, under_way_bytes);
             let most = machine.limit.batch_bytes_max().min(self.ceiling.batch_bytes_max());
             machine.capture.order().set_batch_bytes_max(most);
+        }
+    }
+
+    /// Nobody waits for what was under way before.
+    pub(super) fn forgive_debts(&mut self) {
+        self.ceiling.forgive_debt();
+        for machine in &mut self.machines {
+            machine.limit.forgive_debt();
         }
     }
 }
@@ -94,9 +103,9 @@ impl LinkCeiling {
         self.batches.set(now, rate, let_out_bytes);
     }
 
-    /// See [`BatchLimit::handle_disconnected`].
-    pub(super) fn handle_disconnected(&mut self) {
-        self.batches.handle_disconnected();
+    /// See [`BatchLimit::forgive_debt`].
+    fn forgive_debt(&mut self) {
+        self.batches.forgive_debt();
     }
 
     /// What a batch is to have of data at most, in bytes.

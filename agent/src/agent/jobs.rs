@@ -38,6 +38,8 @@ impl Agent {
         }
         let job_number = job.job;
         tracing::info!(machine = %machine.config.name, job = job.job, kind = ?job.kind(), "a job began");
+        // Whoever fails over waits for the last writes.
+        self.forgive_debts();
         let context = self.job_context(index);
         let events = self.events.clone();
         let running = tokio::spawn(async move {

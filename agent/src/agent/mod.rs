@@ -277,6 +277,7 @@ impl Agent {
                 () = &mut stop, if stopping.is_none() => {
                     tracing::info!("stopping: waiting for the target to have everything");
                     stopping = Some(Instant::now());
+                    self.forgive_debts();
                 }
             }
             if let Some(since) = stopping {

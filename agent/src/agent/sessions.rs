@@ -162,11 +162,10 @@ impl Agent {
         self.link = None;
         for machine in &mut self.machines {
             machine.sender.handle_disconnected();
-            machine.limit.handle_disconnected();
             machine.replicating = None;
             machine.sync.send(SyncInput::Disconnected);
         }
-        self.ceiling.handle_disconnected();
+        self.forgive_debts();
         if reason != self.down_reason {
             tracing::warn!(%reason, "no connection to the target; trying again for as long as it takes");
             self.down_reason = reason;

@@ -246,6 +246,7 @@ pub async fn connect(
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
     let siblings = Siblings::default();
     let header_bytes = datagram_header_bytes(address);
+    options.memory.expect(address.ip());
     config.transport_config(Arc::new(options.to_quinn(siblings.clone(), header_bytes)));
     let any: SocketAddr = match address {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),

@@ -18,7 +18,7 @@ const BATCH_TIME: Duration = Duration::from_millis(100);
 
 /// Longest that a new ceiling lets a machine wait for what was under way before it: at 1 Mbit/s, 48 MB would
 /// be more than six minutes, in which the target falls ever further behind.
-const DEBT_TIME_MAX: Duration = Duration::from_secs(60);
+const DEBT_TIME_MAX: Duration = Duration::from_secs(20);
 
 /// Releases batches at a rate. What is taken is paid for afterwards: a batch is released whole, to leave
 /// evenly over the time that it costs, and the next one waits for the end of that.
@@ -54,8 +54,9 @@ impl BatchLimit {
             .map(|time| now + time.min(DEBT_TIME_MAX));
     }
 
-    /// What was under way is lost: what of it is sent again is paid for then.
-    pub fn handle_disconnected(&mut self) {
+    /// What is owed counts no more: it was lost with its link, and is paid for when it is sent again; or
+    /// somebody waits for what comes after it.
+    pub fn forgive_debt(&mut self) {
         self.paid_at = None;
     }
 
@@ -221,7 +222,7 @@ mod tests {
         let start = Instant::now();
         let mut limit = BatchLimit::unlimited();
         limit.set(start, Some(1_000_000), 20_000_000);
-        limit.handle_disconnected();
+        limit.forgive_debt();
         assert_eq!(limit.poll_ready(start), Ok(()));
     }
 

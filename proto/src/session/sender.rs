@@ -124,7 +124,7 @@ impl Sender {
         self.held_wire_bytes
     }
 
-    /// What the batches cost on the wire that were sent over this connection and are not acknowledged.
+    /// What the batches cost on the wire that the target has, or is being sent, and has not acknowledged.
     pub fn under_way_bytes(&self) -> u64 {
         let Link::Up { sent, .. } = self.link else { return 0 };
         self.held.iter().take(sent).map(|batch| batch.wire_bytes() as u64).sum()

@@ -222,7 +222,7 @@ impl Controller for Adapter {
             Inner::Auto(flow) => {
                 flow.set_siblings(self.siblings.count());
                 flow.on_end_acks(now, in_flight, limited);
-                if let (Some(memory), Some(path)) = (&self.memory, flow.learned(now)) {
+                if let (Some(memory), Some(path)) = (&self.memory, flow.learned()) {
                     memory.keep(path);
                 }
             }

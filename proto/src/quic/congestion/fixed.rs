@@ -64,6 +64,8 @@ impl Fixed {
         self.min_rtt = Some(self.min_rtt.map_or(sample, |known| known.min(sample)));
         if let Some(look) = &mut self.look {
             look.min_rtt = look.min_rtt.min(sample);
+            // The packet that began it may have been under way through a dark of seconds.
+            look.drained_at = look.drained_at.min(now + sample);
             if sent >= look.drained_at {
                 (self.min_rtt, self.confirmed_at) = (Some(look.min_rtt), Some(now));
                 self.look = None;

@@ -55,6 +55,8 @@ pub(super) struct Flow {
     peak_rtt: Duration,
     pub(super) clump_epoch: (Instant, f64),
     pub(super) window_bytes: f64,
+    /// When `max_rate` was last measured with always something to send.
+    rate_at: Instant,
     /// What earlier connections learned, until the first round trip says whether it is this path.
     known: Option<KnownPath>,
     random: u64,
@@ -88,6 +90,7 @@ impl Flow {
             peak_rtt: Duration::ZERO,
             clump_epoch: (now, 0.0),
             window_bytes: WINDOW_PACKETS_INITIAL * f64::from(mtu),
+            rate_at: now,
             known,
             random: seed | 1,
         }
@@ -124,6 +127,9 @@ impl Flow {
         let whole = sample.interval >= self.base_rtt().mul_f64(0.9);
         if whole && (!sample.app_limited || sample.rate > self.max_rate.get()) {
             self.max_rate.update(sample.rate);
+            if !sample.app_limited {
+                self.rate_at = now;
+            }
             self.round.rate = self.round.rate.max(sample.rate);
         }
         if matches!(self.phase, Phase::Cruise { .. }) {
@@ -166,9 +172,10 @@ impl Flow {
     }
 
     /// What the next connection may know of this path; nothing before its rate was found.
-    pub(super) fn learned(&self, now: Instant) -> Option<KnownPath> {
+    pub(super) fn learned(&self) -> Option<KnownPath> {
         let found = !matches!(self.phase, Phase::Startup { .. } | Phase::Drain);
-        found.then(|| KnownPath { rate: self.rate(), rtt: self.base_rtt(), learned_at: now })
+        let learned_at = self.rate_at;
+        found.then(|| KnownPath { rate: self.rate(), rtt: self.base_rtt(), learned_at })
     }
 
     /// The rate the model sends at, in bytes a second.

@@ -6,6 +6,7 @@
 //! round trip says that the path is about as long as it was, and to one half. The rest is the
 //! start-up's to find.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ pub(super) struct KnownPath {
     pub(super) rate: f64,
     /// Its smallest round-trip time.
     pub(super) rtt: Duration,
+    /// When the rate was last measured with always something to send.
     pub(super) learned_at: Instant,
 }
 
@@ -40,17 +42,32 @@ impl KnownPath {
 
 /// Where the connections of one link, one after the other, leave what they learned.
 #[derive(Debug, Clone, Default)]
-pub struct PathMemory(Arc<Mutex<Option<KnownPath>>>);
+pub struct PathMemory(Arc<Mutex<Memory>>);
+
+#[derive(Debug, Default)]
+struct Memory {
+    peer: Option<IpAddr>,
+    path: Option<KnownPath>,
+}
 
 impl PathMemory {
+    /// The next connection is to `peer`: a name may have another address by now, and what was learned of
+    /// the way to the old one is forgotten.
+    pub(crate) fn expect(&self, peer: IpAddr) {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory.peer.replace(peer) != Some(peer) {
+            memory.path = None;
+        }
+    }
+
     /// What is known and not too old.
     pub(super) fn recall(&self, now: Instant) -> Option<KnownPath> {
-        let known = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).path;
         known.filter(|path| now.saturating_duration_since(path.learned_at) <= AGE_MAX)
     }
 
     pub(super) fn keep(&self, path: KnownPath) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).path = Some(path);
     }
 }
 
@@ -79,5 +96,19 @@ mod tests {
         memory.clone().keep(path);
         assert_eq!(memory.recall(now + AGE_MAX), Some(path));
         assert_eq!(memory.recall(now + AGE_MAX + Duration::from_secs(1)), None);
+    }
+
+    /// The target's name leads to the backup line now.
+    #[test]
+    fn the_way_to_another_address_is_another_path() {
+        let (memory, now) = (PathMemory::default(), Instant::now());
+        let [one, other] = ["192.0.2.1", "192.0.2.2"].map(|peer| peer.parse().unwrap());
+        memory.expect(one);
+        let path = KnownPath { rate: 1e7, rtt: Duration::from_millis(9), learned_at: now };
+        memory.keep(path);
+        memory.expect(one);
+        assert_eq!(memory.recall(now), Some(path));
+        memory.expect(other);
+        assert_eq!(memory.recall(now), None);
     }
 }
