@@ -204,6 +204,14 @@ async fn the_status_of_a_lossy_line_says_what_it_carries_and_what_it_loses() {
     lost(metric("lost_packets"), metric("sent_packets"), metric("retransmitted_bytes"));
     let path = metric("path_bytes_per_second") / RATE_BYTES;
     assert!((0.8..1.2).contains(&path), "{metrics:?}");
+    // The line's 30 ms and a queue, and what fills it meanwhile.
+    for rtt in [link.rtt_seconds, metric("rtt_seconds")] {
+        assert!((0.03..0.08).contains(&rtt), "{rtt} s: {link:?}");
+    }
+    for window in [link.window_bytes as f64, metric("window_bytes")] {
+        let share = window / (RATE_BYTES * 0.03);
+        assert!((0.4..4.0).contains(&share), "{window} bytes: {link:?}");
+    }
     let of_agent = |head: &str| cell(&table, head, "lab-agent");
     assert!((32.0..48.0).contains(&number(of_agent("path"))), "{table}");
     let lost = of_agent("lost (sent again)");
