@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use backhaul_proto::identity::Identity;
-use backhaul_proto::link::{ConnectOptions, Connection, StreamError, connect};
+use backhaul_proto::link::{ConnectOptions, Connection, StreamError, Transport, connect};
 use backhaul_proto::message::{
     AgentMessage, HashReply, HashRequest, Hello, TargetMessage, Welcome, agent_message,
     target_message,
@@ -83,6 +83,7 @@ pub async fn run(
         expected: config.target_name.clone(),
         transport: TransportOptions { rate_limit: ceiling.clone(), ..config.transport_options() },
         lan_over_tcp,
+        udp_silent: false,
     };
     let mut doubted: Option<Instant> = None;
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
@@ -97,17 +98,21 @@ pub async fn run(
                 tried = began.elapsed();
                 error.to_string()
             }
-            Ok(connection) => tokio::select! {
-                reason = converse(&connection, &events, &mut backoff) => reason,
-                reason = connection.unfit() => {
-                    doubted = Some(Instant::now());
-                    connection_reason(&connection, &reason).await
+            Ok(connection) => {
+                let over_tcp = connection.transport() == Transport::Tcp;
+                options.udp_silent = over_tcp && !connection.is_within_lan();
+                tokio::select! {
+                    reason = converse(&connection, &events, &mut backoff) => reason,
+                    reason = connection.unfit() => {
+                        doubted = Some(Instant::now());
+                        connection_reason(&connection, &reason).await
+                    }
+                    () = limited(&ceiling), if connection.is_within_lan() => {
+                        let reason = "the link has a ceiling now, which QUIC keeps";
+                        connection_reason(&connection, reason).await
+                    }
                 }
-                () = limited(&ceiling), if connection.is_within_lan() => {
-                    let reason = "the link has a ceiling now, which QUIC keeps";
-                    connection_reason(&connection, reason).await
-                }
-            },
+            }
         };
         if events.send(LinkEvent::Down(reason)).is_err() {
             return;

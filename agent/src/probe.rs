@@ -99,7 +99,8 @@ pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow
         tell(&format!("reaching the target over {transport_name}"));
         let expected = config.target_name.clone();
         let transport = transport.clone();
-        let options = ConnectOptions { choice, expected, transport, lan_over_tcp: false };
+        let options =
+            ConnectOptions { choice, expected, transport, lan_over_tcp: false, udp_silent: false };
         let began = Instant::now();
         let (seconds, failure) = match connect(&config.target, &identity, &options).await {
             Ok(connection) => {

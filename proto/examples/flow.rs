@@ -118,7 +118,8 @@ async fn compare(
     let agent = Arc::new(identity(keys, "a1", Role::Agent)?);
     let transport = TransportOptions::default();
     let expected = Some("t1".parse()?);
-    let options = ConnectOptions { choice, expected, transport, lan_over_tcp: false };
+    let options =
+        ConnectOptions { choice, expected, transport, lan_over_tcp: false, udp_silent: false };
     let mut flows = JoinSet::new();
     let mut connected = Vec::new();
     for _ in 0..connections {

@@ -32,7 +32,8 @@ async fn pair(
     let listener = Listener::bind(any, &target, &transport, false).await.unwrap();
     let through = relay::start(listener.local_address().unwrap(), delay, ill).await;
     let (choice, expected) = (TransportChoice::Quic, None);
-    let options = ConnectOptions { choice, expected, transport, lan_over_tcp: false };
+    let options =
+        ConnectOptions { choice, expected, transport, lan_over_tcp: false, udp_silent: false };
     let accepting = async { listener.accept().await.unwrap().finish().await.unwrap().unwrap() };
     let (ours, theirs) = tokio::join!(connect(&through, &agent, &options), accepting);
     (dir, listener, ours.unwrap(), theirs)

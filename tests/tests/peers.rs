@@ -54,6 +54,7 @@ impl FakeAgent {
             expected: Some("lab-target".parse().unwrap()),
             transport: TransportOptions::default(),
             lan_over_tcp: false,
+            udp_silent: false,
         };
         let connection = connect(&address, &identity, &options).await.unwrap();
         let (sender, receiver) = connection.open_control().await.unwrap();

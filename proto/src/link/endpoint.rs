@@ -27,6 +27,12 @@ const QUIC_ANSWER_TIME_MAX: Duration = Duration::from_secs(4);
 /// When TCP answers first, QUIC is given so long to catch up: both are blind during a blackout.
 const QUIC_LATE_TIME_MAX: Duration = Duration::from_millis(1500);
 
+/// So long where UDP was silent the last time, and QUIC had the same start.
+const QUIC_LATE_TIME_MAX_SILENT: Duration = Duration::from_millis(300);
+
+/// TCP's handshakes are begun this often: the kernel tries each again after 1, 3 and 7 s only.
+const TCP_ATTEMPT_PERIOD: Duration = Duration::from_millis(500);
+
 /// A path with a round trip up to this is one within a LAN: there the processors are the limit before
 /// the line is, and TCP takes less of them.
 const LAN_RTT_MAX: Duration = Duration::from_millis(1);
@@ -77,6 +83,9 @@ pub struct ConnectOptions {
     /// Whether [`TransportChoice::Auto`] takes TCP within a LAN, where it is the faster one. Not for
     /// links with a ceiling, which QUIC keeps packet by packet.
     pub lan_over_tcp: bool,
+    /// Whether [`TransportChoice::Auto`] ended with TCP the last time, as nothing answered over UDP: then
+    /// TCP is tried from the beginning. QUIC is still tried with it, and preferred.
+    pub udp_silent: bool,
 }
 
 /// Connects an agent to the target at `address` (`host:port`; the same port for UDP and TCP).
@@ -94,20 +103,11 @@ pub async fn connect(
     let mut attempts = JoinSet::new();
     let mut begin_quic = tokio::time::interval(ATTEMPT_PERIOD);
     let with_quic = options.choice != TransportChoice::Tcp;
-    let tcp_after = match options.choice {
-        TransportChoice::Auto => Some(QUIC_ANSWER_TIME_MAX),
-        TransportChoice::Quic => None,
-        TransportChoice::Tcp => Some(Duration::ZERO),
-    };
-    if let Some(after) = tcp_after {
-        let (address, identity) = (address.to_owned(), Arc::clone(identity));
-        let expected = options.expected.clone();
-        attempts.spawn(async move {
-            // QUIC's turn: whoever answers over UDP within this needs no TCP.
-            tokio::time::sleep(after).await;
-            tcp::connect(&address, &identity, expected, Way::Far).await.map(Connection::Tcp)
-        });
-    }
+    let with_tcp = options.choice != TransportChoice::Quic;
+    // QUIC's turn: whoever answers over UDP within this needs no TCP.
+    let is_quics_turn = with_quic && !options.udp_silent;
+    let tcp_after = if is_quics_turn { QUIC_ANSWER_TIME_MAX } else { Duration::ZERO };
+    let mut begin_tcp = tokio::time::interval_at(Instant::now() + tcp_after, TCP_ATTEMPT_PERIOD);
     let lan = options.choice == TransportChoice::Auto && options.lan_over_tcp;
     // Measured beside QUIC's handshake, which takes longer: nobody waits for it.
     let mut measuring_near = JoinSet::new();
@@ -129,10 +129,20 @@ pub async fn connect(
                         .map(Connection::Quic)
                 });
             }
+            _ = begin_tcp.tick(), if with_tcp && second_best.is_none() => {
+                let (address, identity) = (address.to_owned(), Arc::clone(identity));
+                let expected = options.expected.clone();
+                attempts.spawn(async move {
+                    tcp::connect(&address, &identity, expected, Way::Far).await.map(Connection::Tcp)
+                });
+            }
             Some(ended) = attempts.join_next() => match ended {
+                Ok(Ok(Connection::Tcp(_))) if with_quic && second_best.is_some() => {}
                 Ok(Ok(connection @ Connection::Tcp(_))) if with_quic => {
                     second_best = Some(connection);
-                    deadline.as_mut().reset(Instant::now() + QUIC_LATE_TIME_MAX);
+                    let late =
+                        if is_quics_turn { QUIC_LATE_TIME_MAX } else { QUIC_LATE_TIME_MAX_SILENT };
+                    deadline.as_mut().reset(Instant::now() + late);
                 }
                 Ok(Ok(connection)) => {
                     let near = tokio::time::timeout(LAN_LATE_TIME_MAX, measuring_near.join_next());

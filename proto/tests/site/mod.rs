@@ -48,7 +48,7 @@ pub(crate) async fn listener(dir: &Path) -> (Listener, String) {
 pub(crate) fn options(choice: TransportChoice, expected: Option<&str>) -> ConnectOptions {
     let expected = expected.map(|name| name.parse().unwrap());
     let transport = TransportOptions::default();
-    ConnectOptions { choice, expected, transport, lan_over_tcp: false }
+    ConnectOptions { choice, expected, transport, lan_over_tcp: false, udp_silent: false }
 }
 
 pub(crate) async fn pair(
