@@ -57,10 +57,6 @@ pub(super) const PACKET_BYTES_MAX: u32 = SEGMENT_BYTES_MAX + 40;
 /// Idle connections are kept alive this often: firewalls forget them.
 const KEEPALIVE_PERIOD: Duration = Duration::from_secs(30);
 
-/// In the dark the kernel's retries come at intervals that double: after six seconds of it a line stayed
-/// idle for as long again. No interval is longer than this, where the kernel can be told.
-const RETRY_TIME_MAX: Duration = Duration::from_secs(1);
-
 /// The best of the kernel's controllers for a line that loses packets; without it the kernel's
 /// default stays, and long links stay empty.
 const FAR_CONTROLLER: &str = "bbr";
@@ -92,11 +88,6 @@ fn tune(stream: &TcpStream, controller: &str) {
     let _ = stream.set_nodelay(true);
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_PERIOD).with_interval(KEEPALIVE_PERIOD);
     let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
-    if !kernel::set_retry_max(stream.as_fd(), RETRY_TIME_MAX) {
-        tracing::debug!(
-            "this kernel's TCP may wait long after a dark; Linux 6.15 can be told not to"
-        );
-    }
     if rustix::net::sockopt::set_tcp_congestion(stream, controller).is_err() {
         tracing::debug!(
             "the kernel has no {controller} for TCP; `modprobe tcp_{controller}` may help"

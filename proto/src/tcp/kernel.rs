@@ -9,9 +9,6 @@ const INFO_BYTES: usize = 220;
 /// The bit of `tcpi_options` (`TCPI_OPT_TIMESTAMPS`).
 const OPTION_TIMESTAMPS: u8 = 1;
 
-/// `TCP_RTO_MAX_MS` of `linux/tcp.h` (Linux 6.15), which libc does not name yet.
-const TCP_RTO_MAX_MS: libc::c_int = 44;
-
 /// What the kernel says; 0 where it is too old to know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Info {
@@ -56,23 +53,6 @@ pub(super) fn info(socket: BorrowedFd<'_>) -> Option<Info> {
         )
     };
     (failed == 0).then(|| parse(&bytes))
-}
-
-/// Bounds the time after which what was not acknowledged is sent again (Linux 6.15; at least a second,
-/// 120 s without it). Returns whether the kernel does.
-pub(super) fn set_retry_max(socket: BorrowedFd<'_>, retry_max: Duration) -> bool {
-    let millis = retry_max.as_millis() as libc::c_int;
-    // SAFETY: the pointer and the length are those of `millis`, which outlives the call.
-    let failed = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            TCP_RTO_MAX_MS,
-            (&raw const millis).cast(),
-            size_of_val(&millis) as libc::socklen_t,
-        )
-    };
-    failed == 0
 }
 
 /// The fields by their offsets in `struct tcp_info` of `linux/tcp.h`, which only ever grows.
