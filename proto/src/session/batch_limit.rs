@@ -39,7 +39,7 @@ impl BatchLimit {
 
     /// Changes the ceiling, from `now` on. Of what was sent before, that is a debt under this one which
     /// may be on its way into the link still: at most `under_way_bytes`, without what was paid for already,
-    /// and no more than [`DEBT_TIME_MAX`] pays for.
+    /// and no more than twenty seconds pay for.
     pub fn set(&mut self, now: Instant, bytes_per_second: Option<u64>, under_way_bytes: u64) {
         let before = std::mem::replace(&mut self.bytes_per_second, bytes_per_second);
         if before == bytes_per_second {
