@@ -126,10 +126,8 @@ impl Metrics {
         self.session_up.set(connection.is_some().into());
         self.acked_bytes_per_second.set(acked_bytes_per_second as i64);
         if let Some(connection) = connection {
-            let (stats, path) = (connection.stats(), connection.congestion());
-            let path_bytes_per_second = path
-                .map_or(stats.delivered_bytes_per_second, |path| path.bandwidth_bytes_per_second);
-            self.path_bytes_per_second.set(path_bytes_per_second as i64);
+            let stats = connection.stats();
+            self.path_bytes_per_second.set(connection.path().bytes_per_second as i64);
             self.sent_bytes.set(stats.sent_bytes as i64);
             self.sent_packets.set(stats.sent_packets as i64);
             self.rtt_seconds.set(stats.rtt.as_secs_f64());

@@ -313,6 +313,7 @@ impl Prober {
             // As on the way up: found first, then measured for the rest of the time.
             tokio::time::sleep(time / SETTLE_SHARE).await;
             let (began, before) = (Instant::now(), received.load(Ordering::Relaxed));
+            // A rate is bytes over a time: this is that time.
             tokio::time::sleep(time - time / SETTLE_SHARE).await;
             let bytes = received.load(Ordering::Relaxed) - before;
             anyhow::Ok(bytes as f64 / began.elapsed().as_secs_f64())

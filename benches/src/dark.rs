@@ -48,9 +48,10 @@ async fn measure(
     let disk = pipeline::noise(dir, bytes)?;
     let mut rig = pipeline::prepare(folder, &disk, spec, String::new()).await?;
     pipeline::begin(&mut rig).await?;
-    // What is measured begins after it.
+    // The rate is found meanwhile, for the next connection to know; nothing tells when it is.
     tokio::time::sleep(SETTLE).await;
     pipeline::link(&rig)?.blackout(true);
+    // The length of the dark is what the measurement is of.
     tokio::time::sleep(dark).await;
     pipeline::link(&rig)?.blackout(false);
     let record = until_filled(pipeline::link(&rig)?, spec).await;

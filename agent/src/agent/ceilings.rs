@@ -104,7 +104,7 @@ impl LinkCeiling {
     }
 
     /// See [`BatchLimit::forgive_debt`].
-    fn forgive_debt(&mut self) {
+    pub(super) fn forgive_debt(&mut self) {
         self.batches.forgive_debt();
     }
 

@@ -38,8 +38,9 @@ impl Agent {
         }
         let job_number = job.job;
         tracing::info!(machine = %machine.config.name, job = job.job, kind = ?job.kind(), "a job began");
-        // Whoever fails over waits for the last writes.
-        self.forgive_debts();
+        // Whoever fails over waits for this machine's last writes.
+        self.ceiling.forgive_debt();
+        self.machines[index].limit.forgive_debt();
         let context = self.job_context(index);
         let events = self.events.clone();
         let running = tokio::spawn(async move {

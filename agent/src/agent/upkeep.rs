@@ -109,8 +109,7 @@ impl Agent {
     pub(super) fn report_link(&self) {
         let Some(link) = &self.link else { return };
         let stats = link.connection.stats();
-        let path = link.connection.congestion();
-        let min_rtt = path.and_then(|path| path.min_rtt).unwrap_or(stats.min_rtt);
+        let path = link.connection.path();
         self.say(agent_message::Kind::Link(LinkReport {
             congestion: match link.connection.transport() {
                 Transport::Quic => self.config.congestion.to_string(),
@@ -133,10 +132,9 @@ impl Agent {
             receive_buffer_bytes: stats.socket.receive_bytes as u64,
             send_buffer_bytes: stats.socket.send_bytes as u64,
             dropped_datagrams: stats.socket.dropped_datagrams(),
-            state: path.map(|path| path.state.to_owned()).unwrap_or_default(),
-            path_bytes_per_second: path
-                .map_or(stats.delivered_bytes_per_second, |path| path.bandwidth_bytes_per_second),
-            min_rtt_us: min_rtt.as_micros() as u64,
+            state: path.state.into(),
+            path_bytes_per_second: path.bytes_per_second,
+            min_rtt_us: path.min_rtt.as_micros() as u64,
             compression_level: self.pool.level().unsigned_abs(),
             referenced_bytes: self.referenced_bytes,
             connections: stats.connections,

@@ -97,11 +97,6 @@ impl fmt::Display for Transport {
 pub struct LinkStats {
     /// Smoothed round-trip time.
     pub rtt: Duration,
-    /// The least of late; over QUIC the congestion controller knows it, and this is 0.
-    pub min_rtt: Duration,
-    /// Bytes a second that the path delivered when that was measured last; over QUIC the congestion
-    /// controller knows it, and this is 0.
-    pub delivered_bytes_per_second: u64,
     /// Bytes that may be in flight.
     pub congestion_window_bytes: u64,
     /// The path's MTU: over QUIC as a UDP payload, over TCP with all headers.
@@ -127,6 +122,17 @@ pub struct LinkStats {
     pub content_bytes: u64,
     /// QUIC connections that carry its batches; 0 over TCP, which has one.
     pub connections: u32,
+}
+
+/// What whoever sends takes the path for: our congestion controller over QUIC, the kernel over TCP.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PathStats {
+    /// Where the congestion controller stands, `probe_bw_cruise` say; empty over TCP.
+    pub state: &'static str,
+    /// Its rate in bytes a second, over TCP of the last measure; 0 when none was made.
+    pub bytes_per_second: u64,
+    /// Its smallest round-trip time of late; 0 when none was measured.
+    pub min_rtt: Duration,
 }
 
 /// An authenticated connection. Clones share it.
@@ -240,6 +246,20 @@ impl Connection {
         match self {
             Self::Quic(connection) => connection.congestion(),
             Self::Tcp(_) => None,
+        }
+    }
+
+    /// What the path is taken for. Over QUIC this copies controllers: ask once a second, not once a packet.
+    pub fn path(&self) -> PathStats {
+        match self {
+            Self::Quic(connection) => {
+                connection.congestion().map_or_else(PathStats::default, |known| PathStats {
+                    state: known.state,
+                    bytes_per_second: known.bandwidth_bytes_per_second,
+                    min_rtt: known.min_rtt.unwrap_or_default(),
+                })
+            }
+            Self::Tcp(connection) => connection.path(),
         }
     }
 

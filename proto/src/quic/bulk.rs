@@ -40,21 +40,21 @@ struct Grant {
     wanted: u32,
 }
 
-/// A batch's place, given back when it is dropped.
+/// What a batch was given, which comes back when this is dropped.
 #[derive(Debug)]
-pub(super) struct Place<'a> {
+pub(super) struct Permit<'a> {
     bulk: &'a Bulk,
-    permit: SemaphorePermit<'a>,
+    of_semaphore: SemaphorePermit<'a>,
 }
 
-impl Drop for Place<'_> {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
         let mut grant = self.bulk.grant.lock().unwrap_or_else(PoisonError::into_inner);
         // Of what is too much nothing may come back: whoever waits for a place would have it at once, and
         // a line that has become slow kept what a fast one was granted.
         let surplus = grant.granted.saturating_sub(grant.wanted);
-        let gone = self.permit.num_permits().min(surplus as usize);
-        if let Some(gone) = self.permit.split(gone) {
+        let gone = self.of_semaphore.num_permits().min(surplus as usize);
+        if let Some(gone) = self.of_semaphore.split(gone) {
             gone.forget();
         }
         grant.granted -= gone as u32;
@@ -73,12 +73,12 @@ impl Bulk {
     }
 
     /// Waits for room for so many bytes; it is given back when the place is dropped.
-    pub(super) async fn place(&self, bytes: usize) -> Option<Place<'_>> {
+    pub(super) async fn place(&self, bytes: usize) -> Option<Permit<'_>> {
         // What is larger than everything takes everything.
         let units = (bytes as u64).div_ceil(UNIT_BYTES).min(u64::from(units(0, self.most)));
         // Never closed, so this cannot fail.
         let permit = self.free.acquire_many(units as u32).await.ok()?;
-        Some(Place { bulk: self, permit })
+        Some(Permit { bulk: self, of_semaphore: permit })
     }
 
     /// The congestion window is this large now. What is taken beyond that goes as it is given back.

@@ -15,7 +15,7 @@ use tokio_rustls::TlsStream;
 
 use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
-use crate::link::{LinkStats, StreamError, ip_header_bytes, wait_until};
+use crate::link::{LinkStats, PathStats, StreamError, ip_header_bytes, wait_until};
 use crate::message::split_frame;
 use crate::session::Release;
 use crate::tcp::endpoint::PACKET_BYTES_MAX;
@@ -215,13 +215,25 @@ impl Connection {
         Ok(BatchStream { half: Some(half), header, shared: Arc::clone(&self.0) })
     }
 
-    pub(crate) fn stats(&self) -> LinkStats {
+    /// What the kernel knows of the connection for batches.
+    fn info(&self) -> kernel::Info {
         let socket = self.0.batches_socket.as_ref();
-        let info = socket.and_then(|socket| kernel::info(socket.as_fd())).unwrap_or_default();
+        socket.and_then(|socket| kernel::info(socket.as_fd())).unwrap_or_default()
+    }
+
+    pub(crate) fn path(&self) -> PathStats {
+        let info = self.info();
+        PathStats {
+            state: "",
+            bytes_per_second: info.delivered_bytes_per_second,
+            min_rtt: info.min_rtt,
+        }
+    }
+
+    pub(crate) fn stats(&self) -> LinkStats {
+        let info = self.info();
         LinkStats {
             rtt: info.rtt,
-            min_rtt: info.min_rtt,
-            delivered_bytes_per_second: info.delivered_bytes_per_second,
             congestion_window_bytes: info.window_bytes,
             mtu_bytes: info.path_mtu_bytes.min(PACKET_BYTES_MAX) as u16,
             sent_bytes: self.0.sent_bytes.load(Ordering::Relaxed),
