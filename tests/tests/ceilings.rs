@@ -199,7 +199,8 @@ async fn a_machines_first_ceiling_pays_for_what_is_under_way_over_quic() {
     assert_first_ceiling_holds("a machine's first, over QUIC", "quic", limited).await;
 }
 
-/// The same over TCP, where the link's own is kept batch by batch too.
+/// The same over TCP, where the link's own is kept batch by batch too. What had arrived and was not
+/// durable was paid for again, 4 % on a host with a slow disk.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_links_first_ceiling_pays_for_what_is_under_way_over_tcp() {
     let limited = |text| of_link(text, "30 Mbit/s");

@@ -6,12 +6,12 @@
 //! What was handed to the transport while there was no ceiling is not called back: when the first one comes
 //! in the middle of a sync, as much as the target's window admits goes out at the link's own rate. It is a
 //! debt: nothing more is sent until the ceiling has paid for it, for twenty seconds at most. What has
-//! landed and is not durable is counted with it. The link's over QUIC alone holds at once, where it has one
-//! connection.
+//! left and is not durable is none. The link's over QUIC alone holds at once, where it has one connection.
 
 use std::time::Instant;
 
 use backhaul_daemon::bandwidth::{BandwidthLimits, Rate, Timestamp};
+use backhaul_proto::link::Connection;
 use backhaul_proto::quic::RateLimit;
 use backhaul_proto::session::{BatchLimit, Due, LinkCost, Release};
 
@@ -27,12 +27,12 @@ impl Agent {
         }
         let keeps = |rate| connection.is_none_or(|connection| connection.keeps_ceiling(rate));
         let now = Instant::now();
-        let all_bytes = self.machines.iter().map(|machine| machine.sender.under_way_bytes()).sum();
-        self.ceiling.follow(now, &self.config.limit, clock, all_bytes, keeps);
+        let unsent_bytes = connection.map_or(0, Connection::unsent_bytes);
+        self.ceiling.follow(now, &self.config.limit, clock, unsent_bytes, keeps);
         for machine in &mut self.machines {
             let rate = rate(&machine.config.limit, clock);
-            let under_way_bytes = self.ceiling.cost.of(machine.sender.under_way_bytes());
-            machine.limit.set(now, rate, under_way_bytes);
+            let its_bytes = machine.sender.under_way_bytes().min(unsent_bytes);
+            machine.limit.set(now, rate, self.ceiling.cost.of(its_bytes));
             let most = machine.limit.batch_bytes_max().min(self.ceiling.batch_bytes_max());
             machine.capture.order().set_batch_bytes_max(most);
         }
@@ -86,20 +86,20 @@ impl LinkCeiling {
         self.cost.handle_counts(link_bytes, content_bytes);
     }
 
-    /// It is what `rules` say at `clock`; so many bytes of batches are under way, and `keeps` tells whether
+    /// It is what `rules` say at `clock`; so many bytes of batches have not left, and `keeps` tells whether
     /// the transport keeps the ceiling by itself, for those too.
     fn follow(
         &mut self,
         now: Instant,
         rules: &BandwidthLimits,
         clock: Timestamp,
-        under_way_bytes: u64,
+        unsent_bytes: u64,
         keeps: impl FnOnce(u64) -> bool,
     ) {
         let rate = rate(rules, clock);
         self.transport.set(rate);
         self.transport_keeps = rate.is_none_or(keeps);
-        let let_out_bytes = if self.transport_keeps { 0 } else { self.cost.of(under_way_bytes) };
+        let let_out_bytes = if self.transport_keeps { 0 } else { self.cost.of(unsent_bytes) };
         self.batches.set(now, rate, let_out_bytes);
     }
 

@@ -8,6 +8,7 @@ mod endpoint;
 mod frames;
 mod places;
 pub mod probe;
+mod unsent;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -26,6 +27,7 @@ use crate::{quic, tcp};
 pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
 pub use frames::{FrameReceiver, FrameSender};
 pub use places::{Place, Places};
+pub(crate) use unsent::Unsent;
 
 /// First byte of the control stream.
 pub(crate) const CONTROL_STREAM: u8 = 1;
@@ -229,6 +231,15 @@ impl Connection {
         match self {
             Self::Quic(connection) => connection.stats(),
             Self::Tcp(connection) => connection.stats(),
+        }
+    }
+
+    /// Bytes of batches that were handed over and have not left: over QUIC those of batches that the
+    /// peer's transport does not have whole, over TCP what the kernel has not sent.
+    pub fn unsent_bytes(&self) -> u64 {
+        match self {
+            Self::Quic(connection) => connection.unsent_bytes(),
+            Self::Tcp(connection) => connection.unsent_bytes(),
         }
     }
 

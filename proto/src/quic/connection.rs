@@ -12,7 +12,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::id::PeerName;
 use crate::link::{
-    CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, ip_header_bytes, wait_until,
+    CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, Unsent, ip_header_bytes, wait_until,
 };
 use crate::quic::SocketFacts;
 use crate::quic::bulk::Bulk;
@@ -51,6 +51,7 @@ pub struct Connection {
     pub(super) lanes: Arc<Lanes>,
     /// What batches may take of the transport's window.
     bulk: Arc<Bulk>,
+    unsent: Arc<Unsent>,
     /// Batches sent so far.
     batches: Arc<AtomicU32>,
     /// Opens more connections (agents).
@@ -74,6 +75,7 @@ impl Connection {
             socket,
             lanes,
             bulk: Arc::new(Bulk::new(window_bytes)),
+            unsent: Arc::default(),
             batches: Arc::default(),
             opener: None,
             lane_batches: None,
@@ -165,6 +167,7 @@ impl Connection {
     ) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        let _unsent = self.unsent.batch(bytes as u64);
         self.bulk.follow(self.lanes.congestion_windows(Instant::now()));
         let _place = self.bulk.place(bytes).await;
         let lane = self.lanes.pick(bytes as u64);
@@ -236,6 +239,11 @@ impl Connection {
             stats.mtu_black_holes += one.path.black_holes_detected;
         });
         stats
+    }
+
+    /// Bytes of batches that the peer's transport does not have whole.
+    pub(crate) fn unsent_bytes(&self) -> u64 {
+        self.unsent.bytes()
     }
 
     /// Whether a ceiling of so many bytes a second is kept packet by packet.

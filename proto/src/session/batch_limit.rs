@@ -38,16 +38,16 @@ impl BatchLimit {
     }
 
     /// Changes the ceiling, from `now` on. Of what was sent before, that is a debt under this one which
-    /// may be on its way into the link still: at most `under_way_bytes`, without what was paid for already,
+    /// is on its way into the link still: `unsent_bytes`, without what was paid for already,
     /// and no more than twenty seconds pay for.
-    pub fn set(&mut self, now: Instant, bytes_per_second: Option<u64>, under_way_bytes: u64) {
+    pub fn set(&mut self, now: Instant, bytes_per_second: Option<u64>, unsent_bytes: u64) {
         let before = std::mem::replace(&mut self.bytes_per_second, bytes_per_second);
         if before == bytes_per_second {
             return;
         }
         let unpaid = self.paid_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
         let unpaid_bytes = before.map_or(f64::MAX, |rate| unpaid.as_secs_f64() * rate as f64);
-        let debt_bytes = unpaid_bytes.min(under_way_bytes as f64);
+        let debt_bytes = unpaid_bytes.min(unsent_bytes as f64);
         self.paid_at = bytes_per_second
             .filter(|_| debt_bytes > 0.0)
             .map(|rate| Duration::from_secs_f64(debt_bytes / rate.max(1) as f64))

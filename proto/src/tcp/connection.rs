@@ -15,7 +15,7 @@ use tokio_rustls::TlsStream;
 
 use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
-use crate::link::{LinkStats, PathStats, StreamError, ip_header_bytes, wait_until};
+use crate::link::{LinkStats, PathStats, StreamError, Unsent, ip_header_bytes, wait_until};
 use crate::message::split_frame;
 use crate::session::Release;
 use crate::tcp::endpoint::PACKET_BYTES_MAX;
@@ -38,6 +38,10 @@ const GOODBYE_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Longest reason that is sent or read, in bytes.
 const REASON_BYTES_MAX: usize = 1024;
+
+/// What of a batch is written in one go, in bytes: a megabyte may stay in the kernel's way for seconds, and
+/// would count as unsent all the time.
+const WRITE_BYTES: usize = 64 << 10;
 
 /// Header of TCP, and the option that every segment of a connection has once both ends know it.
 const TCP_BYTES: u64 = 20;
@@ -71,6 +75,7 @@ struct Shared {
     /// Halves that nobody has taken yet.
     control_in: SyncMutex<Option<ReadHalf<Stream>>>,
     sync: SyncMutex<Option<(WriteHalf<Stream>, ReadHalf<Stream>)>>,
+    unsent: Unsent,
     sent_bytes: AtomicU64,
     received_bytes: AtomicU64,
 }
@@ -150,6 +155,7 @@ impl Connection {
             batches_in: Arc::new(Mutex::new(batches_in)),
             control_in: SyncMutex::new(Some(control_in)),
             sync: SyncMutex::new(Some((sync_out, sync_in))),
+            unsent: Unsent::default(),
             sent_bytes: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
         }))
@@ -189,13 +195,15 @@ impl Connection {
         chunks: Vec<Bytes>,
         release: Release,
     ) -> Result<(), StreamError> {
-        let mut writer = self.0.batches_out.lock().await;
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        let mut unsent = self.0.unsent.batch(bytes as u64);
+        let mut writer = self.0.batches_out.lock().await;
         let work = async {
             for (due, piece) in release.pieces(chunks) {
                 wait_until(due).await;
-                for chunk in &piece {
-                    writer.write_all(chunk).await?;
+                for part in piece.iter().flat_map(|chunk| chunk.chunks(WRITE_BYTES)) {
+                    writer.write_all(part).await?;
+                    unsent.handle_left(part.len() as u64);
                 }
                 writer.flush().await?;
             }
@@ -213,6 +221,11 @@ impl Connection {
         self.0.during(half.read_exact(&mut header)).await?;
         self.0.received_bytes.fetch_add(HEADER_BYTES as u64, Ordering::Relaxed);
         Ok(BatchStream { half: Some(half), header, shared: Arc::clone(&self.0) })
+    }
+
+    /// Bytes of batches that wait here and in the kernel.
+    pub(crate) fn unsent_bytes(&self) -> u64 {
+        self.0.unsent.bytes() + self.info().unsent_bytes
     }
 
     /// What the kernel knows of the connection for batches.

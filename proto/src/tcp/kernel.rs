@@ -26,6 +26,8 @@ pub(super) struct Info {
     pub(super) path_mtu_bytes: u32,
     /// Bytes that were delivered a second, when it was measured last (Linux 4.9).
     pub(super) delivered_bytes_per_second: u64,
+    /// Bytes that it was given and has not sent (Linux 4.6).
+    pub(super) unsent_bytes: u64,
     /// Segments sent, with those that were sent again (Linux 4.2). The kernel counts to 2^32.
     pub(super) sent_segments: u64,
     /// Segments sent again because they were lost: without those that the peer had already (Linux 4.18),
@@ -73,6 +75,7 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
         window_bytes: u64::from(word(80)) * u64::from(word(16)),
         path_mtu_bytes: word(60),
         delivered_bytes_per_second: long(160),
+        unsent_bytes: word(144).into(),
         sent_segments: word(136).into(),
         repeated_segments: word(100).saturating_sub(word(216)).into(),
         sent_bytes: long(200),
@@ -114,6 +117,7 @@ mod tests {
         assert!(info.window_bytes > u64::from(info.path_mtu_bytes), "{info:?}");
         assert!(info.repeated_segments < info.sent_segments && info.timeouts == 0, "{info:?}");
         assert_eq!(info.sent_bytes - info.repeated_bytes, 10 << 20, "{info:?}");
+        assert_eq!(info.unsent_bytes, 0, "{info:?}");
     }
 
     #[test]
