@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+pub mod barriers;
 pub mod ceiling;
 pub mod clean;
 pub mod control;

@@ -7,8 +7,8 @@ use backhaul_benches::ceiling::Whose;
 use backhaul_benches::files::Files;
 use backhaul_benches::sharing::Sharing;
 use backhaul_benches::{
-    Span, ceiling, clean, control, dark, files, first_sync, guest_writes, images, instrument,
-    links, loopback, sharing, startup,
+    Span, barriers, ceiling, clean, control, dark, files, first_sync, guest_writes, images,
+    instrument, links, loopback, sharing, startup,
 };
 use backhaul_lab::link::LinkSpec;
 use clap::{Parser, Subcommand};
@@ -64,6 +64,15 @@ enum What {
         /// These links instead: rate, one-way delay, loss and so on
         #[arg(long)]
         link: Vec<LinkSpec>,
+    },
+    /// Recovery points of one machine while another one's data fill the same links
+    Barriers {
+        /// Only links whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+        /// What carries it: quic or tcp
+        #[arg(long, default_value = "quic", value_parser = ["quic", "tcp"])]
+        transport: String,
     },
     /// Payload over long, lossy links against iperf3, rsync, nbdcopy over TLS, quinn and noq
     Links {
@@ -152,6 +161,9 @@ async fn main() -> anyhow::Result<()> {
         What::Links { only, contender } => links::run(&dir, runs, &span, &only, &contender).await,
         What::Images { mib, only } => images::run(&dir, mib << 20, runs, &only),
         What::Control { only, link } => control::run(&dir, runs, &only, &link).await,
+        What::Barriers { only, transport } => {
+            barriers::run(&dir, runs, &span, &only, &transport).await
+        }
         What::GuestWrites => guest_writes::run(&dir, runs).await,
         What::Instrument => instrument::run(runs, &span),
         What::Sharing { link, only, contender } => {

@@ -4,11 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use backhaul_proto::batch::BatchHeader;
-use backhaul_proto::link::{Connection, Places, StreamError};
+use backhaul_proto::limits::CONTROL_BATCH_BYTES_MAX;
+use backhaul_proto::link::{BatchStream, Connection, Places, StreamError};
 use backhaul_proto::message::{
     AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
     target_message,
 };
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::batch_buffer::IncomingBatch;
@@ -160,9 +162,12 @@ async fn converse(
     };
     let messages = async {
         while let Some(message) = control_in.recv::<AgentMessage>().await? {
-            if let Some(kind) = message.kind {
-                let _ = events.send((id, LinkEvent::Message(kind)));
-            }
+            let event = match message.kind {
+                Some(agent_message::Kind::Batch(bytes)) => control_batch(connection, bytes).await?,
+                Some(kind) => LinkEvent::Message(kind),
+                None => continue,
+            };
+            let _ = events.send((id, event));
         }
         Ok::<_, StreamError>(())
     };
@@ -184,6 +189,29 @@ async fn converse(
         ended = questions => ended,
         ended = batches(id, connection, events) => ended,
     }
+}
+
+/// A batch that came in a control message. What is read there waits for no memory that others hold.
+async fn control_batch(connection: &Connection, bytes: Bytes) -> Result<LinkEvent, StreamError> {
+    let read = match bytes.len() {
+        ..=CONTROL_BATCH_BYTES_MAX => {
+            let own_memory_kib = Semaphore::new(READING_KIB_MAX);
+            read_batch(&mut BatchStream::Message(bytes), &own_memory_kib).await
+        }
+        bytes => Err(StreamError::Stream(format!(
+            "a batch of {bytes} bytes came in a control message; the most allowed is {CONTROL_BATCH_BYTES_MAX}"
+        ))
+        .into()),
+    };
+    let sentence = match read {
+        Ok((header, Received::Whole(batch))) => return Ok(LinkEvent::Batch(header, batch)),
+        Ok((header, Received::Folded(_))) => {
+            format!("batch {} came with references in a control message", header.batch)
+        }
+        Err(error) => error.to_string(),
+    };
+    tracing::warn!(agent = %connection.peer(), "a batch was not taken: {sentence}");
+    Err(StreamError::Stream(sentence))
 }
 
 /// Reads batches, several at a time, in whatever order they come in.

@@ -43,6 +43,15 @@ pub const REGION_BYTES: u32 = 4 << 20;
 /// Most regions one hash request may name.
 pub const HASH_REGIONS_MAX: u32 = 64;
 
+/// What a machine may have under way, as the window counts it, with the batch that is sent next, for that
+/// batch to be a light one, which goes ahead of other machines': a few writes and the marker of a point.
+/// All machines together have four megabytes of light batches under way at most.
+pub const LIGHT_BYTES_MAX: u64 = 64 << 10;
+
+/// Most bytes of a batch that travels in a control message, header included: so small a frame has
+/// copies, and a lost packet does not hold it up.
+pub const CONTROL_BATCH_BYTES_MAX: usize = 900;
+
 /// Granularity at which the agent tracks dirty blocks.
 pub const BLOCK_BYTES: u32 = 4096;
 

@@ -14,7 +14,7 @@ use crate::limits::FRAME_BYTES_MAX;
 #[derive(Clone, PartialEq, Message)]
 pub struct AgentMessage {
     /// The one thing it says.
-    #[prost(oneof = "agent_message::Kind", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "agent_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub kind: Option<agent_message::Kind>,
 }
 
@@ -41,6 +41,10 @@ pub mod agent_message {
         /// Opens a probe of the link instead of a session, and goes on with it.
         #[prost(message, tag = "6")]
         Probe(super::ProbeRequest),
+        /// A batch as it travels on a stream of its own, of at most
+        /// [`crate::limits::CONTROL_BATCH_BYTES_MAX`] bytes and without references. From version 3 on.
+        #[prost(bytes = "bytes", tag = "7")]
+        Batch(bytes::Bytes),
     }
 }
 

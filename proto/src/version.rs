@@ -14,11 +14,15 @@ pub const VERSION_1: Version = Version(1);
 /// a batch again without them.
 pub const VERSION_2: Version = Version(2);
 
+/// Batches in control messages: a small one of a machine that has little under way does not wait behind
+/// those of other machines, nor for a lost packet to be sent again.
+pub const VERSION_3: Version = Version(3);
+
 /// Oldest version this build still speaks.
 pub const VERSION_MIN: Version = VERSION_1;
 
 /// Newest version this build speaks.
-pub const VERSION_MAX: Version = VERSION_2;
+pub const VERSION_MAX: Version = VERSION_3;
 
 /// The TLS application protocol name. It names the framing of the first message only; everything
 /// after that is settled by [`negotiate`], so it never changes.

@@ -11,7 +11,7 @@ use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, iss
 use backhaul_proto::link::{ConnectOptions, Listener, Transport, TransportChoice, connect};
 use backhaul_proto::message::{AgentMessage, Heartbeat, agent_message};
 use backhaul_proto::quic::{AcceptError, ConnectError, TransportOptions};
-use backhaul_proto::session::{BatchLimit, Due};
+use backhaul_proto::session::{BatchLimit, Due, Weight};
 use tokio::task::JoinSet;
 
 use site::relay::{self, Way};
@@ -248,7 +248,9 @@ async fn a_machine_with_a_low_ceiling_holds_up_nobody_else() {
         let machine = low.handle_sent(now, 64 << 10);
         let slow = Due { machine, ..Due::at_once(now) };
         let sending = agent.clone();
-        tokio::spawn(async move { sending.release_batch(batch_of(1, 64 << 10), slow).await });
+        tokio::spawn(async move {
+            sending.release_batch(batch_of(1, 64 << 10), slow, Weight::Heavy).await
+        });
         // The slow one has begun when its head is there.
         let mut first = target.accept_batch().await.unwrap();
         let header = first.read_header().await.unwrap();
@@ -311,8 +313,9 @@ async fn a_batch_that_leaves_slowly_ends_with_its_connection() {
         // In two pieces, the second of which is due after 2.5 s.
         let link = low.handle_sent(now, 40 << 10);
         let (sending, slow) = (agent.clone(), Due { link, ..Due::at_once(now) });
-        let sent =
-            tokio::spawn(async move { sending.release_batch(batch_of(1, 40 << 10), slow).await });
+        let sent = tokio::spawn(async move {
+            sending.release_batch(batch_of(1, 40 << 10), slow, Weight::Heavy).await
+        });
         // It has begun when its head is there.
         target.accept_batch().await.unwrap().read_header().await.unwrap();
         agent.close("enough");

@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use backhaul_proto::batch::EncodedBatch;
+use backhaul_proto::batch::{BatchKind, EncodedBatch};
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
+use backhaul_proto::limits::CONTROL_BATCH_BYTES_MAX;
 use backhaul_proto::link::Connection;
-use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend};
-use backhaul_proto::session::Due;
+use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend, agent_message};
+use backhaul_proto::session::{Due, Weight};
 
 use super::Agent;
 use crate::batch::Encoded;
@@ -43,15 +44,27 @@ impl Agent {
         let (Some(link), machine) = (&self.link, &mut self.machines[index]) else { return };
         let Some(on_wire) = machine.replicating else { return };
         let now = Instant::now();
-        while self.ceiling.poll_ready(now).is_ok() && machine.limit.poll_ready(now).is_ok() {
+        loop {
+            let is_barrier = machine.sender.peek_transmit().is_some_and(is_barrier);
+            // It costs the ceiling next to nothing, and waits for nobody's data but its machine's.
+            let waits = !is_barrier && self.ceiling.poll_ready(now).is_err();
+            if waits || machine.limit.poll_ready(now).is_err() {
+                break;
+            }
             let Some(batch) = machine.sender.poll_transmit() else {
                 machine.limit.handle_idle();
                 break;
             };
+            let weight = machine.sender.weight();
             let due = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
             self.metrics.sent(machine.config.name.as_str(), &batch);
             self.referenced_bytes += u64::from(batch.header.referenced_bytes());
-            tokio::spawn(send(link.connection.clone(), batch, on_wire, due));
+            if self.control_batches && weight == Weight::Light && fits_control(&batch) {
+                let bytes = batch.chunks(on_wire).concat().into();
+                link.control(agent_message::Kind::Batch(bytes));
+                continue;
+            }
+            tokio::spawn(send(link.connection.clone(), batch, on_wire, due, weight));
         }
         let still =
             |machine: &super::Machine| machine.replicating.is_none() || machine.limit.is_still(now);
@@ -129,7 +142,7 @@ impl Agent {
         let referenced: u64 = unfolded.references.iter().map(|one| u64::from(one.len_bytes)).sum();
         self.referenced_bytes = self.referenced_bytes.saturating_sub(referenced);
         let due = Due::at_once(now);
-        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire, due));
+        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire, due, Weight::Heavy));
     }
 
     pub(super) fn handle_sync(&mut self, output: SyncOutput) {
@@ -190,7 +203,23 @@ fn untag_request(tagged: u64) -> (usize, u64) {
     ((tagged >> 48) as usize, tagged & ((1 << 48) - 1))
 }
 
-async fn send(connection: Connection, batch: EncodedBatch, machine: MachineIndex, due: Due) {
+/// Whether a batch is the marker of a point with no data before it.
+fn is_barrier(batch: &EncodedBatch) -> bool {
+    batch.header.kind == BatchKind::Ordered && batch.header.data_bytes() == 0 && fits_control(batch)
+}
+
+/// Whether a batch may travel in a control message.
+fn fits_control(batch: &EncodedBatch) -> bool {
+    batch.wire_bytes() <= CONTROL_BATCH_BYTES_MAX && batch.header.folded.is_none()
+}
+
+async fn send(
+    connection: Connection,
+    batch: EncodedBatch,
+    machine: MachineIndex,
+    due: Due,
+    weight: Weight,
+) {
     // When this fails the connection has failed, and the batch is sent again on the next one.
-    let _ = connection.release_batch(batch.chunks(machine), due).await;
+    let _ = connection.release_batch(batch.chunks(machine), due, weight).await;
 }

@@ -86,6 +86,8 @@ pub struct Agent {
     link: Option<LinkUp>,
     /// The target that was connected last knows what references are.
     references: bool,
+    /// It takes batches in control messages.
+    control_batches: bool,
     /// Bytes that travelled as references on this connection.
     referenced_bytes: u64,
     /// Why there is no link, to log a reason only when it changes.
@@ -124,6 +126,7 @@ impl Agent {
             pool,
             link: None,
             references: false,
+            control_batches: false,
             referenced_bytes: 0,
             down_reason: String::new(),
             events,

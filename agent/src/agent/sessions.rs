@@ -8,7 +8,7 @@ use backhaul_proto::message::{
     DiskHello, Hello, MachineHello, MachineWelcome, Standing, agent_message, target_message,
 };
 use backhaul_proto::session::Sender;
-use backhaul_proto::version::{VERSION_2, VERSION_MAX, VERSION_MIN, Version};
+use backhaul_proto::version::{VERSION_2, VERSION_3, VERSION_MAX, VERSION_MIN, Version};
 
 use super::{Agent, disk_sizes, new_generation};
 use crate::capture::{Order, now_us};
@@ -51,6 +51,7 @@ impl Agent {
     /// What the target can be sent, and how it is likely to be reached. One that was replaced by an older one knows no references.
     pub(super) fn handle_version(&mut self, version: Version) {
         self.references = version >= VERSION_2;
+        self.control_batches = version >= VERSION_3;
         self.referenced_bytes = 0;
         self.pool.allow_references(self.references);
         let rtt = self.link.as_ref().map(|link| link.connection.stats().rtt);

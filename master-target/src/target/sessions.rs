@@ -297,6 +297,8 @@ impl Target {
         match message {
             agent_message::Kind::Hello(_) => self.drop_link(id, "the agent said hello twice"),
             agent_message::Kind::Probe(_) => self.drop_link(id, "the agent probes in a session"),
+            // They are read beside the owner loop, which hears of them as of any other batch.
+            agent_message::Kind::Batch(_) => {}
             agent_message::Kind::Heartbeat(Heartbeat { nonce, .. }) => {
                 // What the cores are worth is worth it to all links together.
                 let connections_max = connections_here(self.links.len()) as u32;

@@ -14,14 +14,14 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use thiserror::Error;
 
-use crate::batch::{BatchHeader, HeaderError};
+use crate::batch::{BatchHeader, HEADER_BYTES, HeaderError};
 use crate::id::PeerName;
 use crate::message::FrameError;
 use crate::quic::{CongestionStats, SocketFacts};
-use crate::session::Due;
+use crate::session::{Due, Weight};
 use crate::{quic, tcp};
 
 pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
@@ -206,15 +206,20 @@ impl Connection {
     /// Sends a batch; returns when the transport has no more to do with it: over QUIC when the peer
     /// has all of it, over TCP when the kernel has. The chunks are not copied.
     pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
-        self.release_batch(chunks, Due::at_once(Instant::now())).await
+        self.release_batch(chunks, Due::at_once(Instant::now()), Weight::Heavy).await
     }
 
-    /// The same, with each byte when it is due. Over TCP, where no other batch passes one that leaves
+    /// The same, with each byte when it is due; light ones before the others. Over TCP, where no other batch passes one that leaves
     /// slowly, only the link's ceiling makes it do so.
-    pub async fn release_batch(&self, chunks: Vec<Bytes>, due: Due) -> Result<(), StreamError> {
+    pub async fn release_batch(
+        &self,
+        chunks: Vec<Bytes>,
+        due: Due,
+        weight: Weight,
+    ) -> Result<(), StreamError> {
         match self {
-            Self::Quic(connection) => connection.release_batch(chunks, due.longer()).await,
-            Self::Tcp(connection) => connection.release_batch(chunks, due.link).await,
+            Self::Quic(connection) => connection.release_batch(chunks, due.longer(), weight).await,
+            Self::Tcp(connection) => connection.release_batch(chunks, due.link, weight).await,
         }
     }
 
@@ -342,6 +347,8 @@ pub enum BatchStream {
     Quic(quic::BatchStream),
     /// One after the other on the TCP connection for batches.
     Tcp(tcp::BatchStream),
+    /// In a control message.
+    Message(Bytes),
 }
 
 impl BatchStream {
@@ -350,6 +357,13 @@ impl BatchStream {
         match self {
             Self::Quic(stream) => stream.read_header().await,
             Self::Tcp(stream) => stream.read_header(),
+            Self::Message(bytes) => {
+                let header =
+                    bytes.split_first_chunk().map(|(header, _)| BatchHeader::decode(header));
+                let header = header.ok_or_else(too_short)??;
+                bytes.advance(HEADER_BYTES);
+                Ok(header)
+            }
         }
     }
 
@@ -358,6 +372,7 @@ impl BatchStream {
         match self {
             Self::Quic(stream) => stream.read_exact(buf).await,
             Self::Tcp(stream) => stream.read_exact(buf).await,
+            Self::Message(bytes) => bytes.try_copy_to_slice(buf).map_err(|_| too_short()),
         }
     }
 
@@ -369,8 +384,14 @@ impl BatchStream {
                 stream.read_end();
                 Ok(())
             }
+            Self::Message(bytes) if bytes.is_empty() => Ok(()),
+            Self::Message(_) => Err(StreamError::Stream("more bytes follow a batch".into())),
         }
     }
+}
+
+fn too_short() -> StreamError {
+    StreamError::Stream("a control message holds less than a batch".into())
 }
 
 #[cfg(test)]

@@ -12,6 +12,9 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 /// until they are acknowledged, ten seconds on a slow line.
 const CONTROL_RESERVE_BYTES: u64 = 2 << 20;
 
+/// Of that, what light batches take: more of them wait like others.
+const LIGHT_RESERVE_BYTES: u64 = 1 << 20;
+
 /// The window is counted out in pieces of this size.
 const UNIT_BYTES: u64 = 4 << 10;
 
@@ -27,6 +30,7 @@ const BATCHES_BYTES: u64 = 8 << 20;
 #[derive(Debug)]
 pub(super) struct Bulk {
     free: Semaphore,
+    light: Semaphore,
     grant: Mutex<Grant>,
     most: u32,
 }
@@ -69,7 +73,8 @@ impl Bulk {
         let most = (most_bytes / UNIT_BYTES).max(1) as u32;
         let granted = units(0, most);
         let grant = Mutex::new(Grant { granted, wanted: granted });
-        Self { free: Semaphore::new(granted as usize), grant, most }
+        let light = Semaphore::new((LIGHT_RESERVE_BYTES / UNIT_BYTES) as usize);
+        Self { free: Semaphore::new(granted as usize), light, grant, most }
     }
 
     /// Waits for room for so many bytes; it is given back when the place is dropped.
@@ -79,6 +84,12 @@ impl Bulk {
         // Never closed, so this cannot fail.
         let permit = self.free.acquire_many(units as u32).await.ok()?;
         Some(Permit { bulk: self, of_semaphore: permit })
+    }
+
+    /// Room for so many bytes of a light batch, which waits for no other; `None` while there is none.
+    pub(super) fn light_place(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
+        let units = (bytes as u64).div_ceil(UNIT_BYTES).min(u64::from(u32::MAX));
+        self.light.try_acquire_many(units as u32).ok()
     }
 
     /// The congestion window is this large now. What is taken beyond that goes as it is given back.
@@ -115,8 +126,8 @@ mod tests {
     use std::task::{Context, Waker};
 
     use super::{
-        BATCHES_BYTES, Bulk, CONGESTION_WINDOWS, CONTROL_RESERVE_BYTES, UNIT_BYTES, filled_bytes,
-        units,
+        BATCHES_BYTES, Bulk, CONGESTION_WINDOWS, CONTROL_RESERVE_BYTES, LIGHT_RESERVE_BYTES,
+        UNIT_BYTES, filled_bytes, units,
     };
 
     const WINDOW_BYTES: u32 = 48 << 20;
@@ -184,6 +195,20 @@ mod tests {
         }
         assert!(given_back > all - BATCHES_BYTES, "{given_back}");
         assert!(taken.len() as u64 * batch < BATCHES_BYTES, "{}", taken.len());
+    }
+
+    /// A point of a quiet machine waited for seconds, behind all that another machine's sync had handed over.
+    #[tokio::test]
+    async fn light_batches_wait_for_no_others_and_have_a_bound() {
+        let bulk = Bulk::new(WINDOW_BYTES);
+        let _all = bulk.place(BATCHES_BYTES as usize).await;
+        let mut heavy = pin!(bulk.place(1));
+        assert!(heavy.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        let light: Vec<_> = std::iter::from_fn(|| bulk.light_place(64 << 10)).collect();
+        assert_eq!(light.len() as u64, LIGHT_RESERVE_BYTES / (64 << 10));
+        assert_eq!(free_bytes(&bulk), 0);
+        drop(light);
+        assert!(bulk.light_place(LIGHT_RESERVE_BYTES as usize).is_some());
     }
 
     #[tokio::test]

@@ -19,11 +19,13 @@ use crate::quic::bulk::Bulk;
 use crate::quic::congestion::{self, CongestionStats};
 use crate::quic::lanes::{Lanes, Opener, UPKEEPS_PER_SECOND};
 use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
-use crate::session::Release;
+use crate::session::{Release, Weight};
 
-/// Control goes before everything, hashes before batches.
-const CONTROL_PRIORITY: i32 = 2;
-const SYNC_PRIORITY: i32 = 1;
+/// Control goes before everything, hashes before batches, light batches before the others, which have none
+/// above 0.
+const CONTROL_PRIORITY: i32 = 3;
+const SYNC_PRIORITY: i32 = 2;
+const LIGHT_PRIORITY: i32 = 1;
 
 /// How often a link is looked after.
 const UPKEEP_PERIOD: Duration = Duration::from_millis(1000 / UPKEEPS_PER_SECOND as u64);
@@ -156,23 +158,30 @@ impl Connection {
     /// Sends a batch on a stream of its own; returns when the peer's transport has all of it. The
     /// chunks are not copied: quinn keeps them until they are acknowledged.
     pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
-        self.release_batch(chunks, Release::at_once(Instant::now())).await
+        self.release_batch(chunks, Release::at_once(Instant::now()), Weight::Heavy).await
     }
 
-    /// The same, with each byte when it is due.
+    /// The same, with each byte when it is due; light ones before the others.
     pub(crate) async fn release_batch(
         &self,
         chunks: Vec<Bytes>,
         release: Release,
+        weight: Weight,
     ) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let _unsent = self.unsent.batch(bytes as u64);
         self.bulk.follow(self.lanes.congestion_windows(Instant::now()));
-        let _place = self.bulk.place(bytes).await;
+        let light_place = (weight == Weight::Light).then(|| self.bulk.light_place(bytes)).flatten();
+        let priority =
+            light_place.as_ref().map_or_else(|| self.next_priority(), |_| LIGHT_PRIORITY);
+        let _heavy_place = match light_place {
+            Some(_) => None,
+            None => self.bulk.place(bytes).await,
+        };
         let lane = self.lanes.pick(bytes as u64);
         let mut stream = lane.connection.open_uni().await.map_err(ended)?;
-        let _ = stream.set_priority(self.next_priority());
+        let _ = stream.set_priority(priority);
         for (due, mut piece) in release.pieces(chunks) {
             // It may be due in seconds, and nothing is to stay until then of a link that has ended.
             tokio::select! {

@@ -18,7 +18,7 @@ pub use batch_limit::BatchLimit;
 pub use link_cost::LinkCost;
 pub use receiver::{Delivery, Receiver, ReceiverConfig, Rejected};
 pub use release::{Due, Release};
-pub use sender::{AckError, Released, Sender, Unfolded};
+pub use sender::{AckError, Released, Sender, Unfolded, Weight};
 pub use watermark::Watermark;
 
 #[cfg(test)]

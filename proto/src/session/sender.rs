@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::batch::{BodyError, EncodedBatch, Reference};
 use crate::id::{BatchSeq, Generation};
-use crate::limits::REORDER_BATCHES_MAX;
+use crate::limits::{LIGHT_BYTES_MAX, REORDER_BATCHES_MAX};
 
 /// Batches of one machine that are not acknowledged yet.
 ///
@@ -39,6 +39,16 @@ enum Link {
         /// Bytes that may be under way.
         window_bytes: u64,
     },
+}
+
+/// Whether a batch waits its turn among those of all machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weight {
+    /// Its machine has next to nothing under way: it goes before what others have. A point of a quiet
+    /// machine would wait for seconds behind the sync of another.
+    Light,
+    /// It waits its turn.
+    Heavy,
 }
 
 /// What an acknowledgement freed.
@@ -262,7 +272,18 @@ impl Sender {
     /// so that a window smaller than a batch does not stop the stream for ever; and never more than
     /// the target is ready to put back into order.
     pub fn poll_transmit(&mut self) -> Option<EncodedBatch> {
-        let Link::Up { sent, sent_bytes, window_bytes } = &mut self.link else {
+        let (batch, bytes) =
+            self.peek_transmit().map(|batch| (batch.clone(), batch.window_bytes()))?;
+        if let Link::Up { sent, sent_bytes, .. } = &mut self.link {
+            *sent += 1;
+            *sent_bytes += bytes;
+        }
+        Some(batch)
+    }
+
+    /// What [`Sender::poll_transmit`] returns next.
+    pub fn peek_transmit(&self) -> Option<&EncodedBatch> {
+        let Link::Up { sent, sent_bytes, window_bytes } = &self.link else {
             return None;
         };
         let batch = self.held.get(*sent)?;
@@ -270,8 +291,14 @@ impl Sender {
         if *sent >= REORDER_BATCHES_MAX || *sent > 0 && *sent_bytes + bytes > *window_bytes {
             return None;
         }
-        *sent += 1;
-        *sent_bytes += bytes;
-        Some(batch.clone())
+        Some(batch)
+    }
+
+    /// What the batch that was sent last is, beside those of other machines.
+    pub fn weight(&self) -> Weight {
+        match self.link {
+            Link::Up { sent_bytes, .. } if sent_bytes <= LIGHT_BYTES_MAX => Weight::Light,
+            _ => Weight::Heavy,
+        }
     }
 }

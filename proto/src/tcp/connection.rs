@@ -17,7 +17,7 @@ use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
 use crate::link::{LinkStats, PathStats, StreamError, Unsent, ip_header_bytes, wait_until};
 use crate::message::split_frame;
-use crate::session::Release;
+use crate::session::{Release, Weight};
 use crate::tcp::endpoint::PACKET_BYTES_MAX;
 use crate::tcp::fitness::Fitness;
 use crate::tcp::{GOODBYE, Way, kernel};
@@ -66,6 +66,8 @@ struct Shared {
     /// Why the session ended, once it has.
     ended: watch::Sender<Option<String>>,
     control: Writer,
+    /// Whose turn it is among heavy batches: light ones wait for the one that is being written, no more.
+    heavy_turn: Mutex<()>,
     batches_out: Mutex<WriteHalf<Stream>>,
     /// The sockets of the batches and of sync, to ask the kernel about.
     batches_socket: Option<OwnedFd>,
@@ -148,6 +150,7 @@ impl Connection {
             remote_address,
             ended: watch::Sender::new(None),
             control: Arc::new(Mutex::new(control_out)),
+            heavy_turn: Mutex::new(()),
             batches_out: Mutex::new(batches_out),
             batches_socket,
             sync_socket,
@@ -189,14 +192,20 @@ impl Connection {
         Ok((send, ReceiveHalf { half, buffer: BytesMut::new(), shared, silence_max: None }))
     }
 
-    /// Batches are sent whole, one after the other, in the order of the calls, each byte when it is due.
+    /// Batches are sent whole, one after the other, in the order of the calls but light ones before heavy
+    /// ones, each byte when it is due.
     pub(crate) async fn release_batch(
         &self,
         chunks: Vec<Bytes>,
         release: Release,
+        weight: Weight,
     ) -> Result<(), StreamError> {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let mut unsent = self.0.unsent.batch(bytes as u64);
+        let _turn = match weight {
+            Weight::Light => None,
+            Weight::Heavy => Some(self.0.heavy_turn.lock().await),
+        };
         let mut writer = self.0.batches_out.lock().await;
         let work = async {
             for (due, piece) in release.pieces(chunks) {

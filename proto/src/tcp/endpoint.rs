@@ -64,6 +64,10 @@ const FAR_CONTROLLER: &str = "bbr";
 /// Within a LAN, where BBR overflows the small queues of switches again and again.
 const LAN_CONTROLLER: &str = "cubic";
 
+/// What may wait in the kernel on a long path, in bytes, besides what is in flight: nothing passes it any
+/// more, and by itself the kernel takes megabytes, a second's worth of a slow line.
+const FAR_UNSENT_BYTES_MAX: u32 = 256 << 10;
+
 /// A TCP socket as an agent's are, before it connects. What it says of segments binds both ends.
 fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = match address {
@@ -83,8 +87,11 @@ pub enum Way {
     Lan,
 }
 
-/// `controller` is the kernel's congestion control.
-fn tune(stream: &TcpStream, controller: &str) {
+fn tune(stream: &TcpStream, way: Way) {
+    let controller = match way {
+        Way::Far => FAR_CONTROLLER,
+        Way::Lan => LAN_CONTROLLER,
+    };
     let _ = stream.set_nodelay(true);
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_PERIOD).with_interval(KEEPALIVE_PERIOD);
     let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
@@ -92,6 +99,10 @@ fn tune(stream: &TcpStream, controller: &str) {
         tracing::debug!(
             "the kernel has no {controller} for TCP; `modprobe tcp_{controller}` may help"
         );
+    }
+    // An old kernel takes what it likes.
+    if way == Way::Far {
+        let _ = kernel::set_unsent_bytes_max(stream.as_fd(), FAR_UNSENT_BYTES_MAX);
     }
 }
 
@@ -166,11 +177,7 @@ async fn open(
     way: Way,
 ) -> io::Result<Stream> {
     let stream = socket(address)?.connect(address).await?;
-    let controller = match way {
-        Way::Far => FAR_CONTROLLER,
-        Way::Lan => LAN_CONTROLLER,
-    };
-    tune(&stream, controller);
+    tune(&stream, way);
     let name = ServerName::try_from("backhaul").map_err(io::Error::other)?;
     let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut stream = connector.connect(name, stream).await?;
@@ -286,7 +293,7 @@ async fn take(
     pendings: &Pendings,
 ) -> io::Result<Option<Connection>> {
     // What a target sends is small; the agent knows which way it is.
-    tune(&stream, FAR_CONTROLLER);
+    tune(&stream, Way::Far);
     let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut stream = TlsStream::Server(acceptor.accept(stream).await?);
     let mut bytes = [0; PREFACE_BYTES];

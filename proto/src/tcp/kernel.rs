@@ -39,6 +39,22 @@ pub(super) struct Info {
     pub(super) repeated_bytes: u64,
 }
 
+/// The kernel takes data from this process only while less than `bytes` wait in it to be sent
+/// (`TCP_NOTSENT_LOWAT`, Linux 3.12).
+pub(super) fn set_unsent_bytes_max(socket: BorrowedFd<'_>, bytes: u32) -> std::io::Result<()> {
+    // SAFETY: the pointer and the length are those of `bytes`, which outlives the call.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const bytes).cast(),
+            size_of::<u32>() as libc::socklen_t,
+        )
+    };
+    if failed == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
 /// Asks the kernel; `None` when `socket` is not a TCP socket.
 pub(super) fn info(socket: BorrowedFd<'_>) -> Option<Info> {
     let mut bytes = [0_u8; INFO_BYTES];

@@ -17,7 +17,7 @@ use crate::port::LoopbackPort;
 use crate::workload::WorkloadSpec;
 use crate::writer::{Until, Written, write};
 
-/// The name of the lab's one machine.
+/// The name of the lab's first machine, mostly its only one.
 pub const MACHINE: &str = "lab";
 
 /// How often the target is asked how things stand while something is waited for.
@@ -32,6 +32,8 @@ pub struct RigSpec {
     pub programs: PathBuf,
     /// The protected disks, in order. Their names are `disk0`, `disk1` and so on.
     pub disks: Vec<PathBuf>,
+    /// More machines of the same agent, each a name and its one disk, `disk0`.
+    pub others: Vec<(String, PathBuf)>,
     /// How often a point is set.
     pub point_period: Duration,
     /// The link between the two, if it is not loopback.
@@ -55,6 +57,7 @@ impl RigSpec {
             dir: dir.to_owned(),
             programs,
             disks: vec![disk.to_owned()],
+            others: Vec::new(),
             point_period: Duration::from_secs(300),
             link: None,
             transport: "auto".into(),
@@ -176,6 +179,17 @@ impl Rig {
                 disk.display()
             );
         }
+        for (name, disk) in &self.spec.others {
+            let image = self.image_of(name, 0);
+            target += &format!(
+                "[[machine]]\nname = \"{name}\"\nagent = \"lab-agent\"\npoint_period = \"{period} ms\"\n[[machine.disk]]\nname = \"disk0\"\nimage = \"{}\"\nkind = \"{kind}\"\n",
+                image.display()
+            );
+            agent += &format!(
+                "[[machine]]\nname = \"{name}\"\n[[machine.disk]]\nname = \"disk0\"\npath = \"{}\"\n",
+                disk.display()
+            );
+        }
         fs::create_dir_all(self.path("images"))?;
         fs::write(self.path("master-target.toml"), target)?;
         fs::write(self.path("agent.toml"), agent)?;
@@ -184,8 +198,12 @@ impl Rig {
 
     /// Where the image of a disk is or will be.
     pub fn image(&self, disk: usize) -> PathBuf {
+        self.image_of(MACHINE, disk)
+    }
+
+    fn image_of(&self, machine: &str, disk: usize) -> PathBuf {
         let ending = if self.spec.kind == "raw" { "raw" } else { "vmdk" };
-        self.path("images").join(format!("{MACHINE}-disk{disk}.{ending}"))
+        self.path("images").join(format!("{machine}-disk{disk}.{ending}"))
     }
 
     /// The agent's NBD socket.
