@@ -154,8 +154,10 @@ impl TransportOptions {
             .unwrap_or_else(|_| IdleTimeout::from(VarInt::from_u32(10_000)));
         config.max_idle_timeout(Some(idle));
         config.keep_alive_interval(Some(self.idle_timeout / 5));
-        // Whole batches one after the other: the target can use none of them before it is complete.
-        config.send_fairness(false);
+        // What is sent next is decided for every packet: without this, control waits until the batch that
+        // was begun is sent whole, half a second on a slow line. Batches leave whole, one after the other,
+        // by their priorities.
+        config.send_fairness(true);
         config.datagram_receive_buffer_size(Some(COPIES_BYTES));
         config.datagram_send_buffer_size(COPIES_BYTES);
         let mut mtu = MtuDiscoveryConfig::default();

@@ -201,7 +201,8 @@ impl Rig {
         self.image_of(MACHINE, disk)
     }
 
-    fn image_of(&self, machine: &str, disk: usize) -> PathBuf {
+    /// The same of one of the other machines, whose disk is number 0.
+    pub fn image_of(&self, machine: &str, disk: usize) -> PathBuf {
         let ending = if self.spec.kind == "raw" { "raw" } else { "vmdk" };
         self.path("images").join(format!("{machine}-disk{disk}.{ending}"))
     }

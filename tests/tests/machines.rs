@@ -1,0 +1,140 @@
+//! Several machines of one agent: what one of them has to send holds up no other.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use backhaul_api::{Consistency, FailoverRequest, Machine, Stage};
+use backhaul_lab::random::Random;
+use backhaul_lab::rig::MACHINE;
+use backhaul_tests::{STEP_TIME_MAX, Scenario, compare, is_root};
+
+/// The other machine, beside the one that is synced.
+const OTHER: &str = "other";
+
+/// A machine with a disk of noise, and another one, over `line`.
+fn prepare(
+    noise_bytes: u64,
+    other_bytes: usize,
+    line: &str,
+    transport: &str,
+) -> (Scenario, PathBuf) {
+    let mut disk = PathBuf::new();
+    let scenario = Scenario::prepare_noise(noise_bytes, 93, |spec| {
+        spec.link = Some(line.parse().unwrap());
+        spec.transport = transport.into();
+        disk = spec.dir.join("other.raw");
+        spec.others = vec![(OTHER.into(), disk.clone())];
+    })
+    .unwrap();
+    std::fs::write(&disk, vec![0; other_bytes]).unwrap();
+    (scenario, disk)
+}
+
+/// Waits until the other machine is as `wanted` says.
+async fn wait_other(scenario: &Scenario, wanted: impl Fn(&Machine) -> bool) -> Machine {
+    let (began, mut looks) = (Instant::now(), tokio::time::interval(Duration::from_millis(50)));
+    loop {
+        looks.tick().await;
+        let last = scenario.rig.client().machine(OTHER).await;
+        match last {
+            Ok(machine) if wanted(&machine) => return machine,
+            last => assert!(began.elapsed() < STEP_TIME_MAX, "{last:?}"),
+        }
+    }
+}
+
+/// A point of a machine with next to nothing to send waited behind all that another machine's sync had
+/// handed to the transport: three seconds and more over this line, over TCP as over QUIC.
+async fn a_quiet_machine_passes(transport: &str) {
+    if !is_root() {
+        return;
+    }
+    const POINTS: usize = 9;
+    const WRITE_BYTES: usize = 12 << 10;
+    let (mut scenario, disk) = prepare(96 << 20, 16 << 20, "20mbit,50ms", transport);
+    scenario.start().unwrap();
+    let busy = |machine: &Machine| machine.received_plain_bytes > 8 << 20;
+    scenario.rig.wait("the sync", STEP_TIME_MAX, busy).await.unwrap();
+    wait_other(&scenario, |machine| machine.consistency == Consistency::Consistent).await;
+    let export = format!("{OTHER}-disk0");
+    let guest = backhaul_nbd::Client::unix(&scenario.rig.nbd_socket(), &export).await.unwrap();
+    let client = scenario.rig.client();
+    let (mut random, mut times) = (Random::new(5), Vec::new());
+    for point in 0..POINTS {
+        let mut data = vec![0; WRITE_BYTES];
+        random.fill(&mut data);
+        guest.write((point * 2 * WRITE_BYTES) as u64, data.into(), false).await.unwrap();
+        let began = Instant::now();
+        client.tag(OTHER).await.unwrap();
+        times.push(began.elapsed());
+    }
+    let machine = client.machine(MACHINE).await.unwrap();
+    assert!(machine.dirty_bytes > 0, "the sync was over: {machine:?}");
+    times.sort();
+    println!("over {transport}: {times:?}");
+    // A round trip, what the line's queue holds, and what a busy host adds.
+    assert!(times[POINTS / 2] < Duration::from_millis(700), "{times:?}");
+
+    drop(guest);
+    let request = FailoverRequest {
+        to: "latest".into(),
+        without_shutdown: false,
+        drain_timeout_seconds: 60.0,
+    };
+    client.failover(OTHER, &request).await.unwrap();
+    wait_other(&scenario, |machine| machine.stage == Stage::FailedOver).await;
+    compare_image(&scenario, &disk);
+}
+
+fn compare_image(scenario: &Scenario, disk: &Path) {
+    compare(disk, &scenario.rig.image_of(OTHER, 0)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quiet_machine_passes_another_ones_sync_over_quic() {
+    a_quiet_machine_passes("quic").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quiet_machine_passes_another_ones_sync_over_tcp() {
+    a_quiet_machine_passes("tcp").await;
+}
+
+/// One machine's ceiling is its own: another one has the rest of the line.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machines_ceiling_leaves_the_rest_to_the_others() {
+    if !is_root() {
+        return;
+    }
+    const LINE_MBIT: f64 = 40.0;
+    const CEILING_MBIT: f64 = 8.0;
+    let (mut scenario, disk) = prepare(64 << 20, 0, "40mbit,10ms", "quic");
+    let mut noise = vec![0; 96 << 20];
+    Random::new(94).fill(&mut noise);
+    std::fs::write(&disk, noise).unwrap();
+    let limited =
+        |text: String| text.replacen("[[machine]]\n", "[[machine]]\nlimit = \"8 Mbit/s\"\n", 1);
+    scenario.rig.edit_configuration("agent", limited).unwrap();
+    scenario.start().unwrap();
+    let busy = |machine: &Machine| machine.received_plain_bytes > 4 << 20;
+    scenario.rig.wait("the sync", STEP_TIME_MAX, busy).await.unwrap();
+    let client = scenario.rig.client();
+    let received = async || {
+        let [lab, other] = [MACHINE, OTHER].map(|name| client.machine(name));
+        let (lab, other) = (lab.await.unwrap(), other.await.unwrap());
+        assert!(lab.dirty_bytes > 0 && other.dirty_bytes > 0, "{lab:?} {other:?}");
+        (Instant::now(), [lab, other].map(|machine| machine.received_plain_bytes))
+    };
+    let before = received().await;
+    // The ceiling is to hold over ten seconds.
+    let mut looks = tokio::time::interval(Duration::from_secs(10));
+    looks.tick().await;
+    looks.tick().await;
+    let after = received().await;
+    let seconds = (after.0 - before.0).as_secs_f64();
+    let mbit = |at: usize| (after.1[at] - before.1[at]) as f64 * 8.0 / 1e6 / seconds;
+    println!("limited: {:.2} Mbit/s of data, the other {:.2}", mbit(0), mbit(1));
+    // Headers are a twentieth.
+    assert!((0.92..=1.0).contains(&(mbit(0) / CEILING_MBIT)), "{} Mbit/s", mbit(0));
+    assert!(mbit(1) > 0.8 * (LINE_MBIT - CEILING_MBIT), "{} Mbit/s", mbit(1));
+}
