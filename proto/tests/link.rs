@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use backhaul_proto::id::BatchSeq;
 use backhaul_proto::identity::{Identity, IdentityError, IdentityFiles, Role, issue};
-use backhaul_proto::link::{ConnectOptions, Listener, Transport, TransportChoice, connect};
+use backhaul_proto::link::{
+    ConnectOptions, Connection, Listener, Transport, TransportChoice, connect,
+};
 use backhaul_proto::message::{AgentMessage, Heartbeat, agent_message};
 use backhaul_proto::quic::{AcceptError, ConnectError, TransportOptions};
 use backhaul_proto::session::{BatchLimit, Due, Weight};
@@ -267,38 +269,79 @@ async fn a_machine_with_a_low_ceiling_holds_up_nobody_else() {
     }
 }
 
+/// Hands over `count` batches of a megabyte, more than the windows admit while nobody reads, and waits until
+/// they are full.
+async fn hand_over(agent: &Connection, count: u64) -> JoinSet<()> {
+    const BATCH_BYTES: usize = 1 << 20;
+    const WINDOWS_BYTES_MAX: u64 = 32 << 20;
+    let mut sends = JoinSet::new();
+    for seq in 1..=count {
+        let agent = agent.clone();
+        sends.spawn(async move { agent.send_batch(batch_of(seq, BATCH_BYTES)).await.unwrap() });
+    }
+    let least = count * BATCH_BYTES as u64 - WINDOWS_BYTES_MAX;
+    let full = async {
+        while agent.unsent_bytes() <= least {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), full).await.expect("it all left");
+    sends
+}
+
+/// Reads the next batch to its end; returns its number.
+async fn read_batch(target: &Connection) -> u64 {
+    let mut stream = target.accept_batch().await.unwrap();
+    let header = stream.read_header().await.unwrap();
+    stream.read_exact(&mut vec![0; header.wire_bytes as usize]).await.unwrap();
+    stream.read_end().await.unwrap();
+    header.batch.0
+}
+
 /// What a target has and has not made durable was counted as still to leave, and a ceiling that came in the
 /// middle of a sync waited for it: on a slow disk 4 % less than the ceiling was sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_arrived_has_left() {
     const BATCHES: u64 = 96;
-    const BATCH_BYTES: usize = 1 << 20;
-    const WINDOWS_BYTES_MAX: u64 = 32 << 20;
     for choice in BOTH {
         let dir = site();
         let (_listener, agent, target) = pair(dir.path(), choice).await;
         assert_eq!(agent.unsent_bytes(), 0, "{choice:?}");
-        let mut sends = JoinSet::new();
-        for seq in 1..=BATCHES {
-            let agent = agent.clone();
-            sends.spawn(async move { agent.send_batch(batch_of(seq, BATCH_BYTES)).await.unwrap() });
-        }
-        let all = BATCHES * BATCH_BYTES as u64;
-        let full = async {
-            while agent.unsent_bytes() <= all - WINDOWS_BYTES_MAX {
-                tokio::task::yield_now().await;
-            }
-        };
-        // Nobody reads: what the windows do not admit stays.
-        tokio::time::timeout(Duration::from_secs(30), full).await.expect("it all left");
+        let sends = hand_over(&agent, BATCHES).await;
         for _ in 0..BATCHES {
-            let mut stream = target.accept_batch().await.unwrap();
-            let header = stream.read_header().await.unwrap();
-            stream.read_exact(&mut vec![0; header.wire_bytes as usize]).await.unwrap();
-            stream.read_end().await.unwrap();
+            read_batch(&target).await;
         }
         sends.join_all().await;
         assert_eq!(agent.unsent_bytes(), 0, "{choice:?}: no word of the target was needed");
+    }
+}
+
+/// A batch of a machine that has nothing else to send waited behind all that another one's sync had handed
+/// over.
+#[tokio::test(flavor = "multi_thread")]
+async fn light_batches_pass_heavy_ones() {
+    const BATCHES: u64 = 96;
+    const LIGHT: u64 = 1000;
+    for choice in BOTH {
+        let dir = site();
+        let (_listener, agent, target) = pair(dir.path(), choice).await;
+        let mut sends = hand_over(&agent, BATCHES).await;
+        let (light, now) = (agent.clone(), Instant::now());
+        sends.spawn(async move {
+            let batch = batch_of(LIGHT, 8 << 10);
+            light.release_batch(batch, Due::at_once(now), Weight::Light).await.unwrap();
+        });
+        let mut before = 0;
+        while read_batch(&target).await != LIGHT {
+            before += 1;
+        }
+        println!("{choice:?}: {before} of {BATCHES} came before it");
+        // What the windows had admitted.
+        assert!(before < 40, "{choice:?}: {before} batches came before it");
+        for _ in before..BATCHES {
+            read_batch(&target).await;
+        }
+        sends.join_all().await;
     }
 }
 

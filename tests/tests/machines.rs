@@ -44,8 +44,9 @@ async fn wait_other(scenario: &Scenario, wanted: impl Fn(&Machine) -> bool) -> M
 }
 
 /// A point of a machine with next to nothing to send waited behind all that another machine's sync had
-/// handed to the transport: three seconds and more over this line, over TCP as over QUIC.
-async fn a_quiet_machine_passes(transport: &str) {
+/// handed to the transport: three seconds and more over this line, over TCP as over QUIC. Then it waited for
+/// the rest of the batch that quinn had begun, as all of control did: most of half a second.
+async fn a_quiet_machine_passes(transport: &str, time_max: Duration) {
     if !is_root() {
         return;
     }
@@ -72,8 +73,7 @@ async fn a_quiet_machine_passes(transport: &str) {
     assert!(machine.dirty_bytes > 0, "the sync was over: {machine:?}");
     times.sort();
     println!("over {transport}: {times:?}");
-    // A round trip, what the line's queue holds, and what a busy host adds.
-    assert!(times[POINTS / 2] < Duration::from_millis(700), "{times:?}");
+    assert!(times[POINTS / 2] < time_max, "{times:?}");
 
     drop(guest);
     let request = FailoverRequest {
@@ -92,12 +92,14 @@ fn compare_image(scenario: &Scenario, disk: &Path) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quiet_machine_passes_another_ones_sync_over_quic() {
-    a_quiet_machine_passes("quic").await;
+    // A round trip of 100 ms, what the line's queue holds, and what a busy host adds.
+    a_quiet_machine_passes("quic", Duration::from_millis(300)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quiet_machine_passes_another_ones_sync_over_tcp() {
-    a_quiet_machine_passes("tcp").await;
+    // The megabyte that is being written goes first, 0.4 s of this line, and what the kernel has, 0.1 s.
+    a_quiet_machine_passes("tcp", Duration::from_secs(1)).await;
 }
 
 /// One machine's ceiling is its own: another one has the rest of the line.

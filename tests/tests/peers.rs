@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use backhaul_api::Machine;
-use backhaul_proto::batch::{Compression, Compressor, PlainBatch};
-use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
+use backhaul_proto::batch::{Compression, Compressor, PlainBatch, Reference};
+use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role};
 use backhaul_proto::link::{
     ConnectOptions, Connection, FrameReceiver, FrameSender, Listener, TransportChoice, connect,
@@ -158,6 +158,46 @@ async fn a_corrupt_batch_is_named_and_not_journalled() {
         agent.connection.send_batch(vec![batch(2, 0x22).into()]).await.unwrap();
         let whole = |machine: &Machine| machine.received_plain_bytes > 8192;
         scenario.rig.wait("the batch", STEP_TIME_MAX, whole).await.unwrap();
+    }
+}
+
+/// A batch in a control message is journalled as any other, once it is small, sound and without references.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_in_a_control_message_is_one_or_ends_the_session() {
+    let of = |seq: u64, bytes: usize, references: Vec<Reference>| {
+        let data = Bytes::from(vec![0x33; bytes]);
+        let plain = PlainBatch::of_one_write(Generation(7), BatchSeq(seq), 4096 * seq, data);
+        let batch = plain.encode_folded(references, Compression::Off, &mut Compressor::default());
+        batch.chunks(MachineIndex(0)).concat()
+    };
+    let small = of(2, 512, Vec::new());
+    let mut flipped = small.clone();
+    flipped[128 + 16 + 100] ^= 1;
+    let elsewhere = Reference { at_bytes: 0, len_bytes: 4096, disk: DiskIndex(0), offset_bytes: 0 };
+    for (bad, sentence) in [
+        (flipped, "batch 2: the batch's body is damaged: its blake3 hash does not match"),
+        (small[..64].to_vec(), "a control message holds less than a batch"),
+        (small[..small.len() - 1].to_vec(), "a control message holds less than a batch"),
+        ([&small[..], &[0]].concat(), "more bytes follow a batch"),
+        (of(2, 4096, Vec::new()), "a batch of 4240 bytes came in a control message"),
+        (of(2, 4096, vec![elsewhere]), "batch 2 came with references in a control message"),
+    ] {
+        let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();
+        scenario.rig.start_target().unwrap();
+        scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
+        let mut agent = FakeAgent::connect(&scenario).await;
+        agent.hello((VERSION_MIN.0, VERSION_MAX.0)).await;
+        let say = |bytes: Vec<u8>| {
+            let kind = Some(agent_message::Kind::Batch(bytes.into()));
+            AgentMessage { kind }
+        };
+        agent.sender.send(&say(of(1, 512, Vec::new()))).await.unwrap();
+        let acked = agent.receiver.recv::<TargetMessage>().await.unwrap().unwrap();
+        let Some(target_message::Kind::Ack(ack)) = acked.kind else { panic!("{acked:?}") };
+        assert_eq!(ack.durable_batch, 1);
+        agent.sender.send(&say(bad)).await.unwrap();
+        let reason = agent.connection.closed().await;
+        assert!(reason.contains(sentence), "{reason}");
     }
 }
 

@@ -9,7 +9,8 @@ use crate::batch::{
     BatchKind, Compression, Compressor, EncodedBatch, PlainBatch, Record, RecordKind,
 };
 use crate::id::{BatchSeq, DiskIndex, Generation, WriteSeq};
-use crate::session::{AckError, Delivery, Receiver, ReceiverConfig, Rejected, Sender};
+use crate::limits::LIGHT_BYTES_MAX;
+use crate::session::{AckError, Delivery, Receiver, ReceiverConfig, Rejected, Sender, Weight};
 
 fn batch(seq: u64) -> EncodedBatch {
     let mut compressor = Compressor::default();
@@ -222,6 +223,29 @@ fn a_batch_larger_than_the_window_still_goes() {
     assert_eq!(sender.poll_transmit().unwrap().header.batch, BatchSeq(2));
     sender.handle_disconnected();
     assert_eq!(sender.under_way_bytes(), 0, "it is sent again");
+}
+
+#[test]
+fn a_batch_is_light_while_its_machine_has_little_under_way() {
+    let mut sender = Sender::new(Generation(1));
+    let mut bytes = 0;
+    for seq in 1..=200 {
+        sender.push(batch(seq));
+    }
+    sender.handle_connected(BatchSeq(0), BatchSeq(0), u64::MAX).unwrap();
+    assert_eq!(sender.peek_transmit().unwrap().header.batch, BatchSeq(1));
+    let mut newest = BatchSeq(0);
+    while let Some(batch) = sender.poll_transmit() {
+        bytes += batch.window_bytes();
+        newest = batch.header.batch;
+        let light = sender.weight() == Weight::Light;
+        assert_eq!(light, bytes <= LIGHT_BYTES_MAX, "{bytes} bytes under way");
+    }
+    assert!(bytes > LIGHT_BYTES_MAX, "all {newest} were light");
+    sender.handle_ack(newest, u64::MAX).unwrap();
+    sender.push(batch(201));
+    sender.poll_transmit().unwrap();
+    assert_eq!(sender.weight(), Weight::Light, "once they were acknowledged");
 }
 
 #[test]
