@@ -178,6 +178,27 @@ async fn where_udp_does_not_pass_a_dark_line_is_back_as_soon() {
     end("dark over TCP", &mut scenario, None, BEHIND_A_GAP_BYTES).await;
 }
 
+/// Shorter than what ends a session. Over TCP the kernel sends again at intervals that double: a line that was
+/// back after six seconds stayed idle for as long again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_short_dark_over_tcp_is_noticed_to_be_over() {
+    if !is_root() {
+        return;
+    }
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let over_tcp = |spec: &mut RigSpec| spec.transport = "tcp".into();
+    let mut scenario = prepare("100mbit,10ms", 160, 92, over_tcp);
+    scenario.start().unwrap();
+    let earlier = wait_flowing(&mut scenario).await;
+    for seconds in [3, 7] {
+        darken(&scenario, seconds).await;
+        let what = format!("{seconds} s of dark over TCP");
+        assert_back(&what, &scenario, Instant::now(), earlier).await;
+    }
+    assert!(connections(&scenario) <= 3);
+    end("short darks over TCP", &mut scenario, None, 2 * BEHIND_A_GAP_BYTES).await;
+}
+
 /// A link that is there every other second, for a minute: it is used while it is there, over the same
 /// connection.
 #[tokio::test(flavor = "multi_thread")]

@@ -305,11 +305,11 @@ impl Connection {
     }
 
     /// Looks after an agent's link, which may go dark for seconds or want more connections; never
-    /// returns, runs beside the session. TCP has its own ways.
+    /// returns, runs beside the session.
     pub async fn look_after(&self) {
         match self {
             Self::Quic(connection) => connection.look_after().await,
-            Self::Tcp(_) => std::future::pending().await,
+            Self::Tcp(connection) => connection.look_after().await,
         }
     }
 

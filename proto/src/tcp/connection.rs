@@ -8,9 +8,11 @@ use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::time::MissedTickBehavior;
 use tokio_rustls::TlsStream;
 
 use crate::batch::{BatchHeader, HEADER_BYTES};
@@ -28,6 +30,13 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// How often the kernel is asked how a connection within a LAN does.
 const FITNESS_PERIOD: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether the peer answers, and how long a knock may take, unless the path is longer.
+const KNOCK_PERIOD: Duration = Duration::from_millis(250);
+
+/// Retransmission timeouts in a row after which a path counts as dark. The kernel's next ones come at intervals
+/// that double, so a path that is back after six seconds would stay idle for another six.
+const DARK_TIMEOUTS: u8 = 2;
 
 /// After a goodbye the other connections stay for so long: whoever finds one of them ended first would
 /// take that for the reason.
@@ -69,7 +78,8 @@ struct Shared {
     /// Whose turn it is among heavy batches: light ones wait for the one that is being written, no more.
     heavy_turn: Mutex<()>,
     batches_out: Mutex<WriteHalf<Stream>>,
-    /// The sockets of the batches and of sync, to ask the kernel about.
+    /// Their sockets, to ask the kernel about.
+    control_socket: Option<OwnedFd>,
     batches_socket: Option<OwnedFd>,
     sync_socket: Option<OwnedFd>,
     way: Way,
@@ -90,6 +100,13 @@ impl Shared {
             ended.get_or_insert_with(|| reason.to_owned());
             first
         });
+    }
+
+    /// What the kernel still has is not sent: it comes again on the next connection.
+    fn abandon(&self) {
+        for socket in [&self.sync_socket, &self.batches_socket].into_iter().flatten() {
+            let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+        }
     }
 
     async fn ended(&self) -> String {
@@ -141,7 +158,8 @@ impl Connection {
         way: Way,
     ) -> Self {
         let socket = |stream: &Stream| stream.get_ref().0.get_ref().as_fd().try_clone_to_owned();
-        let (batches_socket, sync_socket) = (socket(&batches).ok(), socket(&sync).ok());
+        let [control_socket, sync_socket, batches_socket] =
+            [&control, &sync, &batches].map(|stream| socket(stream).ok());
         let (control_in, control_out) = tokio::io::split(control);
         let (sync_in, sync_out) = tokio::io::split(sync);
         let (batches_in, batches_out) = tokio::io::split(batches);
@@ -152,6 +170,7 @@ impl Connection {
             control: Arc::new(Mutex::new(control_out)),
             heavy_turn: Mutex::new(()),
             batches_out: Mutex::new(batches_out),
+            control_socket,
             batches_socket,
             sync_socket,
             way,
@@ -314,6 +333,38 @@ impl Connection {
                 }
             }
         }
+    }
+
+    /// Looks after an agent's connection; never returns. While the path is dark it knocks with handshakes, and
+    /// ends the session once one is answered and the kernel's own retransmissions are not: the next session
+    /// is there sooner.
+    pub(crate) async fn look_after(&self) {
+        let mut period = tokio::time::interval(KNOCK_PERIOD);
+        period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            period.tick().await;
+            if !self.is_dark() {
+                continue;
+            }
+            let round_trip = self.info().rtt;
+            let knock = TcpStream::connect(self.0.remote_address);
+            let answered = tokio::time::timeout(KNOCK_PERIOD.max(2 * round_trip), knock).await;
+            if !matches!(answered, Ok(Ok(_))) {
+                continue;
+            }
+            // What the kernel sent again since the path is back is answered by then.
+            tokio::time::sleep(round_trip).await;
+            if self.is_dark() {
+                self.0.abandon();
+                self.close("the link was dark, and is back");
+            }
+        }
+    }
+
+    fn is_dark(&self) -> bool {
+        let sockets = [&self.0.control_socket, &self.0.sync_socket, &self.0.batches_socket];
+        let infos = sockets.into_iter().flatten().filter_map(|socket| kernel::info(socket.as_fd()));
+        infos.map(|info| info.timeouts).max().unwrap_or(0) >= DARK_TIMEOUTS
     }
 
     pub(crate) async fn closed(&self) -> String {
