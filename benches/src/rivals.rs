@@ -83,11 +83,7 @@ pub fn bare(dir: &Path, spec: &LinkSpec, kind: &str, span: &Span) -> anyhow::Res
 /// rsync's own protocol, without encryption and compression.
 pub fn rsync(dir: &Path, disk: &Path, spec: &LinkSpec, span: &Span) -> anyhow::Result<f64> {
     let link = Link::start(spec.clone())?;
-    let (_server, to) = rsync_daemon(dir, &link)?;
-    let mut sender = Peer::start(
-        link.site_a().command_in("rsync").args(["--whole-file", "--inplace"]).arg(disk).arg(to),
-    )?;
-    delivered(&link, &mut sender, span)
+    delivered(&link, begin("rsync", dir, disk, &link)?, span)
 }
 
 /// A daemon of rsync at site B that puts `copy.raw` into `dir`, and the address of that file.
@@ -111,9 +107,7 @@ pub fn rsync_daemon(dir: &Path, link: &Link) -> anyhow::Result<(Peer, String)> {
 /// nbdcopy to nbdkit with TLS.
 pub fn nbdcopy(dir: &Path, disk: &Path, spec: &LinkSpec, span: &Span) -> anyhow::Result<f64> {
     let link = Link::start(spec.clone())?;
-    let (_server, uri) = nbdkit_tls(dir, disk, &link)?;
-    let mut sender = Peer::start(link.site_a().command_in("nbdcopy").arg(disk).arg(uri))?;
-    delivered(&link, &mut sender, span)
+    delivered(&link, begin("nbdcopy-tls", dir, disk, &link)?, span)
 }
 
 /// nbdkit with TLS at site B over an empty `copy.raw` of the disk's size in `dir`, and its address.
@@ -143,14 +137,50 @@ pub fn wait_for_port(peer: &mut Peer, link: &Link, port: u16) -> anyhow::Result<
     peer.wait_until(|| link.site_b().run_inside(connect).unwrap_or(false))
 }
 
-/// What the link delivers of payload while `sender` runs.
-fn delivered(link: &Link, sender: &mut Peer, span: &Span) -> anyhow::Result<f64> {
+/// A transfer that has just been started; it ends when this is dropped.
+#[derive(Debug)]
+pub enum Running {
+    /// A client and a server.
+    Peers([Peer; 2]),
+    /// A transport with nothing behind it.
+    Bare(Transfer),
+}
+
+/// Starts a contender of the links' table, by its name there, to be watched on the link.
+pub fn begin(contender: &str, dir: &Path, disk: &Path, link: &Link) -> anyhow::Result<Running> {
+    if let Some(kind) = contender.strip_prefix("bare-") {
+        return Ok(Running::Bare(Transfer::start(kind, Some(link), dir)?));
+    }
+    let site = link.site_a();
+    let (server, mut client) = if let Some(congestion) = contender.strip_prefix("iperf3-") {
+        let mut client = iperf3_client(link, 3600);
+        client.args(["-C", congestion]);
+        (iperf3_server(link)?, client)
+    } else if contender == "rsync" {
+        let (server, to) = rsync_daemon(dir, link)?;
+        let mut client = site.command_in("rsync");
+        client.args(["--whole-file", "--inplace"]).arg(disk).arg(to);
+        (server, client)
+    } else {
+        ensure!(contender == "nbdcopy-tls", "no peer is called {contender}");
+        let (server, uri) = nbdkit_tls(dir, disk, link)?;
+        let mut client = site.command_in("nbdcopy");
+        client.arg(disk).arg(uri);
+        (server, client)
+    };
+    Ok(Running::Peers([Peer::start(&mut client)?, server]))
+}
+
+/// What the link delivers of payload while a transfer runs.
+fn delivered(link: &Link, mut running: Running, span: &Span) -> anyhow::Result<f64> {
     // The first seconds are not counted; the second wait is the measurement itself.
     std::thread::sleep(span.settle);
     let before = link.stats().up;
     std::thread::sleep(span.measure);
     let after = link.stats().up;
-    ensure!(sender.is_running()?, "the sender ended before it was measured");
+    if let Running::Peers([sender, _]) = &mut running {
+        ensure!(sender.is_running()?, "the sender ended before it was measured");
+    }
     let packets = after.delivered_packets - before.delivered_packets;
     let bytes = after.delivered_bytes - before.delivered_bytes;
     Ok(bytes.saturating_sub(packets * TCP_HEADER_BYTES) as f64 / span.measure.as_secs_f64())

@@ -13,7 +13,7 @@ use backhaul_lab::random::Random;
 use crate::peer::START_TIME_MAX;
 use crate::record::{Change, Record};
 use crate::sample::Sample;
-use crate::{links::LINKS, pipeline, plot};
+use crate::{links::LINKS, pipeline, plot, rivals};
 
 /// What has to be reached, as a share of the rate of the link.
 pub(crate) const WANTED: f64 = 0.8;
@@ -28,6 +28,15 @@ const IDLE: Duration = Duration::from_secs(6);
 const WRITE_BYTES: u32 = 1 << 20;
 const WRITERS: u64 = 8;
 const GOAL_ROUND_TRIPS: f64 = 15.0;
+const PEERS: [&str; 7] = [
+    "bare-quinn-cubic",
+    "bare-quinn-bbr",
+    "bare-noq-bbr3",
+    "iperf3-cubic",
+    "iperf3-bbr",
+    "rsync",
+    "nbdcopy-tls",
+];
 
 /// Measures the links whose names contain `only`, `runs` times each; prints a table.
 pub async fn run(dir: &Path, runs: usize, only: &str) -> anyhow::Result<()> {
@@ -35,7 +44,7 @@ pub async fn run(dir: &Path, runs: usize, only: &str) -> anyhow::Result<()> {
         "| link | first sync: round trips from the agent's first packet to {WANTED:.1} of the rate | guest's writes on an idle link: from the first write (goal {GOAL_ROUND_TRIPS}) | dropped by the queue meanwhile |"
     );
     println!("| --- | --- | --- | --- |");
-    let mut charts = String::new();
+    let (mut charts, mut peers) = (String::new(), Vec::new());
     for (name, spec, _) in LINKS.iter().filter(|(name, ..)| name.contains(only)) {
         let mut spec: LinkSpec = spec.parse()?;
         let (mut first, mut idle, mut dropped): (Sample, Sample, Sample) = Default::default();
@@ -52,9 +61,37 @@ pub async fn run(dir: &Path, runs: usize, only: &str) -> anyhow::Result<()> {
             eprintln!("{name}: {first:.1}; {idle:.1}");
         }
         println!("| {name} | {first:.1} | {idle:.1} | {dropped:.2} % |");
+        peers.push((*name, of_peers(dir, &mut spec, runs).await.context(*name)?));
+    }
+    println!("\n| link, round trips from the first packet | {} |", PEERS.join(" | "));
+    println!("| --- |{}", " --- |".repeat(PEERS.len()));
+    for (name, samples) in peers {
+        let cells: Vec<_> = samples.iter().map(|sample| format!("{sample:.1}")).collect();
+        println!("| {name} | {} |", cells.join(" | "));
     }
     println!("\n{charts}");
     Ok(())
+}
+
+/// Each peer's round trips from its first packet on; [`ROUND_TRIPS_MAX`] for one that never gets there.
+async fn of_peers(dir: &Path, spec: &mut LinkSpec, runs: usize) -> anyhow::Result<Vec<Sample>> {
+    let bytes = spec.up.rate.0 as f64 / 8.0 * round_trip(spec) * ROUND_TRIPS_MAX;
+    let disk = pipeline::noise(dir, bytes.min((1 << 30) as f64) as u64)?;
+    let mut samples = vec![Sample::default(); PEERS.len()];
+    for run in 0..runs {
+        spec.seed = 1 + run as u64;
+        for (peer, sample) in PEERS.iter().zip(&mut samples) {
+            let folder = tempfile::tempdir_in(dir)?;
+            let link = Link::start(spec.clone())?;
+            // Its client takes a moment to load, in which nothing is sent.
+            let _running = rivals::begin(peer, folder.path(), &disk, &link)?;
+            let record = until_filled(&link, spec).await;
+            let began = record.first_packet_seconds().context("nothing was sent")?;
+            sample.push((record.whole().seconds - began) / round_trip(spec));
+            eprintln!("  {peer}: {sample:.1}");
+        }
+    }
+    Ok(samples)
 }
 
 /// The way up of one run, round trip by round trip.
