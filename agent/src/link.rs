@@ -21,9 +21,6 @@ const WELCOME_TIME_MAX: Duration = Duration::from_secs(20);
 /// TCP within a LAN that turned out unfit is not tried again for so long.
 const LAN_DOUBT: Duration = Duration::from_secs(3600);
 
-/// How often a session without a ceiling looks whether there is one now.
-const CEILING_PERIOD: Duration = Duration::from_secs(1);
-
 /// What the link tells the owner loop.
 #[derive(Debug)]
 pub enum LinkEvent {
@@ -107,10 +104,6 @@ pub async fn run(
                         doubted = Some(Instant::now());
                         connection_reason(&connection, &reason).await
                     }
-                    () = limited(&ceiling), if connection.is_within_lan() => {
-                        let reason = "the link has a ceiling now, which QUIC keeps";
-                        connection_reason(&connection, reason).await
-                    }
                 }
             }
         };
@@ -120,14 +113,6 @@ pub async fn run(
         // Nothing tells when the target is back, and one that is down would be knocked at without pause.
         // An attempt that nobody answered was such a pause: a link may be back since its last packet.
         tokio::time::sleep(backoff.handle_failure().saturating_sub(tried)).await;
-    }
-}
-
-/// Returns once there is a ceiling.
-async fn limited(ceiling: &RateLimit) {
-    let mut period = tokio::time::interval(CEILING_PERIOD);
-    while ceiling.get().is_none() {
-        period.tick().await;
     }
 }
 

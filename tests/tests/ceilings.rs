@@ -172,11 +172,17 @@ async fn the_links_ceiling_changes_live_and_is_lifted_without_a_reconnect() {
 
 /// A first ceiling in the middle of a sync, by `edit`: of the twenty seconds that follow, the first ones
 /// bring what had been handed over to the transport, at the line's rate, and the others that much less.
-async fn assert_first_ceiling_holds(what: &str, transport: &str, edit: fn(String) -> String) {
+async fn assert_first_ceiling_holds(
+    what: &str,
+    line: &str,
+    transport: [&str; 2],
+    edit: fn(String) -> String,
+) {
     if !is_root() {
         return;
     }
-    let scenario = begin(160 << 20, "60mbit,10ms", transport, |text| text).await;
+    let [wanted, found] = transport;
+    let scenario = begin(160 << 20, line, wanted, |text| text).await;
     let link = scenario.rig.link().unwrap();
     let second = Duration::from_secs(1);
     let full = |seen: &Seen| seen.0.len() > 20 && seen.bits_per_second(second) > 50e6;
@@ -189,6 +195,7 @@ async fn assert_first_ceiling_holds(what: &str, transport: &str, edit: fn(String
     let rate = seen.bits_per_second(window) / 1e6;
     println!("{what}: {rate:.2} Mbit/s of 30, {:+.2} %", (rate / 30.0 - 1.0) * 100.0);
     assert!((rate / 30.0 - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of 30");
+    assert_eq!(scenario.rig.client().links().await.unwrap()[0].transport, found, "{what}");
     assert_busy_and_connected_once(&scenario).await;
 }
 
@@ -196,7 +203,8 @@ async fn assert_first_ceiling_holds(what: &str, transport: &str, edit: fn(String
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machines_first_ceiling_pays_for_what_is_under_way_over_quic() {
     let limited = |text| of_machine(text, "30 Mbit/s");
-    assert_first_ceiling_holds("a machine's first, over QUIC", "quic", limited).await;
+    let quic = ["quic", "quic"];
+    assert_first_ceiling_holds("a machine's first, over QUIC", "60mbit,10ms", quic, limited).await;
 }
 
 /// The same over TCP, where the link's own is kept batch by batch too. What had arrived and was not
@@ -204,5 +212,14 @@ async fn a_machines_first_ceiling_pays_for_what_is_under_way_over_quic() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_links_first_ceiling_pays_for_what_is_under_way_over_tcp() {
     let limited = |text| of_link(text, "30 Mbit/s");
-    assert_first_ceiling_holds("the link's first, over TCP", "tcp", limited).await;
+    let tcp = ["tcp", "tcp"];
+    assert_first_ceiling_holds("the link's first, over TCP", "60mbit,10ms", tcp, limited).await;
+}
+
+/// Within a LAN the first ceiling ended the session, for QUIC to keep it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_links_first_ceiling_within_a_lan_costs_no_reconnect() {
+    let limited = |text| of_link(text, "30 Mbit/s");
+    let lan = ["auto", "tcp"];
+    assert_first_ceiling_holds("the link's first, within a LAN", "60mbit,0ms", lan, limited).await;
 }
