@@ -1,11 +1,13 @@
 //! Hashing and compression, on every core, off the owner loop.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
 use backhaul_proto::batch::{BatchKind, Codec, Compression, Compressor, EncodedBatch, PlainBatch};
+use backhaul_proto::limits::LIGHT_BYTES_MAX;
 
 use crate::batch::{Backlog, LevelControl, Sample, elide_zeroes, held_bytes};
 use crate::dedupe::Dedupe;
@@ -43,8 +45,61 @@ struct Work {
 /// into theirs by sequence number. What waits here is bounded by the machine's queue.
 #[derive(Clone)]
 pub struct EncodePool {
-    work: mpsc::Sender<Work>,
+    queue: Arc<OpenQueue>,
     shared: Arc<Shared>,
+}
+
+/// What waits for an encoder: small batches first. They are quick, and one of a quiet machine would wait for all
+/// that another machine's sync has gathered, seconds at the levels that a slow line makes worth while.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<QueueState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    small: VecDeque<Work>,
+    large: VecDeque<Work>,
+    closed: bool,
+}
+
+/// Ends the encoders with the last handle of the pool.
+struct OpenQueue(Arc<Queue>);
+
+impl Drop for OpenQueue {
+    fn drop(&mut self) {
+        self.0.state().closed = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Queue {
+    fn push(&self, work: Work) {
+        let mut state = self.state();
+        match held_bytes(&work.batch) {
+            ..=LIGHT_BYTES_MAX => state.small.push_back(work),
+            _ => state.large.push_back(work),
+        }
+        self.changed.notify_one();
+    }
+
+    /// Waits for the next one; `None` once there will be no more.
+    fn pop(&self) -> Option<Work> {
+        let mut state = self.state();
+        loop {
+            let QueueState { small, large, closed } = &mut *state;
+            let next = small.pop_front().or_else(|| large.pop_front());
+            if next.is_some() || *closed {
+                return next;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What every encoder looks at.
@@ -63,8 +118,7 @@ impl EncodePool {
         choice: CompressionChoice,
         queue_bytes: u64,
     ) -> std::io::Result<Self> {
-        let (work, queue) = mpsc::channel::<Work>();
-        let queue = Arc::new(Mutex::new(queue));
+        let queue = Arc::<Queue>::default();
         let control = Mutex::new(LevelControl::new(threads, queue_bytes));
         let shared = Arc::new(Shared {
             choice,
@@ -77,7 +131,7 @@ impl EncodePool {
             let name = format!("encode-{index}");
             thread::Builder::new().name(name).spawn(move || run(&queue, &shared))?;
         }
-        Ok(Self { work, shared })
+        Ok(Self { queue: Arc::new(OpenQueue(queue)), shared })
     }
 
     /// A link is up: whether it is so short that it is fast.
@@ -123,8 +177,7 @@ impl EncodePool {
         done: impl FnOnce(Encoded) + Send + 'static,
     ) {
         self.shared.waiting_bytes.fetch_add(held_bytes(&batch), Ordering::Relaxed);
-        // The threads end only with the last handle of the pool, so this send cannot fail.
-        let _ = self.work.send(Work { batch, dedupe, done: Box::new(done) });
+        self.queue.0.push(Work { batch, dedupe, done: Box::new(done) });
     }
 }
 
@@ -173,15 +226,64 @@ impl Shared {
     }
 }
 
-fn run(queue: &Mutex<mpsc::Receiver<Work>>, shared: &Shared) {
+fn run(queue: &Queue, shared: &Shared) {
     // The guest's writes share the cores with this, and come first; where it is not allowed they wait.
     let _ = rustix::process::nice(NICENESS);
     let mut compressor = Compressor::default();
-    loop {
-        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Work { batch, dedupe, done }) = next else { return };
+    while let Some(Work { batch, dedupe, done }) = queue.pop() {
         let encoded = shared.encode(batch, &dedupe, &mut compressor);
         shared.waiting_bytes.fetch_sub(encoded.plain_held_bytes, Ordering::Relaxed);
         done(encoded);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, mpsc};
+
+    use backhaul_proto::batch::PlainBatch;
+    use backhaul_proto::id::{BatchSeq, Generation};
+    use bytes::Bytes;
+
+    use super::{OpenQueue, Queue, Work};
+    use crate::dedupe::Dedupe;
+
+    fn work(seq: u64, bytes: usize) -> Work {
+        let data = Bytes::from(vec![1; bytes]);
+        let batch = PlainBatch::of_one_write(Generation(1), BatchSeq(seq), 0, data);
+        Work {
+            batch,
+            dedupe: Arc::new(Dedupe::new(0, Generation(1), Vec::new())),
+            done: Box::new(|_| {}),
+        }
+    }
+
+    /// The marker of a quiet machine's point waited for all that another machine's sync had gathered.
+    #[test]
+    fn small_batches_are_encoded_before_large_ones_and_each_in_their_order() {
+        let queue = Queue::default();
+        for (seq, bytes) in [(1, 1 << 20), (2, 1 << 20), (3, 512), (4, 32 << 10)] {
+            queue.push(work(seq, bytes));
+        }
+        let order: Vec<_> = (0..4).map(|_| queue.pop().unwrap().batch.batch.0).collect();
+        assert_eq!(order, [3, 4, 1, 2]);
+    }
+
+    #[test]
+    fn encoders_end_with_the_pool() {
+        let queue = Arc::new(Queue::default());
+        let open = OpenQueue(Arc::clone(&queue));
+        open.0.push(work(1, 1));
+        let (ended, end) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut encoded = 0;
+            while queue.pop().is_some() {
+                encoded += 1;
+            }
+            ended.send(encoded)
+        });
+        drop(open);
+        let encoded = end.recv_timeout(std::time::Duration::from_secs(10));
+        assert_eq!(encoded, Ok(1), "what was handed over before is encoded still");
     }
 }
