@@ -42,8 +42,8 @@ pub enum LinkEvent {
 }
 
 /// A live connection, as the owner loop uses it. What is queued in the two channels is bounded by
-/// its senders: one progress message a machine and second, one reply a job, and the questions that
-/// a sync keeps open; and it is dropped with the connection.
+/// its senders: one progress message a machine and second, one reply a job, light batches of 64 KiB a machine,
+/// and the questions that a sync keeps open; and it is dropped with the connection.
 #[derive(Debug, Clone)]
 pub struct LinkUp {
     /// The connection.

@@ -17,13 +17,16 @@ use crate::record::Record;
 /// What must have arrived before a transfer counts as begun: more than the talk before it.
 const BEGUN_BYTES: u64 = 1 << 20;
 
-/// A file of at least so many bytes that nothing compresses; made once.
+/// A file of at least so many bytes that nothing compresses; made once. It is on the disk when this returns: the
+/// kernel wrote it there in the middle of the first measurement, whose journal waited for a second.
 pub fn noise(dir: &Path, bytes: u64) -> anyhow::Result<PathBuf> {
     let bytes = bytes.next_multiple_of(1 << 20);
     let path = dir.join(format!("noise-{}.raw", bytes >> 20));
     if !path.exists() {
         let mut source = File::open("/dev/urandom")?.take(bytes);
-        std::io::copy(&mut source, &mut File::create(&path)?)?;
+        let mut file = File::create(&path)?;
+        std::io::copy(&mut source, &mut file)?;
+        file.sync_all()?;
     }
     Ok(path)
 }

@@ -273,7 +273,7 @@ async fn a_machine_with_a_low_ceiling_holds_up_nobody_else() {
 /// they are full.
 async fn hand_over(agent: &Connection, count: u64) -> JoinSet<()> {
     const BATCH_BYTES: usize = 1 << 20;
-    const WINDOWS_BYTES_MAX: u64 = 32 << 20;
+    const WINDOWS_BYTES_MAX: u64 = 56 << 20;
     let mut sends = JoinSet::new();
     for seq in 1..=count {
         let agent = agent.clone();
@@ -281,8 +281,14 @@ async fn hand_over(agent: &Connection, count: u64) -> JoinSet<()> {
     }
     let least = count * BATCH_BYTES as u64 - WINDOWS_BYTES_MAX;
     let full = async {
-        while agent.unsent_bytes() <= least {
-            tokio::task::yield_now().await;
+        let (mut looks, mut before) = (tokio::time::interval(Duration::from_millis(50)), 0);
+        loop {
+            looks.tick().await;
+            let unsent = agent.unsent_bytes();
+            if unsent > least && unsent == before {
+                return;
+            }
+            before = unsent;
         }
     };
     tokio::time::timeout(Duration::from_secs(30), full).await.expect("it all left");
@@ -337,7 +343,7 @@ async fn light_batches_pass_heavy_ones() {
         }
         println!("{choice:?}: {before} of {BATCHES} came before it");
         // What the windows had admitted.
-        assert!(before < 40, "{choice:?}: {before} batches came before it");
+        assert!(before < 60, "{choice:?}: {before} batches came before it");
         for _ in before..BATCHES {
             read_batch(&target).await;
         }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use backhaul_api::{Consistency, FailoverRequest, Machine, Stage};
+use backhaul_api::{Consistency, FailoverRequest, Link, Machine, Stage};
 use backhaul_lab::random::Random;
 use backhaul_lab::rig::MACHINE;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, compare, is_root};
@@ -100,6 +100,30 @@ async fn a_quiet_machine_passes_another_ones_sync_over_quic() {
 async fn a_quiet_machine_passes_another_ones_sync_over_tcp() {
     // The megabyte that is being written goes first, 0.4 s of this line, and what the kernel has, 0.1 s.
     a_quiet_machine_passes("tcp", Duration::from_secs(1)).await;
+}
+
+/// A common ceiling that comes in the middle of a sync owes for what is under way, twenty seconds here. No
+/// point of another machine waits for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_passes_the_debt_of_a_first_ceiling() {
+    if !is_root() {
+        return;
+    }
+    let (mut scenario, _) = prepare(192 << 20, 16 << 20, "60mbit,10ms", "tcp");
+    scenario.start().unwrap();
+    let busy = |machine: &Machine| machine.received_plain_bytes > 24 << 20;
+    scenario.rig.wait("the sync", STEP_TIME_MAX, busy).await.unwrap();
+    wait_other(&scenario, |machine| machine.consistency == Consistency::Consistent).await;
+    let limited = |text: String| format!("limit = \"4 Mbit/s\"\n{text}");
+    scenario.rig.edit_configuration("agent", limited).unwrap();
+    scenario.rig.reload_agent();
+    let has_ceiling = |link: &Link| link.ceiling_bytes_per_second.is_some();
+    scenario.wait_link("the ceiling", has_ceiling).await;
+    let began = Instant::now();
+    scenario.rig.client().tag(OTHER).await.unwrap();
+    let took = began.elapsed();
+    println!("a point took {took:?} under the debt");
+    assert!(took < Duration::from_secs(2), "{took:?}");
 }
 
 /// One machine's ceiling is its own: another one has the rest of the line.

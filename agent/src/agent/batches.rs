@@ -7,7 +7,7 @@ use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::limits::CONTROL_BATCH_BYTES_MAX;
 use backhaul_proto::link::Connection;
 use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend, agent_message};
-use backhaul_proto::session::{Due, Weight};
+use backhaul_proto::session::{Due, Release, Weight};
 
 use super::Agent;
 use crate::batch::Encoded;
@@ -56,7 +56,10 @@ impl Agent {
                 break;
             };
             let weight = machine.sender.weight();
-            let due = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
+            let mut due = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
+            if is_barrier {
+                due.link = Release::at_once(now);
+            }
             self.metrics.sent(machine.config.name.as_str(), &batch);
             self.referenced_bytes += u64::from(batch.header.referenced_bytes());
             if self.control_batches && weight == Weight::Light && fits_control(&batch) {

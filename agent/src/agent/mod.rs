@@ -86,7 +86,7 @@ pub struct Agent {
     link: Option<LinkUp>,
     /// The target that was connected last knows what references are.
     references: bool,
-    /// It takes batches in control messages.
+    /// The target that was connected last takes batches in control messages.
     control_batches: bool,
     /// Bytes that travelled as references on this connection.
     referenced_bytes: u64,

@@ -48,7 +48,8 @@ impl Agent {
         }
     }
 
-    /// What the target can be sent, and how it is likely to be reached. One that was replaced by an older one knows no references.
+    /// What the target can be sent, and how it is likely to be reached. One that was replaced by an older one
+    /// knows no references.
     pub(super) fn handle_version(&mut self, version: Version) {
         self.references = version >= VERSION_2;
         self.control_batches = version >= VERSION_3;

@@ -209,8 +209,8 @@ impl Connection {
         self.release_batch(chunks, Due::at_once(Instant::now()), Weight::Heavy).await
     }
 
-    /// The same, with each byte when it is due; light ones before the others. Over TCP, where no other batch passes one that leaves
-    /// slowly, only the link's ceiling makes it do so.
+    /// The same, with each byte when it is due; light ones before the others. Over TCP, where no other batch
+    /// passes one that leaves slowly, only the link's ceiling makes it do so.
     pub async fn release_batch(
         &self,
         chunks: Vec<Bytes>,

@@ -12,8 +12,13 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 /// until they are acknowledged, ten seconds on a slow line.
 const CONTROL_RESERVE_BYTES: u64 = 2 << 20;
 
-/// Of that, what light batches take: more of them wait like others.
+/// Of that, what light batches take: more of them wait like others. Those in control messages are
+/// not counted.
 const LIGHT_RESERVE_BYTES: u64 = 1 << 20;
+
+/// Streams that heavy batches leave to light ones: thousands of tiny ones fit into the window, and the peer lets
+/// some hundreds be open.
+const LIGHT_STREAMS: u32 = 32;
 
 /// The window is counted out in pieces of this size.
 const UNIT_BYTES: u64 = 4 << 10;
@@ -31,6 +36,7 @@ const BATCHES_BYTES: u64 = 8 << 20;
 pub(super) struct Bulk {
     free: Semaphore,
     light: Semaphore,
+    heavy_streams: Semaphore,
     grant: Mutex<Grant>,
     most: u32,
 }
@@ -49,6 +55,7 @@ struct Grant {
 pub(super) struct Permit<'a> {
     bulk: &'a Bulk,
     of_semaphore: SemaphorePermit<'a>,
+    _stream: SemaphorePermit<'a>,
 }
 
 impl Drop for Permit<'_> {
@@ -67,14 +74,15 @@ impl Drop for Permit<'_> {
 
 impl Bulk {
     /// `window_bytes` is what the transport holds at most of data that the peer has not
-    /// acknowledged: the bound on memory, whatever is measured.
-    pub(super) fn new(window_bytes: u32) -> Self {
+    /// acknowledged: the bound on memory, whatever is measured. So many `streams` may be open.
+    pub(super) fn new(window_bytes: u32, streams: u32) -> Self {
         let most_bytes = u64::from(window_bytes).saturating_sub(CONTROL_RESERVE_BYTES);
         let most = (most_bytes / UNIT_BYTES).max(1) as u32;
         let granted = units(0, most);
         let grant = Mutex::new(Grant { granted, wanted: granted });
         let light = Semaphore::new((LIGHT_RESERVE_BYTES / UNIT_BYTES) as usize);
-        Self { free: Semaphore::new(granted as usize), light, grant, most }
+        let heavy_streams = Semaphore::new(streams.saturating_sub(LIGHT_STREAMS).max(1) as usize);
+        Self { free: Semaphore::new(granted as usize), light, heavy_streams, grant, most }
     }
 
     /// Waits for room for so many bytes; it is given back when the place is dropped.
@@ -82,8 +90,9 @@ impl Bulk {
         // What is larger than everything takes everything.
         let units = (bytes as u64).div_ceil(UNIT_BYTES).min(u64::from(units(0, self.most)));
         // Never closed, so this cannot fail.
+        let stream = self.heavy_streams.acquire().await.ok()?;
         let permit = self.free.acquire_many(units as u32).await.ok()?;
-        Some(Permit { bulk: self, of_semaphore: permit })
+        Some(Permit { bulk: self, of_semaphore: permit, _stream: stream })
     }
 
     /// Room for so many bytes of a light batch, which waits for no other; `None` while there is none.
@@ -127,10 +136,11 @@ mod tests {
 
     use super::{
         BATCHES_BYTES, Bulk, CONGESTION_WINDOWS, CONTROL_RESERVE_BYTES, LIGHT_RESERVE_BYTES,
-        UNIT_BYTES, filled_bytes, units,
+        LIGHT_STREAMS, UNIT_BYTES, filled_bytes, units,
     };
 
     const WINDOW_BYTES: u32 = 48 << 20;
+    const STREAMS: u32 = 256;
 
     fn free_bytes(bulk: &Bulk) -> u64 {
         bulk.free.available_permits() as u64 * UNIT_BYTES
@@ -138,7 +148,7 @@ mod tests {
 
     #[test]
     fn it_follows_the_congestion_window_up_to_the_bound() {
-        let bulk = Bulk::new(WINDOW_BYTES);
+        let bulk = Bulk::new(WINDOW_BYTES, STREAMS);
         assert_eq!(free_bytes(&bulk), BATCHES_BYTES);
         bulk.follow(3 << 20);
         assert_eq!(free_bytes(&bulk), BATCHES_BYTES + CONGESTION_WINDOWS * (3 << 20));
@@ -163,7 +173,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_taken_when_it_shrinks_is_not_given_out_again() {
-        let bulk = Bulk::new(WINDOW_BYTES);
+        let bulk = Bulk::new(WINDOW_BYTES, STREAMS);
         bulk.follow(4 << 20);
         let taken = bulk.place(20 << 20).await;
         bulk.follow(0);
@@ -175,7 +185,7 @@ mod tests {
     /// back went to whoever waited, before it could be taken away.
     #[tokio::test]
     async fn what_comes_back_goes_before_those_that_wait() {
-        let bulk = Bulk::new(WINDOW_BYTES);
+        let bulk = Bulk::new(WINDOW_BYTES, STREAMS);
         bulk.follow(u64::MAX);
         let all = u64::from(WINDOW_BYTES) - CONTROL_RESERVE_BYTES;
         let batch = 2 << 20;
@@ -200,7 +210,7 @@ mod tests {
     /// A point of a quiet machine waited for seconds, behind all that another machine's sync had handed over.
     #[tokio::test]
     async fn light_batches_wait_for_no_others_and_have_a_bound() {
-        let bulk = Bulk::new(WINDOW_BYTES);
+        let bulk = Bulk::new(WINDOW_BYTES, STREAMS);
         let _all = bulk.place(BATCHES_BYTES as usize).await;
         let mut heavy = pin!(bulk.place(1));
         assert!(heavy.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
@@ -211,9 +221,25 @@ mod tests {
         assert!(bulk.light_place(LIGHT_RESERVE_BYTES as usize).is_some());
     }
 
+    /// A light batch had a place in the window, and waited for one of the streams that tiny heavy ones had taken.
+    #[tokio::test]
+    async fn heavy_batches_leave_streams_to_light_ones() {
+        let bulk = Bulk::new(WINDOW_BYTES, STREAMS);
+        let mut taken = Vec::new();
+        while bulk.heavy_streams.available_permits() > 0 {
+            taken.push(bulk.place(1).await);
+        }
+        assert_eq!(taken.len() as u32, STREAMS - LIGHT_STREAMS);
+        assert!(free_bytes(&bulk) > 0);
+        let mut next = pin!(bulk.place(1));
+        assert!(next.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        taken.pop();
+        assert!(next.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
+    }
+
     #[tokio::test]
     async fn a_batch_that_is_larger_than_a_tiny_window_is_let_through_alone() {
-        let bulk = Bulk::new(1 << 20);
+        let bulk = Bulk::new(1 << 20, STREAMS);
         let place = bulk.place(2 << 20).await;
         assert!(place.is_some());
         assert_eq!(free_bytes(&bulk), 0);

@@ -19,6 +19,7 @@ use crate::quic::bulk::Bulk;
 use crate::quic::congestion::{self, CongestionStats};
 use crate::quic::lanes::{Lanes, Opener, UPKEEPS_PER_SECOND};
 use crate::quic::streams::{BatchStream, ReceiveHalf, SendHalf, ended};
+use crate::quic::transport::BATCH_STREAMS_MAX;
 use crate::session::{Release, Weight};
 
 /// Control goes before everything, hashes before batches, light batches before the others, which have none
@@ -76,7 +77,7 @@ impl Connection {
             peer,
             socket,
             lanes,
-            bulk: Arc::new(Bulk::new(window_bytes)),
+            bulk: Arc::new(Bulk::new(window_bytes, BATCH_STREAMS_MAX)),
             unsent: Arc::default(),
             batches: Arc::default(),
             opener: None,
@@ -172,7 +173,9 @@ impl Connection {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let _unsent = self.unsent.batch(bytes as u64);
         self.bulk.follow(self.lanes.congestion_windows(Instant::now()));
-        let light_place = (weight == Weight::Light).then(|| self.bulk.light_place(bytes)).flatten();
+        // One that leaves slowly would keep its place from those that wait for nothing.
+        let is_light = weight == Weight::Light && release.is_at_once();
+        let light_place = is_light.then(|| self.bulk.light_place(bytes)).flatten();
         let priority =
             light_place.as_ref().map_or_else(|| self.next_priority(), |_| LIGHT_PRIORITY);
         let _heavy_place = match light_place {

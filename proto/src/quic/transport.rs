@@ -38,6 +38,9 @@ const _: () = assert!(STREAM_WINDOW_BYTES / STREAM_BYTES_OF_PACKET_MIN / 2 < STR
 /// times as much: with nine handshakes under way after a blackout, larger ones held 120 MiB.
 const UDP_PAYLOAD_BYTES_MAX_AGENT: u16 = 1500;
 
+/// Batch streams that a peer may have open at a time on a connection.
+pub(super) const BATCH_STREAMS_MAX: u32 = 256;
+
 /// What a round trip is taken for before one was measured: a handshake is tried again after three times
 /// as long. quinn's default is twice this.
 const INITIAL_RTT: Duration = Duration::from_millis(167);
@@ -94,8 +97,6 @@ pub struct TransportOptions {
     /// hold 15/8 of it. A link whose bandwidth × delay is more than a
     /// fifth of it may not be filled.
     pub window_bytes: u32,
-    /// Batch streams that may be open at a time (default 256).
-    pub streams_max: u32,
     /// A peer that says nothing for this long is gone (default 10 s): shorter notices a dead link
     /// earlier, longer survives a VPN's re-keying.
     pub idle_timeout: Duration,
@@ -115,7 +116,6 @@ impl Default for TransportOptions {
             rate_limit: RateLimit::default(),
             connections: Connections::Auto,
             window_bytes: WINDOW_BYTES,
-            streams_max: 256,
             idle_timeout: Duration::from_secs(10),
             socket_buffer_bytes: 8 << 20,
             memory: PathMemory::default(),
@@ -145,7 +145,7 @@ impl TransportOptions {
         config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES));
         config.receive_window(VarInt::from_u32(self.window_bytes));
         config.send_window(self.window_bytes.into());
-        config.max_concurrent_uni_streams(VarInt::from_u32(self.streams_max));
+        config.max_concurrent_uni_streams(VarInt::from_u32(BATCH_STREAMS_MAX));
         config.max_concurrent_bidi_streams(VarInt::from_u32(4));
         // IPsec and ECMP reorder; three packets, the default, would be taken for loss.
         config.packet_threshold(24);

@@ -29,6 +29,11 @@ impl Release {
         Self { from: now, to: now }
     }
 
+    /// Whether no byte is due later than another.
+    pub(crate) fn is_at_once(self) -> bool {
+        self.from == self.to
+    }
+
     /// It is due evenly over `time` from `from` on, or over what a batch takes at most.
     pub(super) fn over(from: Instant, time: Duration) -> Self {
         Self { from, to: from + time.min(SPREAD_MAX) }

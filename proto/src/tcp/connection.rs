@@ -36,7 +36,7 @@ const KNOCK_PERIOD: Duration = Duration::from_millis(250);
 
 /// Retransmission timeouts in a row after which a path counts as dark. The kernel's next ones come at intervals
 /// that double, so a path that is back after six seconds would stay idle for another six.
-const DARK_TIMEOUTS: u8 = 2;
+const DARK_TIMEOUTS: u8 = 3;
 
 /// After a goodbye the other connections stay for so long: whoever finds one of them ended first would
 /// take that for the reason.
@@ -337,8 +337,11 @@ impl Connection {
 
     /// Looks after an agent's connection; never returns. While the path is dark it knocks with handshakes, and
     /// ends the session once one is answered and the kernel's own retransmissions are not: the next session
-    /// is there sooner.
+    /// is there sooner. Within a LAN a silence is judged as [`Connection::unfit`] does.
     pub(crate) async fn look_after(&self) {
+        if self.is_within_lan() {
+            return std::future::pending().await;
+        }
         let mut period = tokio::time::interval(KNOCK_PERIOD);
         period.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
