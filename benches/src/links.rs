@@ -10,6 +10,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use backhaul_lab::link::{Link, LinkSpec};
+use backhaul_lab::steal::Stolen;
 
 use crate::sample::Sample;
 use crate::{Span, pipeline, plot, rivals};
@@ -62,10 +63,15 @@ pub async fn run(
         let mut samples = vec![Sample::default(); contenders.len()];
         for _ in 0..runs {
             for (contender, sample) in contenders.iter().zip(&mut samples) {
+                let stolen = Stolen::from_now();
                 let rate = measure(dir, &disk, &spec, contender, span).await;
                 let rate = rate.with_context(|| format!("{contender} on {name}"))?;
                 let share = rate / rate_bytes as f64;
-                eprintln!("{name}: {contender}: {:.1} %", share * 100.0);
+                let taken = stolen.share() * 100.0;
+                eprintln!(
+                    "{name}: {contender}: {:.1} % (the hypervisor took {taken:.0} % of the processors)",
+                    share * 100.0
+                );
                 sample.push(share * 100.0);
             }
         }

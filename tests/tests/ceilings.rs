@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use backhaul_api::Machine;
 use backhaul_lab::link::{Link, LinkStats};
+use backhaul_lab::steal::{SHARE_MAX, Stolen};
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
 
 /// What a ceiling is kept within.
@@ -11,6 +12,9 @@ const ERROR_MAX: f64 = 0.03;
 
 /// What a new ceiling, and the transport that is told of it, may take before it is measured.
 const SETTLE: Duration = Duration::from_secs(2);
+
+/// How often a rate is measured again that was measured on processors that somebody else had.
+const ATTEMPTS: usize = 3;
 
 /// How often the link is looked at.
 const LOOK: Duration = Duration::from_millis(50);
@@ -43,11 +47,28 @@ impl Seen {
 /// Fails unless what enters the link within `seconds`, after a moment to settle, is `mbit` ± 3 %.
 async fn assert_holds(scenario: &Scenario, what: &str, mbit: f64, seconds: u64) {
     let link = scenario.rig.link().unwrap();
-    Seen::of(link, SETTLE, |_| false).await;
     let window = Duration::from_secs(seconds);
-    let rate = Seen::of(link, window, |_| false).await.bits_per_second(window) / 1e6;
-    println!("{what}: {rate:.2} Mbit/s of {mbit}, {:+.2} %", (rate / mbit - 1.0) * 100.0);
+    let mut rate = 0.0;
+    for _ in 0..ATTEMPTS {
+        Seen::of(link, SETTLE, |_| false).await;
+        let stolen = Stolen::from_now();
+        rate = Seen::of(link, window, |_| false).await.bits_per_second(window) / 1e6;
+        println!("{what}: {rate:.2} Mbit/s of {mbit}, {:+.2} %", (rate / mbit - 1.0) * 100.0);
+        if !was_taken_away(stolen) {
+            break;
+        }
+    }
     assert!((rate / mbit - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of {mbit}");
+}
+
+/// Whether the processors were not ours for a part of the time: a process that does not run sends nothing,
+/// and no ceiling makes up for that.
+fn was_taken_away(stolen: Stolen) -> bool {
+    let share = stolen.share();
+    if share > SHARE_MAX {
+        println!("the hypervisor took {:.0} % of the processors meanwhile", share * 100.0);
+    }
+    share > SHARE_MAX
 }
 
 /// A machine with so many bytes that nothing compresses, over `line`, whose first batch has arrived.
@@ -181,12 +202,31 @@ async fn assert_first_ceiling_holds(
     if !is_root() {
         return;
     }
+    let mut rate = 0.0;
+    for _ in 0..ATTEMPTS {
+        let Some(measured) = first_ceiling(line, transport, edit).await else { return };
+        rate = measured.0;
+        println!("{what}: {rate:.2} Mbit/s of 30, {:+.2} %", (rate / 30.0 - 1.0) * 100.0);
+        if !was_taken_away(measured.1) {
+            break;
+        }
+    }
+    assert!((rate / 30.0 - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of 30");
+}
+
+/// Mbit/s of the twenty seconds from the first ceiling on, and when they began; `None` where a LAN was wanted
+/// and this host was too busy for one.
+async fn first_ceiling(
+    line: &str,
+    transport: [&str; 2],
+    edit: fn(String) -> String,
+) -> Option<(f64, Stolen)> {
     let [wanted, found] = transport;
     let scenario = begin(160 << 20, line, wanted, |text| text).await;
     let carries = || async { scenario.rig.client().links().await.unwrap()[0].transport.clone() };
     if wanted == "auto" && carries().await != found {
         println!("skipped: this host was too busy for its own link to count as near");
-        return;
+        return None;
     }
     let link = scenario.rig.link().unwrap();
     let second = Duration::from_secs(1);
@@ -196,12 +236,11 @@ async fn assert_first_ceiling_holds(
     scenario.rig.edit_configuration("agent", edit).unwrap();
     scenario.rig.reload_agent();
     let window = Duration::from_secs(20);
-    let seen = Seen::of(link, window, |_| false).await;
-    let rate = seen.bits_per_second(window) / 1e6;
-    println!("{what}: {rate:.2} Mbit/s of 30, {:+.2} %", (rate / 30.0 - 1.0) * 100.0);
-    assert!((rate / 30.0 - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of 30");
-    assert_eq!(carries().await, found, "{what}");
+    let stolen = Stolen::from_now();
+    let rate = Seen::of(link, window, |_| false).await.bits_per_second(window) / 1e6;
+    assert_eq!(carries().await, found, "{line}");
     assert_busy_and_connected_once(&scenario).await;
+    Some((rate, stolen))
 }
 
 /// What was on its way into the link when a machine's first ceiling came, 41 MB, went out on top of it.

@@ -19,6 +19,7 @@ pub mod link;
 pub mod port;
 pub mod random;
 pub mod rig;
+pub mod steal;
 pub mod tool;
 pub mod verify;
 pub mod workload;

@@ -158,37 +158,38 @@ impl Rig {
             )
         };
         let mut target = format!(
-            "listen = \"{address}\"\nstore = \"{dir}/store\"\napi_socket = \"{dir}/api.sock\"\n{}\n{}\n[[machine]]\nname = \"{MACHINE}\"\nagent = \"lab-agent\"\npoint_period = \"{period} ms\"\n",
+            "listen = \"{address}\"\nstore = \"{dir}/store\"\napi_socket = \"{dir}/api.sock\"\n{}\n{}\n",
             self.spec.target_options,
             identity("lab-target")
         );
         let mut agent = format!(
-            "target = \"{address}\"\ntarget_name = \"lab-target\"\nstate_dir = \"{dir}/agent\"\ntransport = \"{}\"\n{}\n{}\n[nbd]\nunix = \"{dir}/nbd.sock\"\n[[machine]]\nname = \"{MACHINE}\"\nshutdown_hook = [\"sh\", \"-c\", \"touch {dir}/guest-off; while test -e {dir}/guest-running; do sleep 0.02; done\"]\nremoval_hook = [\"touch\", \"{dir}/guest-removed\"]\n",
+            "target = \"{address}\"\ntarget_name = \"lab-target\"\nstate_dir = \"{dir}/agent\"\ntransport = \"{}\"\n{}\n{}\n[nbd]\nunix = \"{dir}/nbd.sock\"\n",
             self.spec.transport,
             self.spec.agent_options,
             identity("lab-agent")
         );
-        for (index, disk) in self.spec.disks.iter().enumerate() {
-            let image = self.image(index);
+        let hooks = format!(
+            "shutdown_hook = [\"sh\", \"-c\", \"touch {dir}/guest-off; while test -e {dir}/guest-running; do sleep 0.02; done\"]\nremoval_hook = [\"touch\", \"{dir}/guest-removed\"]\n"
+        );
+        let others = self.spec.others.iter();
+        let others = others.map(|(name, disk)| (name.as_str(), std::slice::from_ref(disk), ""));
+        let first = (MACHINE, self.spec.disks.as_slice(), hooks.as_str());
+        for (name, disks, hooks) in std::iter::once(first).chain(others) {
             target += &format!(
-                "[[machine.disk]]\nname = \"disk{index}\"\nimage = \"{}\"\nkind = \"{kind}\"\n",
-                image.display()
+                "[[machine]]\nname = \"{name}\"\nagent = \"lab-agent\"\npoint_period = \"{period} ms\"\n"
             );
-            agent += &format!(
-                "[[machine.disk]]\nname = \"disk{index}\"\npath = \"{}\"\n",
-                disk.display()
-            );
-        }
-        for (name, disk) in &self.spec.others {
-            let image = self.image_of(name, 0);
-            target += &format!(
-                "[[machine]]\nname = \"{name}\"\nagent = \"lab-agent\"\npoint_period = \"{period} ms\"\n[[machine.disk]]\nname = \"disk0\"\nimage = \"{}\"\nkind = \"{kind}\"\n",
-                image.display()
-            );
-            agent += &format!(
-                "[[machine]]\nname = \"{name}\"\n[[machine.disk]]\nname = \"disk0\"\npath = \"{}\"\n",
-                disk.display()
-            );
+            agent += &format!("[[machine]]\nname = \"{name}\"\n{hooks}");
+            for (index, disk) in disks.iter().enumerate() {
+                let image = self.image_of(name, index);
+                target += &format!(
+                    "[[machine.disk]]\nname = \"disk{index}\"\nimage = \"{}\"\nkind = \"{kind}\"\n",
+                    image.display()
+                );
+                agent += &format!(
+                    "[[machine.disk]]\nname = \"disk{index}\"\npath = \"{}\"\n",
+                    disk.display()
+                );
+            }
         }
         fs::create_dir_all(self.path("images"))?;
         fs::write(self.path("master-target.toml"), target)?;
