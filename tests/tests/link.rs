@@ -173,9 +173,10 @@ async fn a_lan_whose_switch_drops_jumbo_frames_stops_nobody() {
     scenario.compare().unwrap();
 }
 
-/// A ceiling is kept packet by packet over QUIC only, so one that comes later ends TCP's session.
+/// A ceiling is kept packet by packet over QUIC only, which an agent with one takes within a LAN too. One that
+/// comes later ended TCP's session for that; it is kept batch by batch.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_ceiling_brings_a_lan_back_to_quic() {
+async fn a_ceiling_ends_no_session_within_a_lan_and_begins_the_next_over_quic() {
     let auto = |spec: &mut RigSpec| spec.transport = "auto".into();
     let mut scenario = Scenario::prepare(16 << 20, auto).unwrap();
     scenario.start().unwrap();
@@ -186,7 +187,13 @@ async fn a_ceiling_brings_a_lan_back_to_quic() {
     let limited = |text: String| format!("limit = [\"200 Mbit/s daily 00:00-24:00 UTC\"]\n{text}");
     scenario.rig.edit_configuration("agent", limited).unwrap();
     scenario.rig.reload_agent();
-    scenario.rig.wait_log("agent", "which QUIC keeps").await.unwrap();
+    let has_ceiling = |link: &Link| link.ceiling_bytes_per_second.is_some();
+    let link = scenario.wait_link("the ceiling", has_ceiling).await;
+    assert_eq!(link.transport, "tcp");
+    let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
+    assert_eq!(log.matches("connected target=").count(), 1, "{log}");
+    scenario.rig.stop_agent();
+    scenario.restart_agent().await.unwrap();
     scenario.rig.wait_log("agent", "transport=quic").await.unwrap();
     let guest = scenario.start_guest(87, 8 << 20).await.unwrap();
     scenario.wait_received(20 << 20).await.unwrap();
