@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use backhaul_proto::batch::{BatchKind, EncodedBatch};
+use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::limits::CONTROL_BATCH_BYTES_MAX;
 use backhaul_proto::link::Connection;
@@ -45,9 +45,9 @@ impl Agent {
         let Some(on_wire) = machine.replicating else { return };
         let now = Instant::now();
         loop {
-            let is_barrier = machine.sender.peek_transmit().is_some_and(is_barrier);
+            let is_bare_point = machine.sender.peek_transmit().is_some_and(is_bare_point);
             // It costs the ceiling next to nothing, and waits for nobody's data but its machine's.
-            let waits = !is_barrier && self.ceiling.poll_ready(now).is_err();
+            let waits = !is_bare_point && self.ceiling.poll_ready(now).is_err();
             if waits || machine.limit.poll_ready(now).is_err() {
                 break;
             }
@@ -57,7 +57,7 @@ impl Agent {
             };
             let weight = machine.sender.weight();
             let mut due = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
-            if is_barrier {
+            if is_bare_point {
                 due.link = Release::at_once(now);
             }
             self.metrics.sent(machine.config.name.as_str(), &batch);
@@ -206,9 +206,10 @@ fn untag_request(tagged: u64) -> (usize, u64) {
     ((tagged >> 48) as usize, tagged & ((1 << 48) - 1))
 }
 
-/// Whether a batch is the marker of a point with no data before it.
-fn is_barrier(batch: &EncodedBatch) -> bool {
-    batch.header.kind == BatchKind::Ordered && batch.header.data_bytes() == 0 && fits_control(batch)
+/// Whether a batch is the marker of a recovery point with no data before it. As many of these are sent as
+/// points are set; zeroed space has no data either, and a guest may zero without end.
+fn is_bare_point(batch: &EncodedBatch) -> bool {
+    batch.ends_with_point() && batch.header.data_bytes() == 0 && fits_control(batch)
 }
 
 /// Whether a batch may travel in a control message.
@@ -225,4 +226,46 @@ async fn send(
 ) {
     // When this fails the connection has failed, and the batch is sent again on the next one.
     let _ = connection.release_batch(batch.chunks(machine), due, weight).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use backhaul_proto::batch::{
+        BatchKind, Compression, Compressor, PlainBatch, Record, RecordKind,
+    };
+    use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, PointId, WriteSeq};
+    use bytes::Bytes;
+
+    use super::is_bare_point;
+
+    /// Whatever had no data passed the common ceiling, so a guest that zeroed its disk was under none.
+    #[test]
+    fn only_the_marker_of_a_point_passes_a_ceiling() {
+        let zero = RecordKind::Zero { offset_bytes: 0, len_bytes: 4096, may_unmap: true };
+        let data = RecordKind::Data { offset_bytes: 0, len_bytes: 512 };
+        let point = RecordKind::Point(PointId(1));
+        for (kinds, passes) in [
+            (vec![point], true),
+            (vec![zero, point], true),
+            (vec![zero], false),
+            (vec![data, point], false),
+            (vec![RecordKind::SyncDone], false),
+        ] {
+            let records: Vec<_> =
+                kinds.iter().map(|kind| Record { disk: DiskIndex(0), kind: *kind }).collect();
+            let data_bytes = records.iter().map(Record::data_bytes).sum();
+            let batch = PlainBatch {
+                kind: BatchKind::Ordered,
+                generation: Generation(1),
+                batch: BatchSeq(1),
+                first_write: WriteSeq(1),
+                captured_at_us: 0,
+                records,
+                data: vec![Bytes::from(vec![7; data_bytes])],
+                data_bytes,
+            };
+            let batch = batch.encode(Compression::Off, &mut Compressor::default());
+            assert_eq!(is_bare_point(&batch), passes, "{kinds:?}");
+        }
+    }
 }

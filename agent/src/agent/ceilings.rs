@@ -7,7 +7,8 @@
 //! in the middle of a sync, as much as the target's window admits goes out at the link's own rate. It is a
 //! debt: nothing more is sent until the ceiling has paid for it, for twenty seconds at most, but the markers
 //! of points. What has left and is not durable is no debt. What has not left is counted for all machines
-//! together, and a machine's debt is never more than that. The link's over QUIC alone holds at once, where it has one connection.
+//! together, and a machine's debt is never more than that. The link's over QUIC alone holds at once, where
+//! it has one connection.
 
 use std::time::Instant;
 

@@ -37,6 +37,7 @@ pub struct EncodedBatch {
     pub header: BatchHeader,
     body: Vec<Bytes>,
     fold: Option<Fold>,
+    ends_with_point: bool,
 }
 
 /// What a folded batch needs to be sent without references.
@@ -128,7 +129,9 @@ impl PlainBatch {
             wire_bytes: body.iter().map(Bytes::len).sum::<usize>() as u32,
             body_hash: *hasher.finalize().as_bytes(),
         };
-        EncodedBatch { header, body, fold }
+        let last = self.records.last().map(|record| record.kind);
+        let ends_with_point = matches!(last, Some(RecordKind::Point(_)));
+        EncodedBatch { header, body, fold, ends_with_point }
     }
 }
 
@@ -193,6 +196,11 @@ impl EncodedBatch {
             + fold.map_or(0, |fold| fold.data.len() + fold.references.len() * REFERENCE_BYTES)
     }
 
+    /// Whether its last record is the marker of a recovery point.
+    pub fn ends_with_point(&self) -> bool {
+        self.ends_with_point
+    }
+
     /// Its references, when it is folded.
     pub fn references(&self) -> &[Reference] {
         self.fold.as_ref().map_or(&[], |fold| &fold.references)
@@ -228,7 +236,7 @@ impl EncodedBatch {
         let (codec, body) = Compressor::default().pack(head, data, compression);
         let wire_bytes = body.iter().map(Bytes::len).sum::<usize>() as u32;
         let header = BatchHeader { codec, wire_bytes, folded: None, ..self.header.clone() };
-        Ok(Self { header, body, fold: None })
+        Ok(Self { header, body, fold: None, ends_with_point: self.ends_with_point })
     }
 }
 
