@@ -2,8 +2,10 @@
 
 mod site;
 
+use std::future::{Future, poll_fn};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use backhaul_proto::id::BatchSeq;
@@ -333,10 +335,14 @@ async fn light_batches_pass_heavy_ones() {
         let (_listener, agent, target) = pair(dir.path(), choice).await;
         let mut sends = hand_over(&agent, BATCHES).await;
         let (light, now) = (agent.clone(), Instant::now());
-        sends.spawn(async move {
+        let mut sending = Box::pin(async move {
             let batch = batch_of(LIGHT, 8 << 10);
             light.release_batch(batch, Due::at_once(now), Weight::Light).await.unwrap();
         });
+        // It is handed over before anything is read: what reading makes room for is not what it passes.
+        let begun = poll_fn(|context| Poll::Ready(sending.as_mut().poll(context))).await;
+        assert!(begun.is_pending(), "{choice:?}: it left while nobody read");
+        sends.spawn(sending);
         let mut before = 0;
         while read_batch(&target).await != LIGHT {
             before += 1;
