@@ -257,6 +257,9 @@ pub struct Ack {
     /// Bytes of batches after `durable_batch` that may be under way. Replaces the window before it.
     #[prost(uint64, tag = "3")]
     pub window_bytes: u64,
+    /// Every batch up to this one is on the images, where references find it. 0 where the target does not say.
+    #[prost(uint64, tag = "4")]
+    pub applied_batch: u64,
 }
 
 /// Asks for a batch whose references could not be resolved again, without them.

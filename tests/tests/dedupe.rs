@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use backhaul_api::Machine;
 use backhaul_lab::random::Random;
+use backhaul_lab::rig::MACHINE;
 use backhaul_proto::batch::{BatchKind, Compression, Compressor, PlainBatch, Reference};
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, MachineIndex};
 use backhaul_proto::identity::{Identity, IdentityFiles, Role};
@@ -135,6 +136,40 @@ async fn references_survive_writes_restarts_and_several_disks() {
     guest.await.unwrap().unwrap();
     scenario.compare().unwrap();
     compare(second.path(), &scenario.rig.image(1)).unwrap();
+}
+
+/// What a guest wrote and then copied crossed the link twice: only what a sync had sent was known.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_wrote_and_copies_crosses_the_link_once() {
+    const PIECES: usize = 16;
+    const DISK: usize = 4 * PIECES * MIB;
+    let mut scenario = Scenario::prepare(DISK as u64, |_| {}).unwrap();
+    // The sync makes the line the bottleneck.
+    write(&scenario.protected, 0, &noise(99, PIECES * MIB));
+    scenario.rig.edit_configuration("agent", |text| slow(text, "80 Mbit/s")).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let guest = scenario.rig.connect(0).await.unwrap();
+    let file = Bytes::from(noise(100, PIECES * MIB));
+    let [original, copy] = [PIECES * MIB, 3 * PIECES * MIB].map(|offset| offset as u64);
+    guest.write(original, file.clone(), false).await.unwrap();
+    scenario.rig.client().tag(MACHINE).await.unwrap();
+    let before = scenario.rig.client().machine(MACHINE).await.unwrap();
+    assert_eq!(before.referenced_bytes, 0);
+    // The agent hears with the next point that one is on the image.
+    for piece in 0..PIECES {
+        let at = piece * MIB;
+        guest.write(copy + at as u64, file.slice(at..at + MIB), false).await.unwrap();
+        scenario.rig.client().tag(MACHINE).await.unwrap();
+    }
+    let after = scenario.rig.client().machine(MACHINE).await.unwrap();
+    let wire_bytes = after.received_wire_bytes - before.received_wire_bytes;
+    println!("{} of {PIECES} MiB as references, {wire_bytes} bytes", after.referenced_bytes >> 20);
+    assert!(after.referenced_bytes >= (PIECES * MIB) as u64 / 2, "{after:?}");
+    assert!(wire_bytes + after.referenced_bytes < (PIECES * MIB) as u64 * 11 / 10, "{after:?}");
+    guest.disconnect().await;
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
 }
 
 const DISK_BYTES: u64 = 16 << 20;
@@ -332,7 +367,7 @@ async fn take_as(version: Version, connection: &Connection, bytes: u64) -> usize
         while here.remove(&(durable + 1)) {
             durable += 1;
         }
-        let ack = Ack { machine: 0, durable_batch: durable, window_bytes };
+        let ack = Ack { machine: 0, durable_batch: durable, window_bytes, applied_batch: 0 };
         let kind = Some(target_message::Kind::Ack(ack));
         control_out.send(&TargetMessage { kind }).await.unwrap();
     }

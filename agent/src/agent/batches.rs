@@ -104,7 +104,8 @@ impl Agent {
         match machine.sender.handle_ack(BatchSeq(ack.durable_batch), ack.window_bytes) {
             Ok(released) => {
                 self.acked_wire_bytes += released.wire_bytes;
-                machine.dedupe.handle_acked(machine.sender.acked());
+                let applied = BatchSeq(ack.applied_batch);
+                machine.dedupe.handle_acked(machine.sender.acked(), applied);
                 let mut order = machine.capture.order();
                 order.handle_resized(released.bytes, 0);
                 let wake = order.mode() != Mode::Ordered && order.has_room_for_sync();

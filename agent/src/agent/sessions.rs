@@ -96,7 +96,7 @@ impl Agent {
                 match resumed {
                     Ok(released) => {
                         machine.capture.order().handle_resized(released.bytes, 0);
-                        machine.dedupe.handle_acked(machine.sender.acked());
+                        machine.dedupe.handle_acked(machine.sender.acked(), BatchSeq(0));
                         machine.replicating = Some(MachineIndex(welcome.machine as u16));
                         machine.sync.send(SyncInput::Connected);
                         self.transmit(welcome.machine as usize);

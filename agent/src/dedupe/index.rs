@@ -1,9 +1,12 @@
-//! Where content is that the target acknowledged: a table of fixed size. Pure.
+//! Where content is that the target's images hold: a table of fixed size. Pure.
+//!
+//! A sync's batches are on the images when they are acknowledged. Ordered ones may wait in the target's journal long
+//! after that, up to its newest point: they are found once the target says that they are applied.
 //!
 //! A hash leads to one bucket; the newest entry of a bucket displaces its oldest. So the memory is
 //! what was configured, from the first entry on, and a lookup is one cache miss.
 
-use backhaul_proto::batch::Reference;
+use backhaul_proto::batch::{BatchKind, Reference};
 use backhaul_proto::id::{BatchSeq, DiskIndex, Generation};
 
 /// Entries of a bucket: 128 bytes, two cache lines.
@@ -18,19 +21,36 @@ pub struct Place {
     pub offset_bytes: u64,
 }
 
-/// 16 bytes. A disk is smaller than 2^46 bytes, so its index fits above the offset.
+/// The batch that content was sent in.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SentIn {
+    pub(super) batch: BatchSeq,
+    pub(super) kind: BatchKind,
+}
+
+/// 16 bytes. A disk is smaller than 2^46 bytes, so its index fits above the offset, and a bit above that.
 #[derive(Debug, Clone, Copy, Default)]
 struct Entry {
     /// The lower half of the hash; the upper half chose the bucket.
     tag: u32,
     /// The batch it was sent in; 0 in an empty entry.
     batch: u32,
+    /// [`ORDERED`], disk, offset.
     place: u64,
 }
 
 const OFFSET_BITS: u32 = 46;
 
+/// It was sent in an ordered batch.
+const ORDERED: u64 = 1 << 63;
+
 impl Entry {
+    fn new(tag: u32, place: Place, batch: u32, kind: BatchKind) -> Self {
+        let ordered = if kind == BatchKind::Ordered { ORDERED } else { 0 };
+        let place = ordered | u64::from(place.disk.0) << OFFSET_BITS | place.offset_bytes;
+        Self { tag, batch, place }
+    }
+
     fn place(self) -> Place {
         Place {
             disk: DiskIndex((self.place >> OFFSET_BITS) as u16),
@@ -43,7 +63,8 @@ impl Entry {
 #[derive(Debug)]
 pub(super) struct ContentIndex {
     generation: Generation,
-    acked: BatchSeq,
+    durable: BatchSeq,
+    applied: BatchSeq,
     buckets_max: usize,
     /// Empty until the first entry: an agent whose link is fast never needs it.
     buckets: Vec<[Entry; WAYS]>,
@@ -52,7 +73,8 @@ pub(super) struct ContentIndex {
 impl ContentIndex {
     pub(super) fn new(bytes: u64, generation: Generation) -> Self {
         let buckets_max = (bytes / size_of::<[Entry; WAYS]>() as u64) as usize;
-        Self { generation, acked: BatchSeq(0), buckets_max, buckets: Vec::new() }
+        let (durable, applied) = (BatchSeq(0), BatchSeq(0));
+        Self { generation, durable, applied, buckets_max, buckets: Vec::new() }
     }
 
     pub(super) fn is_enabled(&self) -> bool {
@@ -64,30 +86,33 @@ impl ContentIndex {
     }
 
     pub(super) fn reset(&mut self, generation: Generation) {
-        (self.generation, self.acked) = (generation, BatchSeq(0));
+        self.generation = generation;
+        (self.durable, self.applied) = (BatchSeq(0), BatchSeq(0));
         self.buckets.fill([Entry::default(); WAYS]);
     }
 
-    pub(super) fn handle_acked(&mut self, batch: BatchSeq) {
-        self.acked = self.acked.max(batch);
+    pub(super) fn handle_acked(&mut self, durable: BatchSeq, applied: BatchSeq) {
+        self.durable = self.durable.max(durable);
+        // What is said of batches that were not sent yet is not believed.
+        self.applied = self.applied.max(applied).min(self.durable);
     }
 
     fn bucket_of(&self, hash: u64) -> usize {
         ((u128::from(hash) * self.buckets.len() as u128) >> 64) as usize
     }
 
-    /// Where acknowledged content of this hash was.
+    /// Where the images hold content of this hash, if nothing was written over it since.
     pub(super) fn find(&self, hash: u64) -> Option<Place> {
         let bucket = self.buckets.get(self.bucket_of(hash))?;
         let entry = bucket.iter().find(|entry| entry.batch > 0 && entry.tag == hash as u32)?;
-        (u64::from(entry.batch) <= self.acked.0).then(|| entry.place())
+        let here = if entry.place & ORDERED == 0 { self.durable } else { self.applied };
+        (u64::from(entry.batch) <= here.0).then(|| entry.place())
     }
 
-    /// A sync sends this content of this place, in `batch`. The place that is known stays, so that
-    /// runs of blocks stay runs.
-    pub(super) fn insert(&mut self, hash: u64, place: Place, batch: BatchSeq) {
+    /// This content of this place is sent. The place that is known stays, so that runs of blocks stay runs.
+    pub(super) fn insert(&mut self, hash: u64, place: Place, sent_in: SentIn) {
         // A generation of more batches than that, years of them, is not deduplicated to its end.
-        let Ok(batch) = u32::try_from(batch.0) else { return };
+        let Ok(batch) = u32::try_from(sent_in.batch.0) else { return };
         if self.buckets.is_empty() {
             self.buckets = vec![[Entry::default(); WAYS]; self.buckets_max];
         }
@@ -98,8 +123,7 @@ impl ContentIndex {
             return;
         }
         bucket.rotate_right(1);
-        let place = u64::from(place.disk.0) << OFFSET_BITS | place.offset_bytes;
-        bucket[0] = Entry { tag, batch, place };
+        bucket[0] = Entry::new(tag, place, batch, sent_in.kind);
     }
 
     /// The content is not there any more.
@@ -131,13 +155,17 @@ impl ContentIndex {
 
 #[cfg(test)]
 mod tests {
-    use backhaul_proto::batch::Reference;
+    use backhaul_proto::batch::{BatchKind, Reference};
     use backhaul_proto::id::{BatchSeq, DiskIndex, Generation};
 
-    use super::{ContentIndex, Place};
+    use super::{ContentIndex, Place, SentIn};
 
     fn place(block: u64) -> Place {
         Place { disk: DiskIndex(63), offset_bytes: block * 4096 }
+    }
+
+    fn sync(batch: u64) -> SentIn {
+        SentIn { batch: BatchSeq(batch), kind: BatchKind::Sync }
     }
 
     fn hash(of: u64) -> u64 {
@@ -149,15 +177,38 @@ mod tests {
         let mut index = ContentIndex::new(1 << 20, Generation(1));
         assert_eq!(index.find(hash(1)), None);
         let last = Place { disk: DiskIndex(63), offset_bytes: (62 << 40) - 4096 };
-        index.insert(hash(1), last, BatchSeq(5));
-        index.handle_acked(BatchSeq(4));
+        index.insert(hash(1), last, sync(5));
+        index.handle_acked(BatchSeq(4), BatchSeq(0));
         assert_eq!(index.find(hash(1)), None);
-        index.handle_acked(BatchSeq(5));
+        index.handle_acked(BatchSeq(5), BatchSeq(0));
         assert_eq!(index.find(hash(1)), Some(last));
-        index.insert(hash(1), place(8), BatchSeq(6));
+        index.insert(hash(1), place(8), sync(6));
         assert_eq!(index.find(hash(1)), Some(last), "the first place stays");
         index.reset(Generation(2));
-        index.handle_acked(BatchSeq(9));
+        index.handle_acked(BatchSeq(9), BatchSeq(0));
+        assert_eq!(index.find(hash(1)), None);
+    }
+
+    /// What guests wrote was never referred to: it may wait in the journal, where a read of the image misses it.
+    #[test]
+    fn what_a_guest_wrote_is_found_once_it_is_applied() {
+        let mut index = ContentIndex::new(1 << 20, Generation(1));
+        let last = Place { disk: DiskIndex(u16::MAX), offset_bytes: (1 << 46) - 4096 };
+        let ordered = SentIn { batch: BatchSeq(5), kind: BatchKind::Ordered };
+        index.insert(hash(1), last, ordered);
+        index.handle_acked(BatchSeq(4), BatchSeq(5));
+        assert_eq!(index.find(hash(1)), None, "applied before it was durable");
+        index.handle_acked(BatchSeq(9), BatchSeq(4));
+        assert_eq!(index.find(hash(1)), None, "it may wait in the journal");
+        index.handle_acked(BatchSeq(9), BatchSeq(5));
+        assert_eq!(index.find(hash(1)), Some(last));
+        index.handle_acked(BatchSeq(10), BatchSeq(0));
+        assert_eq!(
+            index.find(hash(1)),
+            Some(last),
+            "a target that does not say takes nothing back"
+        );
+        index.remove(hash(1), last);
         assert_eq!(index.find(hash(1)), None);
     }
 
@@ -165,10 +216,10 @@ mod tests {
     fn the_newest_entries_fit_into_the_bound() {
         let mut index = ContentIndex::new(1 << 20, Generation(1));
         for of in 0..200_000 {
-            index.insert(hash(of), place(of), BatchSeq(1));
+            index.insert(hash(of), place(of), sync(1));
         }
         assert_eq!(size_of_val(&index.buckets[..]), 1 << 20);
-        index.handle_acked(BatchSeq(1));
+        index.handle_acked(BatchSeq(1), BatchSeq(0));
         let found = |range: std::ops::Range<u64>| {
             range.filter(|of| index.find(hash(*of)) == Some(place(*of))).count()
         };
@@ -183,9 +234,9 @@ mod tests {
     fn what_proved_wrong_is_forgotten() {
         let mut index = ContentIndex::new(1 << 20, Generation(1));
         for of in 0..100 {
-            index.insert(hash(of), place(of), BatchSeq(1));
+            index.insert(hash(of), place(of), sync(1));
         }
-        index.handle_acked(BatchSeq(1));
+        index.handle_acked(BatchSeq(1), BatchSeq(0));
         index.remove(hash(3), place(4));
         assert!(index.find(hash(3)).is_some());
         index.remove(hash(3), place(3));

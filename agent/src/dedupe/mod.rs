@@ -2,7 +2,7 @@
 //! link is the bottleneck.
 //!
 //! ```text
-//! index (pure, bounded): hash of a block → where acknowledged content has it
+//! index (pure, bounded): hash of a block → where the images have it
 //! find (pure): grows what the index names to runs, by comparing with the disk as it is now
 //! ```
 //!
@@ -13,13 +13,13 @@ mod index;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use backhaul_proto::batch::{BatchKind, PlainBatch, Reference};
+use backhaul_proto::batch::{PlainBatch, Reference};
 use backhaul_proto::id::{BatchSeq, Generation};
 
 use crate::capture::CapturedDisk;
 use find::{Finder, sample_blocks};
-use index::ContentIndex;
 pub use index::Place;
+use index::{ContentIndex, SentIn};
 
 /// What is known of one machine's content at the target.
 #[derive(Debug)]
@@ -38,9 +38,10 @@ impl Dedupe {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Every batch up to here is on stable storage at the target.
-    pub fn handle_acked(&self, batch: BatchSeq) {
-        self.index().handle_acked(batch);
+    /// Every batch up to `durable` is on stable storage at the target, and up to `applied`, or what was said of it
+    /// before, on its images.
+    pub fn handle_acked(&self, durable: BatchSeq, applied: BatchSeq) {
+        self.index().handle_acked(durable, applied);
     }
 
     /// A new generation begins: what the target holds is unknown.
@@ -54,7 +55,7 @@ impl Dedupe {
     }
 
     /// What of a batch can be referred to. Reads from the protected disks where the index says that
-    /// it is worth it. Takes note of what a sync sends, for when it is acknowledged.
+    /// it is worth it. Takes note of what is sent, for when the images hold it.
     pub fn references(&self, batch: &PlainBatch) -> Vec<Reference> {
         {
             let index = self.index();
@@ -84,12 +85,9 @@ impl Dedupe {
         for (hash, place) in stale {
             index.remove(hash, place);
         }
-        // Ordered batches may wait in the target's journal long after they are acknowledged, while
-        // references are resolved from its images.
-        if batch.kind == BatchKind::Sync {
-            for block in blocks.iter().filter(|block| !find::is_covered(&references, block.at)) {
-                index.insert(block.hash, block.place, batch.batch);
-            }
+        let sent_in = SentIn { batch: batch.batch, kind: batch.kind };
+        for block in blocks.iter().filter(|block| !find::is_covered(&references, block.at)) {
+            index.insert(block.hash, block.place, sent_in);
         }
         references
     }

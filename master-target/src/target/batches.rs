@@ -253,6 +253,7 @@ impl Target {
                     machine: index.0.into(),
                     durable_batch: durable.0,
                     window_bytes: open.receiver.window_bytes(),
+                    applied_batch: open.applied.0,
                 }));
             }
         }
