@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use backhaul_proto::batch::BatchHeader;
-use backhaul_proto::limits::CONTROL_BATCH_BYTES_MAX;
 use backhaul_proto::link::{BatchStream, Connection, Places, StreamError};
 use backhaul_proto::message::{
     AgentMessage, Code, HashReply, HashRequest, Hello, Refusal, TargetMessage, agent_message,
@@ -193,15 +192,15 @@ async fn converse(
 
 /// A batch that came in a control message. What is read there waits for no memory that others hold.
 async fn control_batch(connection: &Connection, bytes: Bytes) -> Result<LinkEvent, StreamError> {
-    let read = match bytes.len() {
-        ..=CONTROL_BATCH_BYTES_MAX => {
-            let own_memory_kib = Semaphore::new(READING_KIB_MAX);
-            read_batch(&mut BatchStream::Message(bytes), &own_memory_kib).await
-        }
-        bytes => Err(StreamError::Stream(format!(
-            "a batch of {bytes} bytes came in a control message; the most allowed is {CONTROL_BATCH_BYTES_MAX}"
-        ))
-        .into()),
+    let (bytes_len, bytes_max) = (bytes.len(), connection.transport().control_batch_bytes_max());
+    let read = if bytes_len <= bytes_max {
+        let own_memory_kib = Semaphore::new(READING_KIB_MAX);
+        read_batch(&mut BatchStream::Message(bytes), &own_memory_kib).await
+    } else {
+        let sentence = format!(
+            "a batch of {bytes_len} bytes came in a control message; the most allowed is {bytes_max}"
+        );
+        Err(StreamError::Stream(sentence).into())
     };
     let sentence = match read {
         Ok((header, Received::Whole(batch))) => return Ok(LinkEvent::Batch(header, batch)),

@@ -48,9 +48,13 @@ pub const HASH_REGIONS_MAX: u32 = 64;
 /// All machines together have four megabytes of light batches under way at most.
 pub const LIGHT_BYTES_MAX: u64 = 64 << 10;
 
-/// Most bytes of a batch that travels in a control message, header included: so small a frame has
+/// Most bytes of a batch that travels in a control message over QUIC, header included: so small a frame has
 /// copies, and a lost packet does not hold it up.
 pub const CONTROL_BATCH_BYTES_MAX: usize = 900;
+
+/// The same over TCP, where control is a connection of its own and a batch would wait for the megabyte that is
+/// being written on the other one: what a connection that was idle sends in its first round trip.
+pub const CONTROL_BATCH_BYTES_MAX_TCP: usize = 14 << 10;
 
 /// Granularity at which the agent tracks dirty blocks.
 pub const BLOCK_BYTES: u32 = 4096;

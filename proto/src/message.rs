@@ -42,7 +42,7 @@ pub mod agent_message {
         #[prost(message, tag = "6")]
         Probe(super::ProbeRequest),
         /// A batch as it travels on a stream of its own, of at most
-        /// [`crate::limits::CONTROL_BATCH_BYTES_MAX`] bytes and without references. From version 3 on.
+        /// [`crate::link::Transport::control_batch_bytes_max`] bytes and without references. From version 3 on.
         #[prost(bytes = "bytes", tag = "7")]
         Batch(bytes::Bytes),
     }

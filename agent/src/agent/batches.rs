@@ -4,8 +4,7 @@ use std::time::Instant;
 
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
-use backhaul_proto::limits::CONTROL_BATCH_BYTES_MAX;
-use backhaul_proto::link::Connection;
+use backhaul_proto::link::{Connection, Transport};
 use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend, agent_message};
 use backhaul_proto::session::{Due, Release, Weight};
 
@@ -43,7 +42,7 @@ impl Agent {
     pub(super) fn transmit(&mut self, index: usize) {
         let (Some(link), machine) = (&self.link, &mut self.machines[index]) else { return };
         let Some(on_wire) = machine.replicating else { return };
-        let now = Instant::now();
+        let (now, transport) = (Instant::now(), link.connection.transport());
         loop {
             let is_bare_point = machine.sender.peek_transmit().is_some_and(is_bare_point);
             // It costs the ceiling next to nothing, and waits for nobody's data but its machine's.
@@ -62,7 +61,7 @@ impl Agent {
             }
             self.metrics.sent(machine.config.name.as_str(), &batch);
             self.referenced_bytes += u64::from(batch.header.referenced_bytes());
-            if self.control_batches && weight == Weight::Light && fits_control(&batch) {
+            if self.control_batches && weight == Weight::Light && fits_control(&batch, transport) {
                 let bytes = batch.chunks(on_wire).concat().into();
                 link.control(agent_message::Kind::Batch(bytes));
                 continue;
@@ -210,12 +209,14 @@ fn untag_request(tagged: u64) -> (usize, u64) {
 /// Whether a batch is the marker of a recovery point with no data before it. As many of these are sent as
 /// points are set; zeroed space has no data either, and a guest may zero without end.
 fn is_bare_point(batch: &EncodedBatch) -> bool {
-    batch.ends_with_point() && batch.header.data_bytes() == 0 && fits_control(batch)
+    batch.ends_with_point()
+        && batch.header.data_bytes() == 0
+        && fits_control(batch, Transport::Quic)
 }
 
 /// Whether a batch may travel in a control message.
-fn fits_control(batch: &EncodedBatch) -> bool {
-    batch.wire_bytes() <= CONTROL_BATCH_BYTES_MAX && batch.header.folded.is_none()
+fn fits_control(batch: &EncodedBatch, transport: Transport) -> bool {
+    batch.wire_bytes() <= transport.control_batch_bytes_max() && batch.header.folded.is_none()
 }
 
 async fn send(

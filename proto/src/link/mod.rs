@@ -19,6 +19,7 @@ use thiserror::Error;
 
 use crate::batch::{BatchHeader, HEADER_BYTES, HeaderError};
 use crate::id::PeerName;
+use crate::limits::{CONTROL_BATCH_BYTES_MAX, CONTROL_BATCH_BYTES_MAX_TCP};
 use crate::message::FrameError;
 use crate::quic::{CongestionStats, SocketFacts};
 use crate::session::{Due, Weight};
@@ -82,6 +83,16 @@ pub enum Transport {
     Quic,
     /// TLS 1.3 over TCP.
     Tcp,
+}
+
+impl Transport {
+    /// Most bytes of a batch that travels in a control message, header included.
+    pub fn control_batch_bytes_max(self) -> usize {
+        match self {
+            Self::Quic => CONTROL_BATCH_BYTES_MAX,
+            Self::Tcp => CONTROL_BATCH_BYTES_MAX_TCP,
+        }
+    }
 }
 
 impl fmt::Display for Transport {
