@@ -136,11 +136,9 @@ pub async fn run(config: &Config, time: Duration, tell: impl Fn(&str)) -> anyhow
     let down_bytes_per_second = prober.down(&connection, time).await?;
     connection.close("the probe is over");
     let disk_bytes_per_second = disk.disk_bytes_per_second;
-    let over_quic = connection.transport() == Transport::Quic;
     let limit = Limit::of(&Measured {
         up_bytes_per_second: up.bytes_per_second,
-        rtt_seconds: up.rtt_seconds.0,
-        filled_bytes: over_quic.then(|| transport.filled_bytes()),
+        starved_share: up.starved_share,
         disk_bytes_per_second,
         dropped_datagrams: up.dropped_datagrams,
         cpu_percent: up.cpu_percent,
@@ -167,6 +165,7 @@ struct Up {
     bytes_per_second: f64,
     rtt_seconds: (f64, f64),
     lost_share: f64,
+    starved_share: f64,
     mtu_bytes: u16,
     dropped_datagrams: u64,
     cpu_percent: u64,
@@ -260,6 +259,7 @@ impl Prober {
         tokio::time::sleep(time / SETTLE_SHARE).await;
         let before = self.ask(ProbeRequest::default()).await?;
         let (began, stats, cpu) = (Instant::now(), connection.stats(), cpu_time());
+        let window = connection.congestion();
         let (mut rtts, mut last, mut last_at) = (Vec::new(), before.clone(), began);
         let mut target_cpu = Vec::new();
         let measured = time - time / SETTLE_SHARE;
@@ -280,6 +280,13 @@ impl Prober {
         }
         let seconds = last_at.duration_since(began).as_secs_f64().max(1e-3);
         let after = connection.stats();
+        let starved_share = match (window, connection.congestion()) {
+            (Some(before), Some(after)) => {
+                let acked = after.acked_bytes.saturating_sub(before.acked_bytes).max(1);
+                after.starved_bytes.saturating_sub(before.starved_bytes) as f64 / acked as f64
+            }
+            _ => 0.0,
+        };
         let own_cpu = ((cpu_time() - cpu).as_secs_f64() / seconds * 100.0) as u64;
         while self.answered < self.asked {
             self.reply().await?;
@@ -294,6 +301,7 @@ impl Prober {
             rtt_seconds: (share(&rtts, 0.5), share(&rtts, 0.99)),
             lost_share: after.lost_packets.saturating_sub(stats.lost_packets) as f64
                 / packets as f64,
+            starved_share,
             mtu_bytes: after.mtu_bytes,
             dropped_datagrams: last.dropped_datagrams.saturating_sub(before.dropped_datagrams),
             cpu_percent: target_cpu

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use backhaul_proto::identity::Role;
-use backhaul_proto::link::{ConnectOptions, Connection, Listener, TransportChoice, connect};
+use backhaul_proto::link::{ConnectOptions, Connection, Listener, TransportChoice, connect, probe};
 use backhaul_proto::message::{
     AgentMessage, Heartbeat, TargetMessage, agent_message, target_message,
 };
@@ -310,4 +310,28 @@ async fn a_peer_that_stops_reading_holds_a_window_and_no_more() {
     }
     let (all, sent) = (BATCHES as usize * BATCH_BYTES, to_target.load(Ordering::Relaxed));
     assert!(sent < all * 23 / 20, "{sent} bytes were sent for {all}");
+}
+
+/// A probe judged by arithmetic, and blamed the window on lines that a wider one made no faster. What was
+/// acknowledged while nothing more might be sent tells which of the two it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_that_is_too_small_is_told_from_a_line_that_is_full() {
+    const ONE_WAY: Duration = Duration::from_millis(100);
+    const FLOOD: Duration = Duration::from_secs(2);
+    let narrow = TransportOptions { window_bytes: 4 << 20, ..TransportOptions::default() };
+    let congestion = Congestion::Fixed { bits_per_second: 16_000_000 };
+    let slow_line = TransportOptions { congestion, ..TransportOptions::default() };
+    for (transport, is_starved) in [(narrow, true), (slow_line, false)] {
+        let healthy = |_, packet| vec![packet];
+        let (_dir, _listener, agent, target) = pair(transport, ONE_WAY, healthy).await;
+        let received = Arc::default();
+        let drained = tokio::spawn(async move { probe::drain(&target, received).await });
+        probe::flood(&agent, FLOOD).await.unwrap();
+        drained.abort();
+        let congestion = agent.congestion().unwrap();
+        let starved_share = congestion.starved_bytes as f64 / congestion.acked_bytes as f64;
+        println!("{starved_share:.2} of {} bytes", congestion.acked_bytes);
+        assert!(congestion.acked_bytes > 2 << 20);
+        assert_eq!(starved_share > 0.2, is_starved, "{starved_share}");
+    }
 }

@@ -20,12 +20,16 @@ const DRAIN_BYTES: usize = 16 << 10;
 /// Under way at first, and always on top of what the way carries.
 const AHEAD_BYTES_MIN: f64 = (2 << 20) as f64;
 
-/// Under way at most: more than any window holds.
-const AHEAD_BYTES_MAX: f64 = (64 << 20) as f64;
+/// Under way at most: what the widest window holds.
+const AHEAD_BYTES_MAX: f64 = (1 << 30) as f64;
 
 /// So much of what the way carries is under way: no round trip leaves it idle, and when the time is
 /// over the rest is through soon.
 const AHEAD_SECONDS: f64 = 0.5;
+
+/// And so many congestion windows, as many as the transport itself would take: a flood that has less ready is
+/// what limits, and the rate of a long line would never be found.
+const AHEAD_WINDOWS: f64 = 4.0;
 
 /// A batch of noise as it travels. It is a batch like any other, so that it passes the same way.
 fn noise() -> Vec<Bytes> {
@@ -44,7 +48,9 @@ pub async fn flood(connection: &Connection, time: Duration) -> Result<(), Stream
     let mut sent_bytes = 0.0;
     while began.elapsed() < time {
         let rate = sent_bytes / began.elapsed().as_secs_f64().max(1e-3);
-        let ahead_bytes = (AHEAD_BYTES_MIN + rate * AHEAD_SECONDS).min(AHEAD_BYTES_MAX);
+        let windows_bytes = AHEAD_WINDOWS * connection.stats().congestion_window_bytes as f64;
+        let way_bytes = windows_bytes.max(rate * AHEAD_SECONDS);
+        let ahead_bytes = (AHEAD_BYTES_MIN + way_bytes).min(AHEAD_BYTES_MAX);
         while ((sending.len() * NOISE_BYTES) as f64) < ahead_bytes {
             let (connection, chunks) = (connection.clone(), chunks.clone());
             sending.spawn(async move { connection.send_batch(chunks).await });

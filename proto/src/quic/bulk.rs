@@ -115,13 +115,6 @@ impl Bulk {
     }
 }
 
-/// The largest congestion window of which batches get all that they can use, in bytes, where the
-/// transport holds `window_bytes`.
-pub(super) fn filled_bytes(window_bytes: u32) -> u64 {
-    let most_bytes = u64::from(window_bytes).saturating_sub(CONTROL_RESERVE_BYTES);
-    most_bytes.saturating_sub(BATCHES_BYTES) / CONGESTION_WINDOWS
-}
-
 /// What is granted at a congestion window.
 fn units(congestion_window_bytes: u64, most: u32) -> u32 {
     let wanted = congestion_window_bytes.saturating_mul(CONGESTION_WINDOWS);
@@ -136,11 +129,18 @@ mod tests {
 
     use super::{
         BATCHES_BYTES, Bulk, CONGESTION_WINDOWS, CONTROL_RESERVE_BYTES, LIGHT_RESERVE_BYTES,
-        LIGHT_STREAMS, UNIT_BYTES, filled_bytes, units,
+        LIGHT_STREAMS, UNIT_BYTES, units,
     };
 
     const WINDOW_BYTES: u32 = 48 << 20;
     const STREAMS: u32 = 256;
+
+    /// The largest congestion window of which batches get all that they can use, in bytes, where the
+    /// transport holds `window_bytes`.
+    fn filled_bytes(window_bytes: u32) -> u64 {
+        let most_bytes = u64::from(window_bytes).saturating_sub(CONTROL_RESERVE_BYTES);
+        most_bytes.saturating_sub(BATCHES_BYTES) / CONGESTION_WINDOWS
+    }
 
     fn free_bytes(bulk: &Bulk) -> u64 {
         bulk.free.available_permits() as u64 * UNIT_BYTES
@@ -158,7 +158,7 @@ mod tests {
         assert_eq!(free_bytes(&bulk), BATCHES_BYTES);
     }
 
-    /// A probe would blame the line for what the window keeps from it, or the other way round.
+    /// What an operator who sizes `link_window` is told.
     #[test]
     fn a_path_is_filled_up_to_the_window_at_which_the_bound_begins_to_cut() {
         let filled = filled_bytes(WINDOW_BYTES);

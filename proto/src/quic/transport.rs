@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use quinn::{IdleTimeout, MtuDiscoveryConfig, VarInt};
 
+use crate::quic::Connections;
 use crate::quic::congestion::{Limited, Method, PathMemory, RateLimit, Siblings};
 use crate::quic::lanes::lane_window_bytes;
-use crate::quic::{Connections, bulk};
 
 /// Packets that quinn hands to the system at a time (its `MAX_TRANSMIT_SEGMENTS`).
 const SEGMENTS_MAX: usize = 10;
@@ -124,11 +124,6 @@ impl Default for TransportOptions {
 }
 
 impl TransportOptions {
-    /// Bandwidth × delay up to which a link is filled whatever it loses, in bytes.
-    pub fn filled_bytes(&self) -> u64 {
-        bulk::filled_bytes(self.window_bytes)
-    }
-
     /// For the first connection of a link, to the others of which `siblings` is common; `header_bytes` are
     /// those of IP and UDP.
     pub(crate) fn to_quinn(&self, siblings: Siblings, header_bytes: u64) -> quinn::TransportConfig {

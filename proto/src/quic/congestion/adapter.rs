@@ -32,6 +32,10 @@ pub struct CongestionStats {
     pub window_bytes: u64,
     /// Bytes that were declared lost.
     pub lost_bytes: u64,
+    /// Bytes that were acknowledged.
+    pub acked_bytes: u64,
+    /// Of those, what was acknowledged while there was room in the window and nothing more that might be sent.
+    pub starved_bytes: u64,
     /// Share of packets that the path loses by chance, in millionths.
     pub chance_loss_ppm: u32,
     /// The ceiling in force, in bytes a second.
@@ -84,6 +88,8 @@ impl ControllerFactory for Limited {
             memory: self.memory.clone(),
             mtu: current_mtu,
             lost_bytes: 0,
+            acked_bytes: 0,
+            starved_bytes: 0,
             in_flight_bytes: 0,
             knocks: Arc::default(),
             knock_sent: None,
@@ -124,6 +130,8 @@ struct Adapter {
     memory: Option<PathMemory>,
     mtu: u16,
     lost_bytes: u64,
+    acked_bytes: u64,
+    starved_bytes: u64,
     /// What was under way when the peer was last heard, and what was sent since, before any knock.
     in_flight_bytes: u64,
     /// Knocks that were not answered yet; shared with the clones that are made of this.
@@ -163,6 +171,8 @@ impl Adapter {
             min_rtt,
             window_bytes: self.window(),
             lost_bytes: self.lost_bytes,
+            acked_bytes: self.acked_bytes,
+            starved_bytes: self.starved_bytes,
             chance_loss_ppm: (chance * 1e6) as u32,
             limit_bytes_per_second: self.limit.get(),
         }
@@ -197,6 +207,8 @@ impl Controller for Adapter {
             self.knock_sent = None;
         }
         self.ceiling.on_ack(now, rtt.get());
+        self.acked_bytes += bytes;
+        self.starved_bytes += if app_limited { bytes } else { 0 };
         let limited = app_limited || self.is_capped();
         match &mut self.inner {
             Inner::Auto(flow) => flow.on_ack(now, sent, bytes, rtt.get()),
@@ -295,6 +307,8 @@ impl Controller for Adapter {
             memory: self.memory.clone(),
             mtu: self.mtu,
             lost_bytes: self.lost_bytes,
+            acked_bytes: self.acked_bytes,
+            starved_bytes: self.starved_bytes,
             in_flight_bytes: self.in_flight_bytes,
             knocks: Arc::clone(&self.knocks),
             knock_sent: self.knock_sent,

@@ -258,6 +258,8 @@ impl Lanes {
             sum.bandwidth_bytes_per_second += one.bandwidth_bytes_per_second;
             sum.window_bytes += one.window_bytes;
             sum.lost_bytes += one.lost_bytes;
+            sum.acked_bytes += one.acked_bytes;
+            sum.starved_bytes += one.starved_bytes;
         }
         Some(sum)
     }
