@@ -282,8 +282,10 @@ impl Prober {
         let after = connection.stats();
         let starved_share = match (window, connection.congestion()) {
             (Some(before), Some(after)) => {
+                // A lane that went away meanwhile took its counts with it.
                 let acked = after.acked_bytes.saturating_sub(before.acked_bytes).max(1);
-                after.starved_bytes.saturating_sub(before.starved_bytes) as f64 / acked as f64
+                let starved = after.starved_bytes.saturating_sub(before.starved_bytes);
+                starved.min(acked) as f64 / acked as f64
             }
             _ => 0.0,
         };

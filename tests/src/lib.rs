@@ -4,6 +4,7 @@
 //! scenario is `qemu-img compare` of the protected disk and the VMDK.
 
 pub mod image_command;
+pub mod metrics;
 pub mod whole_guest;
 
 use std::path::{Path, PathBuf};

@@ -21,6 +21,7 @@ use backhaul_proto::message::{
 };
 use backhaul_proto::quic::TransportOptions;
 use backhaul_proto::version::{VERSION_1, VERSION_2, VERSION_MAX, Version};
+use backhaul_tests::metrics::{METRICS, metrics_address, scrape};
 use backhaul_tests::{STEP_TIME_MAX, Scenario, compare};
 use bytes::Bytes;
 
@@ -167,6 +168,41 @@ async fn what_a_guest_wrote_and_copies_crosses_the_link_once() {
     println!("{} of {PIECES} MiB as references, {wire_bytes} bytes", after.referenced_bytes >> 20);
     assert!(after.referenced_bytes >= (PIECES * MIB) as u64 / 2, "{after:?}");
     assert!(wire_bytes + after.referenced_bytes < (PIECES * MIB) as u64 * 11 / 10, "{after:?}");
+    guest.disconnect().await;
+    scenario.fail_over().await.unwrap();
+    scenario.compare().unwrap();
+}
+
+/// A guest writes the same places again and again, some blocks of them unchanged, and now and then a point brings
+/// it all to the image. The unchanged blocks were found at their own places, where the protected disk has what the
+/// image does not have yet: every other such write was asked for again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_over_in_place_is_never_asked_for_again() {
+    const ROUNDS: u64 = 8;
+    const AREAS: usize = 6;
+    let mut scenario =
+        Scenario::prepare(64 * MIB as u64, |spec| spec.agent_options = METRICS.into()).unwrap();
+    write(&scenario.protected, 0, &noise(101, 16 * MIB));
+    scenario.rig.edit_configuration("agent", |text| slow(text, "80 Mbit/s")).unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let guest = scenario.rig.connect(0).await.unwrap();
+    let mut areas: Vec<_> = (0..AREAS as u64).map(|area| noise(102 + area, MIB)).collect();
+    for round in 0..ROUNDS {
+        for (area, content) in areas.iter_mut().enumerate() {
+            // Of every eight blocks the first four are new; on every other round those of two rounds before.
+            for (run, blocks) in content.chunks_mut(8 * 4096).enumerate() {
+                let seed = (round % 2) << 32 | (area << 16 | run) as u64;
+                blocks[..4 * 4096].copy_from_slice(&noise(seed, 4 * 4096));
+            }
+            let at = (16 * MIB + 2 * area * MIB) as u64;
+            guest.write(at, Bytes::copy_from_slice(content), false).await.unwrap();
+        }
+        scenario.rig.client().tag(MACHINE).await.unwrap();
+    }
+    let metrics = scrape(metrics_address(&mut scenario, "agent").await);
+    let again = metrics.get("backhaul_agent_resent_batches_total{machine=\"lab\"}");
+    assert_eq!(again.copied().unwrap_or_default(), 0.0, "{metrics:?}");
     guest.disconnect().await;
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();

@@ -1,59 +1,13 @@
 //! What people and programs are told of a link, so that they find what is wrong with it: status, probe
 //! and metrics.
 
-use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::UdpSocket;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use backhaul_api::Link;
+use backhaul_tests::metrics::{METRICS, Metrics, metrics_address, scrape, wait_metrics};
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root, programs};
-
-/// Switches the metrics of a daemon on.
-const METRICS: &str = "metrics = \"127.0.0.1:0\"";
-
-/// What a daemon tells Prometheus, by name and labels.
-type Metrics = BTreeMap<String, f64>;
-
-/// Where `daemon` serves its metrics.
-async fn metrics_address(scenario: &mut Scenario, daemon: &str) -> SocketAddr {
-    scenario.rig.wait_log(daemon, "metrics address=").await.unwrap();
-    let log =
-        std::fs::read_to_string(scenario.folder.path().join(format!("{daemon}.log"))).unwrap();
-    let address = log.split("metrics address=").nth(1).unwrap().split_whitespace().next();
-    address.unwrap().parse().unwrap()
-}
-
-fn scrape(address: SocketAddr) -> Metrics {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let ours = text.lines().filter(|line| line.starts_with("backhaul_"));
-    let pair = |line: &str| {
-        let (name, value) = line.rsplit_once(' ').unwrap();
-        (name.to_owned(), value.parse().unwrap())
-    };
-    ours.map(pair).collect()
-}
-
-/// Scrapes until the metrics are as `wanted` says.
-async fn wait_metrics(
-    address: SocketAddr,
-    what: &str,
-    wanted: impl Fn(&Metrics) -> bool,
-) -> Metrics {
-    let (began, mut looks) = (Instant::now(), tokio::time::interval(Duration::from_millis(50)));
-    loop {
-        looks.tick().await;
-        let metrics = scrape(address);
-        if wanted(&metrics) {
-            return metrics;
-        }
-        assert!(began.elapsed() < STEP_TIME_MAX, "{what} did not happen: {metrics:?}");
-    }
-}
 
 /// What `backhaul` prints, with these arguments, for people.
 fn backhaul(scenario: &Scenario, arguments: &[&str]) -> String {

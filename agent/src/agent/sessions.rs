@@ -142,12 +142,13 @@ impl Agent {
         let machine = &mut self.machines[index];
         let generation = new_generation(machine.sender.generation());
         let sizes = disk_sizes(machine.capture.disks());
+        // Before anything of it is sealed.
+        machine.dedupe.handle_generation(generation);
         machine.capture.with_order(|order| {
             let last_point = order.last_point();
             *order = Order::new(options, generation, &sizes, last_point, now_us());
         });
         machine.sender = Sender::new(generation);
-        machine.dedupe.handle_generation(generation);
         machine.encoded.clear();
         machine.replicating = None;
         machine.sync_sent_bytes = 0;

@@ -176,6 +176,7 @@ impl EncodePool {
         dedupe: Arc<Dedupe>,
         done: impl FnOnce(Encoded) + Send + 'static,
     ) {
+        dedupe.handle_sealed(&batch);
         self.shared.waiting_bytes.fetch_add(held_bytes(&batch), Ordering::Relaxed);
         self.queue.0.push(Work { batch, dedupe, done: Box::new(done) });
     }

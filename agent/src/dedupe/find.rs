@@ -20,10 +20,6 @@ const SAMPLED: u64 = 4;
 /// A shorter run is sent as it is: reading it costs the target a seek.
 const RUN_BYTES_MIN: usize = 16 << 10;
 
-/// A reference does not reach beyond the piece of the disk that its seed lies in. A sync sends such
-/// a piece as one batch, so all of it was acknowledged with the seed.
-const PIECE_BYTES: u64 = 1 << 20;
-
 /// What is compared at a time.
 const STEP_BYTES: usize = 64 << 10;
 
@@ -42,6 +38,14 @@ pub(super) struct Block {
     pub(super) hash: u64,
     /// Where it goes on its disk.
     pub(super) place: Place,
+}
+
+/// Where the index says that a block is, and how far around it the image is as the disk.
+#[derive(Debug, Clone)]
+pub(super) struct Source {
+    pub(super) place: Place,
+    /// Offsets on the disk, the place's among them.
+    pub(super) applied: Range<u64>,
 }
 
 /// The blocks of a batch's data that the index may know: whole ones, aligned on their disk.
@@ -112,7 +116,8 @@ impl<'a, R: FnMut(Place, &mut [u8]) -> bool> Finder<'a, R> {
     }
 
     /// The index says that a block is at `source`. Blocks come in the order of their places.
-    pub(super) fn handle_hit(&mut self, block: &Block, source: Place) {
+    pub(super) fn handle_hit(&mut self, block: &Block, source: Source) {
+        let Source { place: source, applied } = source;
         let covered = self.references.last().map_or(0, |last| last.range().end);
         let full = self.references.len() >= REFERENCES_MAX as usize;
         if block.at < covered || full || self.failures >= FAILURES_MAX {
@@ -121,9 +126,10 @@ impl<'a, R: FnMut(Place, &mut [u8]) -> bool> Finder<'a, R> {
         let start = self.starts[block.chunk];
         let seed = block.at - start;
         let data = &self.chunks[block.chunk];
-        let within = source.offset_bytes % PIECE_BYTES;
-        let before = (seed - covered.saturating_sub(start).min(seed)).min(within as usize);
-        let after = (data.len() - seed).min((PIECE_BYTES - within) as usize);
+        let [before, after] =
+            [source.offset_bytes - applied.start, applied.end - source.offset_bytes];
+        let before = (seed - covered.saturating_sub(start).min(seed)).min(before as usize);
+        let after = (data.len() - seed).min(after as usize);
         let forwards = self.alike_after(&data[seed..seed + after], source);
         if forwards < BLOCK {
             self.stale.push((block.hash, source));
@@ -205,7 +211,8 @@ mod tests {
     use bytes::Bytes;
     use proptest::prelude::*;
 
-    use super::{BLOCK, FAILURES_MAX, Finder, Place, is_covered, sample_blocks};
+    use super::{BLOCK, FAILURES_MAX, Finder, Place, Source, is_covered, sample_blocks};
+    use crate::dedupe::PIECE_BYTES;
 
     fn noise(seed: u64, len: usize) -> Vec<u8> {
         let mut out = vec![0; len];
@@ -230,6 +237,13 @@ mod tests {
         }
     }
 
+    /// All of its piece is applied.
+    fn source(offset_bytes: u64) -> Source {
+        let piece = offset_bytes / PIECE_BYTES * PIECE_BYTES;
+        let place = Place { disk: DiskIndex(0), offset_bytes };
+        Source { place, applied: piece..piece + PIECE_BYTES }
+    }
+
     fn reader(disk: &[u8]) -> impl FnMut(Place, &mut [u8]) -> bool {
         move |place, into| {
             let at = place.offset_bytes as usize;
@@ -249,7 +263,7 @@ mod tests {
         let mut finder = Finder::new(&batch, reader(&disk));
         let seed = blocks[blocks.len() / 2];
         let offset_bytes = (1 << 20) + (seed.at - 8192) as u64;
-        finder.handle_hit(&seed, Place { disk: DiskIndex(0), offset_bytes });
+        finder.handle_hit(&seed, source(offset_bytes));
         let (references, stale) = finder.finish();
         let [one] = references[..] else { panic!("{references:?}") };
         assert_eq!((one.at_bytes, one.len_bytes, one.offset_bytes), (8192, 1 << 20, 1 << 20));
@@ -269,7 +283,7 @@ mod tests {
         assert!(blocks.len() > FAILURES_MAX);
         let mut finder = Finder::new(&batch, reader(&changed));
         for block in &blocks {
-            finder.handle_hit(block, Place { disk: DiskIndex(0), ..block.place });
+            finder.handle_hit(block, source(block.place.offset_bytes));
         }
         let odd = |at: usize| (at / BLOCK) % 2 == 1;
         let expected = blocks[..FAILURES_MAX].iter().filter(|block| !odd(block.at)).count();
@@ -305,7 +319,7 @@ mod tests {
                     Some(wild) => (*wild * BLOCK) as u64,
                     None => block.place.offset_bytes,
                 };
-                finder.handle_hit(block, Place { disk: DiskIndex(0), offset_bytes });
+                finder.handle_hit(block, source(offset_bytes));
             }
             let (references, _) = finder.finish();
             let mut end = 0;

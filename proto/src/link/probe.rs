@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use crate::batch::{Compression, Compressor, PlainBatch};
 use crate::id::{BatchSeq, Generation, MachineIndex};
-use crate::link::{BatchStream, Connection, StreamError};
+use crate::link::{BatchStream, Connection, StreamError, Transport};
 
 /// Data of one batch of noise, in bytes.
 const NOISE_BYTES: usize = 256 << 10;
@@ -27,8 +27,8 @@ const AHEAD_BYTES_MAX: f64 = (1 << 30) as f64;
 /// over the rest is through soon.
 const AHEAD_SECONDS: f64 = 0.5;
 
-/// And so many congestion windows, as many as the transport itself would take: a flood that has less ready is
-/// what limits, and the rate of a long line would never be found.
+/// And over QUIC so many congestion windows, as many as the transport itself would take: a flood that has less
+/// ready is what limits, and the rate of a long line would never be found. Over TCP the kernel has it ready.
 const AHEAD_WINDOWS: f64 = 4.0;
 
 /// A batch of noise as it travels. It is a batch like any other, so that it passes the same way.
@@ -48,7 +48,10 @@ pub async fn flood(connection: &Connection, time: Duration) -> Result<(), Stream
     let mut sent_bytes = 0.0;
     while began.elapsed() < time {
         let rate = sent_bytes / began.elapsed().as_secs_f64().max(1e-3);
-        let windows_bytes = AHEAD_WINDOWS * connection.stats().congestion_window_bytes as f64;
+        let windows_bytes = match connection.transport() {
+            Transport::Quic => AHEAD_WINDOWS * connection.stats().congestion_window_bytes as f64,
+            Transport::Tcp => 0.0,
+        };
         let way_bytes = windows_bytes.max(rate * AHEAD_SECONDS);
         let ahead_bytes = (AHEAD_BYTES_MIN + way_bytes).min(AHEAD_BYTES_MAX);
         while ((sending.len() * NOISE_BYTES) as f64) < ahead_bytes {
