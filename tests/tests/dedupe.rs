@@ -139,12 +139,20 @@ async fn references_survive_writes_restarts_and_several_disks() {
     compare(second.path(), &scenario.rig.image(1)).unwrap();
 }
 
+/// Batches that the agent sent again without references.
+async fn asked_again(scenario: &mut Scenario) -> f64 {
+    let metrics = scrape(metrics_address(scenario, "agent").await);
+    let again = metrics.get("backhaul_agent_resent_batches_total{machine=\"lab\"}");
+    again.copied().unwrap_or_default()
+}
+
 /// What a guest wrote and then copied crossed the link twice: only what a sync had sent was known.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_guest_wrote_and_copies_crosses_the_link_once() {
     const PIECES: usize = 16;
     const DISK: usize = 4 * PIECES * MIB;
-    let mut scenario = Scenario::prepare(DISK as u64, |_| {}).unwrap();
+    let mut scenario =
+        Scenario::prepare(DISK as u64, |spec| spec.agent_options = METRICS.into()).unwrap();
     // The sync makes the line the bottleneck.
     write(&scenario.protected, 0, &noise(99, PIECES * MIB));
     scenario.rig.edit_configuration("agent", |text| slow(text, "80 Mbit/s")).unwrap();
@@ -152,8 +160,11 @@ async fn what_a_guest_wrote_and_copies_crosses_the_link_once() {
     scenario.wait_consistent().await.unwrap();
     let guest = scenario.rig.connect(0).await.unwrap();
     let file = Bytes::from(noise(100, PIECES * MIB));
-    let [original, copy] = [PIECES * MIB, 3 * PIECES * MIB].map(|offset| offset as u64);
+    let [original, early, copy] = [1, 2, 3].map(|part| (part * PIECES * MIB) as u64);
     guest.write(original, file.clone(), false).await.unwrap();
+    scenario.wait_received((2 * PIECES * MIB) as u64).await.unwrap();
+    // It is in the journal and not on the image.
+    guest.write(early, file.slice(..MIB), false).await.unwrap();
     scenario.rig.client().tag(MACHINE).await.unwrap();
     let before = scenario.rig.client().machine(MACHINE).await.unwrap();
     assert_eq!(before.referenced_bytes, 0);
@@ -168,6 +179,7 @@ async fn what_a_guest_wrote_and_copies_crosses_the_link_once() {
     println!("{} of {PIECES} MiB as references, {wire_bytes} bytes", after.referenced_bytes >> 20);
     assert!(after.referenced_bytes >= (PIECES * MIB) as u64 / 2, "{after:?}");
     assert!(wire_bytes + after.referenced_bytes < (PIECES * MIB) as u64 * 11 / 10, "{after:?}");
+    assert_eq!(asked_again(&mut scenario).await, 0.0);
     guest.disconnect().await;
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
@@ -200,9 +212,7 @@ async fn what_is_written_over_in_place_is_never_asked_for_again() {
         }
         scenario.rig.client().tag(MACHINE).await.unwrap();
     }
-    let metrics = scrape(metrics_address(&mut scenario, "agent").await);
-    let again = metrics.get("backhaul_agent_resent_batches_total{machine=\"lab\"}");
-    assert_eq!(again.copied().unwrap_or_default(), 0.0, "{metrics:?}");
+    assert_eq!(asked_again(&mut scenario).await, 0.0);
     guest.disconnect().await;
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();

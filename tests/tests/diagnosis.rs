@@ -3,7 +3,6 @@
 
 use std::net::UdpSocket;
 use std::process::Command;
-use std::time::Duration;
 
 use backhaul_api::Link;
 use backhaul_tests::metrics::{METRICS, Metrics, metrics_address, scrape, wait_metrics};
