@@ -40,7 +40,15 @@ pub(crate) async fn listener(dir: &Path) -> (Listener, String) {
     let target = identity(dir, "t1", Role::Target);
     let options = TransportOptions::default();
     let any = "127.0.0.1:0".parse().unwrap();
-    let listener = Listener::bind(any, &target, &options, true).await.unwrap();
+    // The port that UDP is given may be somebody's over TCP, with other tests beside this one.
+    let mut tries_left = 10;
+    let listener = loop {
+        match Listener::bind(any, &target, &options, true).await {
+            Ok(listener) => break listener,
+            Err(error) if tries_left == 0 => panic!("{error}"),
+            Err(_) => tries_left -= 1,
+        }
+    };
     let address = listener.local_address().unwrap().to_string();
     (listener, address)
 }
