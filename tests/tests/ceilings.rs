@@ -13,7 +13,8 @@ const ERROR_MAX: f64 = 0.03;
 /// What a new ceiling, and the transport that is told of it, may take before it is measured.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// How often a rate is measured again that was measured on processors that somebody else had.
+/// How often a rate outside its bounds is measured again that was measured on processors that somebody
+/// else had. Every machine here has more to send than all attempts let through.
 const ATTEMPTS: usize = 3;
 
 /// How often the link is looked at.
@@ -54,11 +55,15 @@ async fn assert_holds(scenario: &Scenario, what: &str, mbit: f64, seconds: u64) 
         let stolen = Stolen::from_now();
         rate = Seen::of(link, window, |_| false).await.bits_per_second(window) / 1e6;
         println!("{what}: {rate:.2} Mbit/s of {mbit}, {:+.2} %", (rate / mbit - 1.0) * 100.0);
-        if !was_taken_away(stolen) {
+        if is_within(rate, mbit) || !was_taken_away(stolen) {
             break;
         }
     }
-    assert!((rate / mbit - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of {mbit}");
+    assert!(is_within(rate, mbit), "{what}: {rate} Mbit/s instead of {mbit}");
+}
+
+fn is_within(rate: f64, mbit: f64) -> bool {
+    (rate / mbit - 1.0).abs() <= ERROR_MAX
 }
 
 /// Whether the processors were not ours for a part of the time: a process that does not run sends nothing,
@@ -110,7 +115,7 @@ async fn a_machines_ceiling_is_what_the_link_sees_over_quic() {
         return;
     }
     let limited = |text| of_machine(text, "20 Mbit/s");
-    let scenario = begin(128 << 20, "60mbit,10ms,1%", "quic", limited).await;
+    let scenario = begin(192 << 20, "60mbit,10ms,1%", "quic", limited).await;
     assert_holds(&scenario, "a machine, over QUIC", 20.0, 10).await;
     let lower = |text: String| text.replace("20 Mbit/s", "8 Mbit/s");
     scenario.rig.edit_configuration("agent", lower).unwrap();
@@ -131,13 +136,16 @@ async fn a_machines_ceiling_is_what_the_link_sees_over_tcp() {
 }
 
 /// Over TCP nothing in the transport keeps the link's ceiling: the agent does, batch by batch.
+///
+/// Rates that were right (+0.21, +0.26 and -0.28 %) were measured again and again on a host that had six to
+/// twenty-six percent of its processors taken away, until the machine of 96 MiB had nothing left to send.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_links_ceiling_is_what_the_link_sees_over_tcp() {
     if !is_root() {
         return;
     }
     let limited = |text| of_link(text, "20 Mbit/s");
-    let scenario = begin(96 << 20, "60mbit,10ms,0.1%", "tcp", limited).await;
+    let scenario = begin(128 << 20, "60mbit,10ms,0.1%", "tcp", limited).await;
     assert_holds(&scenario, "the link, over TCP", 20.0, 10).await;
     assert_busy_and_connected_once(&scenario).await;
 }
@@ -207,11 +215,11 @@ async fn assert_first_ceiling_holds(
         let Some(measured) = first_ceiling(line, transport, edit).await else { return };
         rate = measured.0;
         println!("{what}: {rate:.2} Mbit/s of 30, {:+.2} %", (rate / 30.0 - 1.0) * 100.0);
-        if !was_taken_away(measured.1) {
+        if is_within(rate, 30.0) || !was_taken_away(measured.1) {
             break;
         }
     }
-    assert!((rate / 30.0 - 1.0).abs() <= ERROR_MAX, "{what}: {rate} Mbit/s instead of 30");
+    assert!(is_within(rate, 30.0), "{what}: {rate} Mbit/s instead of 30");
 }
 
 /// Mbit/s of the twenty seconds from the first ceiling on, and when they began; `None` where a LAN was wanted
