@@ -13,11 +13,13 @@ use backhaul_agent::metrics::Metrics;
 use backhaul_agent::progress::{AboveBars, ProgressView};
 use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
+use backhaul_daemon::runtimes::Runtimes;
 use backhaul_daemon::{complaint, lifecycle, logging, metrics};
 use backhaul_nbd::{Exports, Listener, Server, ServerOptions};
 use backhaul_proto::identity::{Identity, Role};
 use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::MultiProgress;
+use tokio::runtime::Handle;
 
 #[derive(Parser)]
 #[command(
@@ -103,8 +105,9 @@ fn check(path: &std::path::Path) -> anyhow::Result<()> {
 fn run(path: &std::path::Path, progress: ProgressView) -> anyhow::Result<()> {
     let config = Config::load(path)?;
     let identity = Identity::load(&config.identity, Role::Agent)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(serve(path, config, identity, progress))
+    let runtimes = Runtimes::start()?;
+    let links = runtimes.link.handle().clone();
+    runtimes.main.block_on(serve(path, config, identity, progress, links))
 }
 
 async fn serve(
@@ -112,6 +115,7 @@ async fn serve(
     config: Config,
     identity: Identity,
     progress: ProgressView,
+    links: Handle,
 ) -> anyhow::Result<()> {
     // A second agent on this state would replicate the same machines.
     let _state = FolderLock::take(&config.state_dir)?;
@@ -140,7 +144,7 @@ async fn serve(
         listeners.push(listener);
     }
     let server = Server::start(listeners, exports, ServerOptions::default());
-    tokio::spawn(link::run(config, identity, agent.ceiling(), agent.link_events()));
+    links.spawn(link::run(config, identity, agent.ceiling(), agent.link_events()));
     lifecycle::notify_ready();
     agent.run(lifecycle::asked_to_stop()).await;
     server.stopped().await;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use backhaul_daemon::folder::FolderLock;
 use backhaul_daemon::logging::LogFormat;
+use backhaul_daemon::runtimes::Runtimes;
 use backhaul_daemon::{complaint, lifecycle, logging, metrics};
 use backhaul_master_target::config::Config;
 use backhaul_master_target::machine::LinkId;
@@ -18,6 +19,7 @@ use backhaul_proto::identity::{Identity, Role, create_ca, issue};
 use backhaul_proto::link::{Listener, Places};
 use backhaul_proto::quic::TransportOptions;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use tokio::runtime::Handle;
 
 #[derive(Parser)]
 #[command(
@@ -134,11 +136,12 @@ fn check(path: &Path) -> anyhow::Result<()> {
 fn run(path: &Path) -> anyhow::Result<()> {
     let config = Config::load(path)?;
     let identity = Identity::load(&config.identity, Role::Target)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(serve(config, identity))
+    let runtimes = Runtimes::start()?;
+    let links = runtimes.link.handle().clone();
+    runtimes.main.block_on(serve(config, Arc::new(identity), links))
 }
 
-async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
+async fn serve(config: Config, identity: Arc<Identity>, links: Handle) -> anyhow::Result<()> {
     // Before anything is bound: a second target on this store must not take the first one's socket.
     let _store = FolderLock::take(&config.store)?;
     let store_dir = config.store.clone();
@@ -146,7 +149,10 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
         .with_context(|| format!("the API cannot be served on {}", config.api_socket.display()))?;
     let window_bytes = config.link_window_bytes;
     let options = TransportOptions { window_bytes, ..TransportOptions::default() };
-    let listener = Listener::bind(config.listen, &identity, &options, config.tcp).await?;
+    let (address, with_tcp, holder) = (config.listen, config.tcp, Arc::clone(&identity));
+    let binding = async move { Listener::bind(address, &holder, &options, with_tcp).await };
+    // Whoever binds a socket also serves it.
+    let listener = links.spawn(binding).await??;
     let registry = prometheus::Registry::new();
     let counters = Metrics::new(&registry, identity.name().as_str(), listener.socket())?;
     if let Some(address) = config.metrics {
@@ -178,7 +184,7 @@ async fn serve(config: Config, identity: Identity) -> anyhow::Result<()> {
             });
         }
     };
-    let accepting = tokio::spawn(accepting);
+    let accepting = links.spawn(accepting);
     let serving = tokio::spawn(api::serve(api_socket, target.api_requests()));
     lifecycle::notify_ready();
     target.run(lifecycle::asked_to_stop()).await;

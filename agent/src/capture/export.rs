@@ -17,9 +17,9 @@ const INLINE_BYTES_MAX: u32 = 256 << 10;
 /// Runs in one answer: each costs two seeks, and a client asks again from where the answer ends.
 const RUNS_MAX: usize = 512;
 
-/// Changes up to this size are done in place, for the same reasons. Larger ones are gigabytes where
-/// a disk can only be zeroed by writing.
-const CHANGE_INLINE_BYTES_MAX: u64 = 1 << 20;
+/// Changes up to this size are done in place. Larger ones take longer than the way to a thread of their
+/// own, up to gigabytes where a disk can only be zeroed by writing.
+const CHANGE_INLINE_BYTES_MAX: u64 = 64 << 10;
 
 fn read(disk: &CapturedDisk, offset_bytes: u64, len_bytes: u32) -> io::Result<Bytes> {
     let mut content = BytesMut::zeroed(len_bytes as usize);

@@ -7,6 +7,7 @@
 //! * [`logging`]: `tracing` to standard error.
 //! * [`metrics`]: a Prometheus endpoint.
 //! * [`lifecycle`]: signals, and telling the service manager.
+//! * [`runtimes`]: threads, those of the link apart.
 
 pub mod bandwidth;
 pub mod complaint;
@@ -15,3 +16,4 @@ pub mod folder;
 pub mod lifecycle;
 pub mod logging;
 pub mod metrics;
+pub mod runtimes;
