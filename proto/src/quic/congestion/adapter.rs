@@ -169,7 +169,7 @@ impl Adapter {
             state,
             bandwidth_bytes_per_second: rate,
             min_rtt,
-            window_bytes: self.window(),
+            window_bytes: self.ceiling.lower(self.inner_window()),
             lost_bytes: self.lost_bytes,
             acked_bytes: self.acked_bytes,
             starved_bytes: self.starved_bytes,
@@ -273,7 +273,10 @@ impl Controller for Adapter {
     }
 
     fn window(&self) -> u64 {
-        let window = self.ceiling.lower(self.inner_window());
+        let window = match &self.inner {
+            Inner::Auto(flow) if !self.is_capped() => flow.paced_window(),
+            _ => self.ceiling.lower(self.inner_window()),
+        };
         match self.knocks.load(Ordering::Relaxed) {
             0 => window,
             // The window may have shrunk below what is under way, or lost, since that was sent.

@@ -9,6 +9,7 @@ use crate::quic::congestion::delivery::{Delivery, Sample};
 use crate::quic::congestion::filter::{MaxRate, MinRtt};
 use crate::quic::congestion::known::KnownPath;
 use crate::quic::congestion::loss::LossBase;
+use crate::quic::congestion::pace::Pace;
 use crate::quic::congestion::phase::Phase;
 use crate::quic::congestion::rival::Rival;
 use crate::quic::congestion::round::{Round, RoundEnd};
@@ -55,6 +56,7 @@ pub(super) struct Flow {
     peak_rtt: Duration,
     pub(super) clump_epoch: (Instant, f64),
     pub(super) window_bytes: f64,
+    pub(super) pace: Pace,
     /// When `max_rate` was last measured with always something to send.
     rate_at: Instant,
     /// What earlier connections learned, until the first round trip says whether it is this path.
@@ -90,6 +92,7 @@ impl Flow {
             peak_rtt: Duration::ZERO,
             clump_epoch: (now, 0.0),
             window_bytes: WINDOW_PACKETS_INITIAL * f64::from(mtu),
+            pace: Pace::default(),
             rate_at: now,
             known,
             random: seed | 1,
@@ -99,6 +102,8 @@ impl Flow {
     /// `bytes` were sent.
     pub(super) fn on_sent(&mut self, now: Instant, bytes: u64) {
         self.delivery.on_sent(now, bytes);
+        let filled = self.delivery.in_flight_bytes() as f64 / self.window_bytes;
+        self.round.fullest = self.round.fullest.max(filled);
     }
 
     /// A packet that left at `sent` was acknowledged; `smoothed_rtt` is what the pacer uses.
@@ -166,9 +171,14 @@ impl Flow {
         self.window_bytes = self.window_bytes.max(WINDOW_PACKETS_MIN * self.mtu_bytes);
     }
 
-    /// Bytes that may be in flight. quinn paces at 1.25 × this ÷ its smoothed round-trip time.
+    /// Bytes that may be in flight.
     pub(super) fn window(&self) -> u64 {
         self.window_bytes as u64
+    }
+
+    /// What quinn is told of that. It paces at 1.25 × this ÷ its smoothed round-trip time.
+    pub(super) fn paced_window(&self) -> u64 {
+        self.pace.window(self.window_bytes, self.delivery.in_flight_bytes() as f64) as u64
     }
 
     /// What the next connection may know of this path; nothing before its rate was found.
@@ -317,6 +327,10 @@ impl Flow {
     }
 
     fn end_round(&mut self, now: Instant, end: &RoundEnd) {
+        // In the first round the pacer works with a round-trip time that nobody has measured.
+        if !end.app_limited && !self.round_rtt.is_zero() {
+            self.pace.end_round(end.fullest);
+        }
         let shared = self.is_shared();
         let limit = if shared { self.noise() - self.floor } else { self.noise() };
         let queued = end.rtt_mean > self.base_rtt() + limit;

@@ -13,6 +13,7 @@
 //! | [`round`] | what one round trip brought |
 //! | [`rival`] | the window beside somebody who yields |
 //! | [`share`] | how much of a shared path is ours |
+//! | [`pace`] | makes good for what the pacer forgets |
 //! | [`known`] | what the connection before learned of the path |
 //! | [`flow`], [`phase`] | the model: its window, its states |
 //! | [`ceiling`] | a rate limit that changes live, for any controller |
@@ -27,6 +28,7 @@ mod fixed;
 mod flow;
 mod known;
 mod loss;
+mod pace;
 mod phase;
 mod rival;
 mod round;

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::quic::congestion::delivery::Sample;
 use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
+use crate::quic::congestion::pace;
 use crate::quic::congestion::round::RoundEnd;
 
 /// What the controller is doing.
@@ -118,7 +119,7 @@ impl Flow {
                     self.phase = Phase::Drain;
                 } else if grew {
                     self.phase = Phase::Startup { best_rate: end.rate, flat_rounds: 0 };
-                } else if !end.app_limited {
+                } else if !end.app_limited && (queued || !pace::is_held_back(end.fullest)) {
                     let flat_rounds = flat_rounds + 1;
                     self.phase = Phase::Startup { best_rate, flat_rounds };
                     if flat_rounds >= FLAT_ROUNDS || queued {

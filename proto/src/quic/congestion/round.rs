@@ -19,6 +19,8 @@ pub(super) struct Round {
     pub(super) lost_bytes: f64,
     /// What was in flight when the newest lost packet left.
     pub(super) in_flight_at_loss: Option<f64>,
+    /// Most that was in flight, as a share of the window.
+    pub(super) fullest: f64,
     rtt_sum: Duration,
     acked_bytes: f64,
     app_limited: bool,
@@ -38,6 +40,8 @@ pub(super) struct RoundEnd {
     /// Acknowledged and lost.
     pub(super) total_bytes: f64,
     pub(super) in_flight_at_loss: Option<f64>,
+    /// Most that was in flight, as a share of the window.
+    pub(super) fullest: f64,
     pub(super) app_limited: bool,
 }
 
@@ -52,6 +56,7 @@ impl Round {
             rtt_max: Duration::ZERO,
             lost_bytes: 0.0,
             in_flight_at_loss: None,
+            fullest: 0.0,
             rtt_sum: Duration::ZERO,
             acked_bytes: 0.0,
             app_limited: false,
@@ -80,6 +85,7 @@ impl Round {
             lost_bytes: done.lost_bytes,
             total_bytes: done.acked_bytes + done.lost_bytes,
             in_flight_at_loss: done.in_flight_at_loss,
+            fullest: done.fullest,
             app_limited: done.app_limited,
         }
     }

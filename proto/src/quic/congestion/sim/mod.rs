@@ -82,12 +82,16 @@ impl Control for Ours {
     }
 
     fn window(&self) -> u64 {
-        self.ceiling.lower(self.flow.window())
+        if self.is_capped() {
+            self.ceiling.lower(self.flow.window())
+        } else {
+            self.flow.paced_window()
+        }
     }
 
     fn state(&self) -> String {
         format!(
-            "{} rate {:.1} Mbit/s base {:?} floor {:?} cushion {:?} base loss {:.4} lo {:?} hi {:?} share {:?} {}",
+            "{} rate {:.1} Mbit/s base {:?} floor {:?} cushion {:?} base loss {:.4} lo {:?} hi {:?} share {:?} pace {:.1} {}",
             self.flow.phase.name(),
             self.flow.rate() * 8e-6,
             self.flow.base_rtt(),
@@ -97,6 +101,7 @@ impl Control for Ours {
             self.flow.rate_lo.map(|rate| (rate * 8e-6) as u64),
             self.flow.inflight_hi.map(|bytes| bytes as u64),
             self.flow.share.estimate(),
+            self.flow.pace.gain(),
             if self.flow.rival.is_some() { "shared" } else { "alone" },
         )
     }
@@ -184,6 +189,8 @@ struct World {
     wakes: Vec<u64>,
     /// Queueing delay in seconds, summed over the packets of a tick, and their number.
     queue: Vec<(f64, f64)>,
+    /// Senders run at multiples of this many nanoseconds only: others have the processors.
+    turn: u64,
     epoch: Instant,
     trace: bool,
 }
@@ -201,6 +208,7 @@ impl World {
             tallies: Vec::new(),
             wakes: Vec::new(),
             queue: Vec::new(),
+            turn: 1,
             epoch: Instant::now(),
             trace: false,
         }
@@ -227,6 +235,7 @@ impl World {
     }
 
     fn wake(&mut self, flow: usize, at: u64) {
+        let at = at.next_multiple_of(self.turn);
         if at < self.wakes[flow] {
             self.wakes[flow] = at;
             self.push(at, Event::Wake { flow });
@@ -357,7 +366,8 @@ impl World {
         let numbers = std::mem::take(&mut self.receivers[flow].waiting);
         self.receivers[flow].acks.push_back(numbers);
         let delay = self.link.shape.rtt.as_nanos() as u64 / 2;
-        self.push(self.now + delay, Event::Acknowledge { flow });
+        let at = (self.now + delay).next_multiple_of(self.turn);
+        self.push(at, Event::Acknowledge { flow });
     }
 
     /// Share of the link's rate that arrived for `flow` between two times, in seconds.

@@ -256,6 +256,32 @@ fn a_link_is_found_within_fifteen_round_trips() {
     }
 }
 
+/// Where a sender gets a processor every five milliseconds, quinn's pacer lets it send two of them: a line was
+/// taken for full at a fifth of its rate, and not filled afterwards.
+#[test]
+fn a_sender_on_a_busy_host_finds_its_line() {
+    for (mbit, rtt, loss, turn) in
+        [(100.0, 80, 0.005, 5), (100.0, 80, 0.005, 8), (200.0, 40, 0.001, 4), (50.0, 200, 0.02, 6)]
+    {
+        let mut world = World::new(Shape::new(mbit, rtt, loss), 12);
+        world.turn = turn * 1_000_000;
+        let ours = Ours::boxed(world.epoch, MTU, 12, &RateLimit::default());
+        world.add(ours, App::Bulk { from: 0 }, MTU);
+        world.run(9.0);
+        let round = rtt as f64 / 1e3;
+        let rounds = world.reaches(0, 0.8, 0.0, round) / round;
+        let (share, dropped) = (world.share(0, 4.0, 9.0), world.dropped(0, 4.0, 9.0));
+        println!(
+            "{mbit} Mbit/s, {rtt} ms, {loss}, every {turn} ms: 80 % after {rounds:.1} RTT, then \
+             {share:.3}, queue {:.1} ms, dropped {dropped:.4}",
+            world.queue(4.0, 9.0) * 1e3
+        );
+        assert!(rounds <= 18.0, "{rounds} RTT");
+        assert!(share >= 0.9, "{share}");
+        assert!(dropped <= 0.01, "{dropped}");
+    }
+}
+
 /// Neither starves, whoever comes first: on a link of so many Mbit/s we and the other get the shares
 /// that `least` says, or more.
 fn share_with(other: Other, least: impl Fn(f64) -> (f64, f64)) {
