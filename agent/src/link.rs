@@ -11,6 +11,7 @@ use backhaul_proto::message::{
 };
 use backhaul_proto::quic::{Congestion, Connections, RateLimit, TransportOptions};
 use backhaul_proto::session::Backoff;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Config;
@@ -50,9 +51,15 @@ pub struct LinkUp {
     pub connection: Connection,
     control: mpsc::UnboundedSender<AgentMessage>,
     sync: mpsc::UnboundedSender<HashRequest>,
+    threads: Handle,
 }
 
 impl LinkUp {
+    /// Runs what sends on the link's own threads: over TCP it encrypts.
+    pub fn spawn(&self, sending: impl Future<Output = ()> + Send + 'static) {
+        self.threads.spawn(sending);
+    }
+
     /// Sends a control message.
     pub fn control(&self, kind: agent_message::Kind) {
         // Fails only when the connection is gone, of which the owner loop hears in its own time.
@@ -156,7 +163,8 @@ async fn converse(
 
     let (control, mut control_queue) = mpsc::unbounded_channel::<AgentMessage>();
     let (sync, mut sync_queue) = mpsc::unbounded_channel::<HashRequest>();
-    let link = LinkUp { connection: connection.clone(), control, sync };
+    let threads = Handle::current();
+    let link = LinkUp { connection: connection.clone(), control, sync, threads };
     if events.send(LinkEvent::Connected { link, welcome }).is_err() {
         return "the agent is stopping".into();
     }

@@ -66,7 +66,7 @@ impl Agent {
                 link.control(agent_message::Kind::Batch(bytes));
                 continue;
             }
-            tokio::spawn(send(link.connection.clone(), batch, on_wire, due, weight));
+            link.spawn(send(link.connection.clone(), batch, on_wire, due, weight));
         }
         let still =
             |machine: &super::Machine| machine.replicating.is_none() || machine.limit.is_still(now);
@@ -145,7 +145,7 @@ impl Agent {
         let referenced: u64 = unfolded.references.iter().map(|one| u64::from(one.len_bytes)).sum();
         self.referenced_bytes = self.referenced_bytes.saturating_sub(referenced);
         let due = Due::at_once(now);
-        tokio::spawn(send(link.connection.clone(), unfolded.batch, on_wire, due, Weight::Heavy));
+        link.spawn(send(link.connection.clone(), unfolded.batch, on_wire, due, Weight::Heavy));
     }
 
     pub(super) fn handle_sync(&mut self, output: SyncOutput) {

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
@@ -80,7 +80,7 @@ impl ControllerFactory for Limited {
             }
         };
         let ceiling = Ceiling::new(self.limit.clone(), current_mtu.into(), self.header_bytes);
-        Box::new(Adapter {
+        let adapter = Adapter {
             inner,
             ceiling,
             limit: self.limit.clone(),
@@ -91,10 +91,20 @@ impl ControllerFactory for Limited {
             acked_bytes: 0,
             starved_bytes: 0,
             in_flight_bytes: 0,
+            gauge: Arc::default(),
             knocks: Arc::default(),
             knock_sent: None,
-        })
+        };
+        adapter.gauge.store(adapter.allowed_bytes(), Ordering::Relaxed);
+        Box::new(adapter)
     }
+}
+
+/// Where the controller of `connection` keeps the bytes that may be in flight, up to date. What quinn's own
+/// statistics call so is what its pacer was told last. `None` when it is none of ours.
+pub(crate) fn window_gauge(connection: &quinn::Connection) -> Option<Arc<AtomicU64>> {
+    let adapter = connection.congestion_state().into_any().downcast::<Adapter>().ok()?;
+    Some(Arc::clone(&adapter.gauge))
 }
 
 /// What the controller of `connection` knows. `None` when it is none of ours.
@@ -134,6 +144,8 @@ struct Adapter {
     starved_bytes: u64,
     /// What was under way when the peer was last heard, and what was sent since, before any knock.
     in_flight_bytes: u64,
+    /// Bytes that may be in flight, for who has no time to ask; shared with the clones.
+    gauge: Arc<AtomicU64>,
     /// Knocks that were not answered yet; shared with the clones that are made of this.
     knocks: Arc<AtomicU32>,
     /// When the first packet after them was sent. A peer that knocks itself acknowledges first what it
@@ -148,6 +160,10 @@ impl Adapter {
             Inner::Cubic(cubic) => cubic.window(),
             Inner::Fixed(fixed) => fixed.window(),
         }
+    }
+
+    fn allowed_bytes(&self) -> u64 {
+        self.ceiling.lower(self.inner_window())
     }
 
     /// A sender held back by the ceiling says as little about the path as an idle one.
@@ -169,7 +185,7 @@ impl Adapter {
             state,
             bandwidth_bytes_per_second: rate,
             min_rtt,
-            window_bytes: self.ceiling.lower(self.inner_window()),
+            window_bytes: self.allowed_bytes(),
             lost_bytes: self.lost_bytes,
             acked_bytes: self.acked_bytes,
             starved_bytes: self.starved_bytes,
@@ -243,6 +259,7 @@ impl Controller for Adapter {
             }
             Inner::Fixed(_) => {}
         }
+        self.gauge.store(self.allowed_bytes(), Ordering::Relaxed);
     }
 
     fn on_congestion_event(
@@ -275,7 +292,7 @@ impl Controller for Adapter {
     fn window(&self) -> u64 {
         let window = match &self.inner {
             Inner::Auto(flow) if !self.is_capped() => flow.paced_window(),
-            _ => self.ceiling.lower(self.inner_window()),
+            _ => self.allowed_bytes(),
         };
         match self.knocks.load(Ordering::Relaxed) {
             0 => window,
@@ -289,7 +306,7 @@ impl Controller for Adapter {
 
     fn metrics(&self) -> ControllerMetrics {
         let mut metrics = ControllerMetrics::default();
-        metrics.congestion_window = self.window();
+        metrics.congestion_window = self.allowed_bytes();
         if let Inner::Auto(flow) = &self.inner {
             metrics.pacing_rate = Some(flow.rate() as u64 * 8);
         }
@@ -313,6 +330,7 @@ impl Controller for Adapter {
             acked_bytes: self.acked_bytes,
             starved_bytes: self.starved_bytes,
             in_flight_bytes: self.in_flight_bytes,
+            gauge: Arc::clone(&self.gauge),
             knocks: Arc::clone(&self.knocks),
             knock_sent: self.knock_sent,
         })

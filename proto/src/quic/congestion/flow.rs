@@ -9,7 +9,7 @@ use crate::quic::congestion::delivery::{Delivery, Sample};
 use crate::quic::congestion::filter::{MaxRate, MinRtt};
 use crate::quic::congestion::known::KnownPath;
 use crate::quic::congestion::loss::LossBase;
-use crate::quic::congestion::pace::Pace;
+use crate::quic::congestion::pace::{self, Pace};
 use crate::quic::congestion::phase::Phase;
 use crate::quic::congestion::rival::Rival;
 use crate::quic::congestion::round::{Round, RoundEnd};
@@ -102,7 +102,8 @@ impl Flow {
     /// `bytes` were sent.
     pub(super) fn on_sent(&mut self, now: Instant, bytes: u64) {
         self.delivery.on_sent(now, bytes);
-        let filled = self.delivery.in_flight_bytes() as f64 / self.window_bytes;
+        let in_flight = self.delivery.in_flight_bytes() as f64;
+        let filled = pace::filled(in_flight, self.window_bytes, self.mtu_bytes);
         self.round.fullest = self.round.fullest.max(filled);
     }
 
@@ -178,7 +179,8 @@ impl Flow {
 
     /// What quinn is told of that. It paces at 1.25 × this ÷ its smoothed round-trip time.
     pub(super) fn paced_window(&self) -> u64 {
-        self.pace.window(self.window_bytes, self.delivery.in_flight_bytes() as f64) as u64
+        let in_flight = self.delivery.in_flight_bytes() as f64;
+        self.pace.window(self.window_bytes, in_flight, self.mtu_bytes) as u64
     }
 
     /// What the next connection may know of this path; nothing before its rate was found.
@@ -242,6 +244,7 @@ impl Flow {
         (self.slow_rounds, self.congested_rounds) = (0, 0);
         (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();
+        self.pace = Pace::default();
         self.probed_rtt_at = now;
         self.round = Round::new(self.delivery.delivered_bytes());
     }
@@ -328,8 +331,8 @@ impl Flow {
 
     fn end_round(&mut self, now: Instant, end: &RoundEnd) {
         // In the first round the pacer works with a round-trip time that nobody has measured.
-        if !end.app_limited && !self.round_rtt.is_zero() {
-            self.pace.end_round(end.fullest);
+        if !self.round_rtt.is_zero() {
+            self.pace.end_round(end);
         }
         let shared = self.is_shared();
         let limit = if shared { self.noise() - self.floor } else { self.noise() };

@@ -40,6 +40,6 @@ pub use adapter::CongestionStats;
 pub use ceiling::RateLimit;
 pub use known::PathMemory;
 
-pub(crate) use adapter::{Limited, Method, is_knocking, knock, stats};
+pub(crate) use adapter::{Limited, Method, is_knocking, knock, stats, window_gauge};
 pub(crate) use ceiling::keeps_ceiling;
 pub(crate) use share::Siblings;

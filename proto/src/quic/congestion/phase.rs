@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use crate::quic::congestion::delivery::Sample;
 use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
-use crate::quic::congestion::pace;
 use crate::quic::congestion::round::RoundEnd;
 
 /// What the controller is doing.
@@ -113,13 +112,14 @@ impl Flow {
                 let grew = end.rate > best_rate * GROWTH_STARTUP;
                 // What lets more out than before is not full, whatever it loses; and while the first
                 // window is not exceeded, a round alone may be flat.
+                let excused = end.is_held_back() && self.pace.can_rise();
                 let few = end.total_bytes < FEW * WINDOW_PACKETS_INITIAL * self.mtu_bytes;
                 if congested && (queued || (!grew && (flat_rounds > 0 || !few))) {
                     self.bound_inflight(end);
                     self.phase = Phase::Drain;
                 } else if grew {
                     self.phase = Phase::Startup { best_rate: end.rate, flat_rounds: 0 };
-                } else if !end.app_limited && (queued || !pace::is_held_back(end.fullest)) {
+                } else if !end.app_limited && (queued || !excused) {
                     let flat_rounds = flat_rounds + 1;
                     self.phase = Phase::Startup { best_rate, flat_rounds };
                     if flat_rounds >= FLAT_ROUNDS || queued {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::quic::congestion::delivery::Sample;
+use crate::quic::congestion::pace::HELD_BACK;
 
 /// A round under way: it ends when a packet that left after its beginning is acknowledged.
 #[derive(Debug, Clone)]
@@ -43,6 +44,13 @@ pub(super) struct RoundEnd {
     /// Most that was in flight, as a share of the window.
     pub(super) fullest: f64,
     pub(super) app_limited: bool,
+}
+
+impl RoundEnd {
+    /// Whether it was the pacer that kept it from more: there was more to send, and room in the window.
+    pub(super) fn is_held_back(&self) -> bool {
+        !self.app_limited && self.fullest < HELD_BACK
+    }
 }
 
 impl Round {

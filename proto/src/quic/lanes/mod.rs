@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use quinn::VarInt;
 
-use crate::quic::congestion::{self, CongestionStats, RateLimit, Siblings};
+use crate::quic::congestion::{self, CongestionStats, RateLimit, Siblings, window_gauge};
 use crate::quic::load::Load;
 
 pub use count::{CONNECTIONS_MAX, Connections};
@@ -89,6 +89,8 @@ pub(super) struct Lane {
     pending_bytes: Arc<AtomicU64>,
     /// Its congestion window, a while ago.
     window_bytes: Arc<AtomicU64>,
+    /// Where its congestion controller keeps that.
+    gauge: Arc<Mutex<Arc<AtomicU64>>>,
     /// Datagrams that had come when it was looked after last.
     heard: Arc<AtomicU64>,
     /// How many times in a row none had.
@@ -98,9 +100,21 @@ pub(super) struct Lane {
 impl Lane {
     /// A connection and the load of its driver.
     pub(super) fn new(connection: quinn::Connection, load: Arc<Load>) -> Self {
-        let window_bytes = Arc::new(AtomicU64::new(connection.stats().path.cwnd));
-        let (pending_bytes, heard, silent) = Default::default();
-        Self { connection, load, pending_bytes, window_bytes, heard, silent }
+        let gauge = Arc::new(Mutex::new(window_gauge(&connection).unwrap_or_default()));
+        let (pending_bytes, window_bytes, heard, silent) = Default::default();
+        let lane = Self { connection, load, pending_bytes, window_bytes, gauge, heard, silent };
+        lane.look();
+        lane
+    }
+
+    /// Reads its congestion window.
+    fn look(&self) {
+        let mut gauge = self.gauge.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nobody else has it: a path to another address has a controller of its own.
+        if Arc::strong_count(&gauge) == 1 {
+            *gauge = window_gauge(&self.connection).unwrap_or_default();
+        }
+        self.window_bytes.store(gauge.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     fn pending_bytes(&self) -> u64 {
@@ -232,7 +246,7 @@ impl Lanes {
     pub(super) fn congestion_windows(&self, now: Instant) -> u64 {
         if self.take_turn_to_look(now) {
             for lane in self.all() {
-                lane.window_bytes.store(lane.connection.stats().path.cwnd, Ordering::Relaxed);
+                lane.look();
             }
         }
         let lanes = self.lock();

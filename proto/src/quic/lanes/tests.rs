@@ -298,7 +298,8 @@ async fn a_link_with_a_ceiling_sends_on_its_first_connection_alone() {
     assert!(picked.iter().all(|lane| lane.connection.stable_id() == first));
     drop(picked);
     assert_eq!(link.agent.stats().connections, 1);
-    let cwnd = link.agent.lanes.lock()[0].connection.stats().path.cwnd;
+    let stats = crate::quic::congestion::stats(&link.agent.lanes.lock()[0].connection);
+    let cwnd = stats.unwrap().window_bytes;
     let later = Instant::now() + Duration::from_secs(1);
     assert_eq!(link.agent.lanes.congestion_windows(later), cwnd);
     link.options.rate_limit.set(None);

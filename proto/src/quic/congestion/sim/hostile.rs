@@ -76,6 +76,9 @@ proptest! {
             }
             assert!(flow.window_bytes.is_finite() && flow.rate().is_finite());
             assert!(flow.window() >= 4 * 1200, "{}", flow.window());
+            let full = flow.delivery.in_flight_bytes() >= flow.window();
+            let most = if full { flow.window() } else { 9 * flow.window() };
+            assert!((flow.window()..=most).contains(&flow.paced_window()));
             assert!(ceiling.lower(flow.window()) >= 3 * 1200);
             assert!(ceiling.lower(flow.window()) <= flow.window());
         }

@@ -279,6 +279,42 @@ fn a_sender_on_a_busy_host_finds_its_line() {
         assert!(rounds <= 18.0, "{rounds} RTT");
         assert!(share >= 0.9, "{share}");
         assert!(dropped <= 0.01, "{dropped}");
+        assert!(world.queue(4.0, 9.0) <= 0.025);
+    }
+}
+
+/// What a busy host needed is no reason for bursts where there is little to send: the pace stayed as it was.
+#[test]
+fn a_host_that_is_no_longer_busy_sends_no_bursts() {
+    let mut world = World::new(Shape::new(100.0, 40, 0.0), 4);
+    world.turn = 6_000_000;
+    let ours = Ours::boxed(world.epoch, MTU, 4, &RateLimit::default());
+    world.add(ours, App::Bulk { from: 0 }, MTU);
+    world.run(4.0);
+    let busy = world.senders[0].control.state();
+    assert!(!busy.contains("pace 1.0"), "{busy}");
+    world.turn = 1;
+    world.senders[0].app = App::Heartbeats { period: 50_000_000 };
+    world.run(5.0);
+    let idle = world.senders[0].control.state();
+    assert!(idle.contains("pace 1.0"), "{idle}");
+}
+
+/// A line so slow that a few packets fill it, and one that its host cannot fill in turns so long: no queue, and
+/// the line is found as far as it goes.
+#[test]
+fn who_cannot_be_helped_is_not_pushed() {
+    for (mbit, rtt, turn, state) in [(2.0, 20, 0, "probe"), (100.0, 40, 40, "probe")] {
+        let mut world = World::new(Shape::new(mbit, rtt, 0.0), 6);
+        world.turn = (turn * 1_000_000).max(1);
+        let ours = Ours::boxed(world.epoch, MTU, 6, &RateLimit::default());
+        world.add(ours, App::Bulk { from: 0 }, MTU);
+        world.run(10.0);
+        let (share, queue) = (world.share(0, 4.0, 10.0), world.queue(4.0, 10.0) * 1e3);
+        let now = world.senders[0].control.state();
+        println!("{mbit} Mbit/s, every {turn} ms: {share:.3}, queue {queue:.1} ms, {now}");
+        assert!(now.starts_with(state), "{now}");
+        assert!(queue <= 20.0, "{queue} ms");
     }
 }
 
