@@ -13,8 +13,7 @@ const ERROR_MAX: f64 = 0.03;
 /// What a new ceiling, and the transport that is told of it, may take before it is measured.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// How often a rate outside its bounds is measured again that was measured on processors that somebody
-/// else had. Every machine here has more to send than all attempts let through.
+/// How often a rate outside its bounds is measured again, where the host may be why. Every machine here has more to send than all attempts let through.
 const ATTEMPTS: usize = 3;
 
 /// How often the link is looked at.
@@ -55,7 +54,7 @@ async fn assert_holds(scenario: &Scenario, what: &str, mbit: f64, seconds: u64) 
         let stolen = Stolen::from_now();
         rate = Seen::of(link, window, |_| false).await.bits_per_second(window) / 1e6;
         println!("{what}: {rate:.2} Mbit/s of {mbit}, {:+.2} %", (rate / mbit - 1.0) * 100.0);
-        if is_within(rate, mbit) || !was_taken_away(stolen) {
+        if is_settled(rate, mbit, stolen) {
             break;
         }
     }
@@ -64,6 +63,13 @@ async fn assert_holds(scenario: &Scenario, what: &str, mbit: f64, seconds: u64) 
 
 fn is_within(rate: f64, mbit: f64) -> bool {
     (rate / mbit - 1.0).abs() <= ERROR_MAX
+}
+
+/// Whether to measure again would tell nothing new. Too little may be this host's doing, whose disk or
+/// neighbour stood still for a third of a second (7.75 of 8 Mbit/s, once), and is never made good; so
+/// may too much, but only where processors were taken away.
+fn is_settled(rate: f64, mbit: f64, stolen: Stolen) -> bool {
+    is_within(rate, mbit) || (rate > mbit && !was_taken_away(stolen))
 }
 
 /// Whether the processors were not ours for a part of the time: a process that does not run sends nothing,
@@ -215,7 +221,7 @@ async fn assert_first_ceiling_holds(
         let Some(measured) = first_ceiling(line, transport, edit).await else { return };
         rate = measured.0;
         println!("{what}: {rate:.2} Mbit/s of 30, {:+.2} %", (rate / 30.0 - 1.0) * 100.0);
-        if is_within(rate, 30.0) || !was_taken_away(measured.1) {
+        if is_settled(rate, 30.0, measured.1) {
             break;
         }
     }
