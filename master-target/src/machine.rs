@@ -24,11 +24,11 @@ use crate::config::MachineConfig;
 use crate::failover::{Action, Facts, Failover, Stage};
 use crate::hashing::ReadableDisk;
 use crate::journal::{Mark, MarkKind};
-use crate::machine_state::{Consistency, DiskState, MachineState, StateError};
+use crate::machine_state::{Consistency, DiskState, MachineState, StateError, StateFile};
 use crate::recovery_point::{PointText, RecoveryPoint};
 use crate::storage::open_best;
 use crate::store::{ImageFile, MachineStore, Recovered, StoreError, StoreOptions, Usage};
-use crate::worker::{Report, Worker};
+use crate::worker::{Command, Report, Worker};
 
 /// Identifies a connection for as long as the process lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,6 +40,11 @@ pub struct Machine {
     pub config: MachineConfig,
     /// Its folder in the store.
     pub dir: PathBuf,
+    /// The file there that its state is in.
+    file: Arc<StateFile>,
+    /// Changes of the state that were to be made durable, so far.
+    version: u64,
+    saving: Saving,
     /// What is durable of it.
     pub state: MachineState,
     /// Between replication and commit.
@@ -72,6 +77,35 @@ pub struct Machine {
     pub referenced_bytes: u64,
     /// When the sync under way began, and how long the last one took.
     pub sync_times: (Option<Instant>, Option<Duration>),
+}
+
+/// Whether the state is being made durable beside the owner loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Saving {
+    No,
+    Yes,
+    /// And it has changed since.
+    Behind,
+}
+
+/// A version of a machine's state, to be made durable.
+#[derive(Debug)]
+pub struct Save {
+    file: Arc<StateFile>,
+    version: u64,
+    state: MachineState,
+}
+
+impl Save {
+    /// The newest point of this version.
+    pub fn point(&self) -> Option<RecoveryPoint> {
+        self.state.point
+    }
+
+    /// Waits for the disk.
+    pub fn run(&self) -> Result<(), StateError> {
+        self.file.store(self.version, &self.state)
+    }
 }
 
 /// The open half of a machine.
@@ -146,6 +180,9 @@ impl Machine {
         let failover =
             Failover::new(config.name.as_str(), state.stage.clone(), state.failure.clone());
         Ok(Self {
+            file: Arc::new(StateFile::new(&dir)),
+            version: 0,
+            saving: Saving::No,
             dir,
             state,
             failover,
@@ -169,9 +206,54 @@ impl Machine {
 
     /// Makes the state durable.
     pub fn persist(&mut self) -> Result<(), StateError> {
+        self.change();
+        let stored = self.file.store(self.version, &self.state);
+        if stored.is_ok() && self.saving == Saving::Behind {
+            self.saving = Saving::Yes;
+        }
+        self.tell_noted(self.state.point);
+        stored
+    }
+
+    /// A new version of the state, to be made durable beside the owner loop, and [`Machine::handle_saved`] to
+    /// be told of it; `None` while one is on its way. It must be known otherwise until then.
+    pub fn save(&mut self) -> Option<Save> {
+        self.change();
+        if self.saving != Saving::No {
+            self.saving = Saving::Behind;
+            return None;
+        }
+        self.saving = Saving::Yes;
+        let (file, state) = (Arc::clone(&self.file), self.state.clone());
+        Some(Save { file, version: self.version, state })
+    }
+
+    /// A [`Save`] has ended, which had this point. Returns the next one, if the state has changed meanwhile.
+    pub fn handle_saved(&mut self, point: Option<RecoveryPoint>) -> Option<Save> {
+        self.tell_noted(point);
+        match std::mem::replace(&mut self.saving, Saving::No) {
+            Saving::Behind => self.save(),
+            Saving::No | Saving::Yes => None,
+        }
+    }
+
+    /// Whether there is something that only [`Machine::save`] was told of.
+    pub fn is_saving(&self) -> bool {
+        self.saving != Saving::No
+    }
+
+    fn change(&mut self) {
         self.state.stage = self.failover.stage().clone();
         self.state.failure = self.failover.failure().to_owned();
-        self.state.store(&self.dir)
+        self.version += 1;
+    }
+
+    /// The journal may forget this point. Where the state cannot be written it must not wait for that: it may be
+    /// what fills the disk.
+    fn tell_noted(&self, point: Option<RecoveryPoint>) {
+        if let (Some(point), Some(open)) = (point, &self.open) {
+            open.worker.send(Command::Noted(Generation(point.generation), point.batch()));
+        }
     }
 
     /// Opens the disks that [`MachineState::disks`] names, making images that are missing, recovers

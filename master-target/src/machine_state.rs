@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::{fs, io};
 
 use backhaul_daemon::folder::replace_file;
@@ -88,6 +89,31 @@ impl ImageMark {
     }
 }
 
+/// The file of a machine's state, for several that write it: the newest version stays.
+#[derive(Debug)]
+pub struct StateFile {
+    dir: PathBuf,
+    /// The newest version that was written.
+    version: Mutex<u64>,
+}
+
+impl StateFile {
+    /// The file in `dir`. Versions count from 1.
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), version: Mutex::new(0) }
+    }
+
+    /// Replaces the file on stable storage, unless a newer version is there. Waits for who writes it now.
+    pub fn store(&self, version: u64, state: &MachineState) -> Result<(), StateError> {
+        let mut written = self.version.lock().unwrap_or_else(PoisonError::into_inner);
+        if version > *written {
+            state.clone().store(&self.dir)?;
+            *written = version;
+        }
+        Ok(())
+    }
+}
+
 /// Why the state could not be read or written.
 #[derive(Debug, Error)]
 pub enum StateError {
@@ -145,7 +171,19 @@ impl MachineState {
 
 #[cfg(test)]
 mod tests {
-    use super::{Consistency, MachineState, StateError};
+    use super::{Consistency, MachineState, StateError, StateFile};
+
+    /// A point's write may still be under way, or wait for its thread, when a failover's is done.
+    #[test]
+    fn a_version_that_comes_late_does_not_replace_a_newer_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = StateFile::new(dir.path());
+        let state = |generation| MachineState { generation, ..MachineState::default() };
+        for (version, generation, found) in [(2, 7, 7), (1, 5, 7), (3, 8, 8)] {
+            file.store(version, &state(generation)).unwrap();
+            assert_eq!(MachineState::load(dir.path()).unwrap().generation, found);
+        }
+    }
 
     #[test]
     fn comes_back_and_a_newer_format_is_refused() {

@@ -28,6 +28,8 @@ pub enum Command {
     Append(IncomingBatch),
     /// Apply up to here and no further; `None` for everything that is durable.
     Hold(Option<BatchSeq>),
+    /// The machine's state names the point at this batch of a generation.
+    Noted(Generation, BatchSeq),
     /// A new generation begins.
     Begin(Generation),
     /// Bring the disks to the end of a batch of a generation, or of the journal, and make them
@@ -95,6 +97,7 @@ impl Worker {
             inbox,
             later: VecDeque::new(),
             hold,
+            noted: hold,
             journal_bytes_max,
             report: Box::new(report),
             applied_since_checkpoint: 0,
@@ -126,6 +129,8 @@ struct Running {
     /// Commands that were taken out of the queue before their turn. Bounded as the queue is.
     later: VecDeque<Command>,
     hold: Option<BatchSeq>,
+    /// The newest point that the machine's state is known to name.
+    noted: Option<BatchSeq>,
     journal_bytes_max: u64,
     report: Box<dyn Fn(Report) + Send>,
     applied_since_checkpoint: u64,
@@ -151,6 +156,10 @@ impl Running {
                 }
                 Ok(Command::Hold(hold)) => {
                     self.hold = hold;
+                    Ok(())
+                }
+                Ok(Command::Noted(generation, point)) => {
+                    self.handle_noted(generation, point);
                     Ok(())
                 }
                 Ok(Command::Begin(generation)) => self.begin(generation),
@@ -263,7 +272,20 @@ impl Running {
         Ok(())
     }
 
+    fn handle_noted(&mut self, generation: Generation, point: BatchSeq) {
+        // It may be of the generation before.
+        if generation == self.generation {
+            self.noted = self.noted.max(Some(point));
+        }
+    }
+
+    /// Writes a checkpoint, unless it would forget a point that only the journal knows of as yet: a restart
+    /// finds the points behind the checkpoint.
     fn checkpoint(&mut self) -> Result<(), StoreError> {
+        let newest = self.hold.filter(|point| *point <= self.store.applied().through);
+        if newest > self.noted {
+            return Ok(());
+        }
         self.with_space(MachineStore::checkpoint)?;
         self.applied_since_checkpoint = 0;
         self.dirty = false;
@@ -282,7 +304,7 @@ impl Running {
     }
 
     fn begin(&mut self, generation: Generation) -> Result<(), StoreError> {
-        self.hold = None;
+        (self.hold, self.noted) = (None, None);
         self.with_space(|store| store.begin_generation(generation))?;
         self.generation = generation;
         self.dirty = false;
@@ -308,7 +330,8 @@ impl Running {
                 "the disks have gone past that point, because the journal was full".into();
             return Ok(Err(sentence));
         }
-        self.hold = Some(through);
+        // The failover's goal was made durable before it was asked for.
+        (self.hold, self.noted) = (Some(through), Some(through));
         while self.store.applied().through < through {
             let applied = self.with_space(|store| store.apply(through, APPLY_STEP_BYTES))?;
             (self.report)(Report::Applied(generation, applied.through));
@@ -323,5 +346,81 @@ impl Running {
             self.last_usage = Some(Instant::now());
             (self.report)(Report::Usage(self.store.usage()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::fs::File;
+    use std::path::Path;
+    use std::sync::mpsc::channel;
+
+    use backhaul_proto::batch::{BatchKind, Compression, Record, RecordKind};
+    use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, PointId};
+
+    use super::Running;
+    use crate::batch_buffer::tests::{Write, plain, receive};
+    use crate::storage::open_best;
+    use crate::store::{ImageFile, MachineStore, Recovered, StoreOptions};
+
+    const GENERATION: Generation = Generation(1);
+
+    fn open(dir: &Path) -> (MachineStore, Recovered) {
+        let path = dir.join("disk.img");
+        File::options().create(true).append(true).open(&path).unwrap().set_len(64 << 10).unwrap();
+        let image = ImageFile { path, base_offset_bytes: 0, size_bytes: 64 << 10 };
+        let (name, options) = ("web01".parse().unwrap(), StoreOptions::default());
+        MachineStore::open(open_best(), &dir.join("journal"), &name, vec![image], options).unwrap()
+    }
+
+    /// What a restart finds of the points after the worker was killed here.
+    fn found(dir: &Path) -> Vec<BatchSeq> {
+        open(dir).1.marks.iter().map(|mark| mark.batch).collect()
+    }
+
+    /// The state is written beside the worker, so it may not name a point yet that the disks have reached.
+    /// A checkpoint there and a crash, and the point that an operator was told of would be gone.
+    #[test]
+    fn a_checkpoint_waits_until_the_newest_point_is_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        store.begin_generation(GENERATION).unwrap();
+        let mut running = Running {
+            store,
+            generation: GENERATION,
+            inbox: channel().1,
+            later: VecDeque::new(),
+            hold: None,
+            noted: None,
+            journal_bytes_max: u64::MAX,
+            report: Box::new(|_| {}),
+            applied_since_checkpoint: 0,
+            dirty: false,
+            last_usage: None,
+        };
+        let point = |running: &mut Running, batch: u64| {
+            let data = Write::Data { disk: 0, offset_bytes: 0, content: vec![batch as u8; 4096] };
+            let kind = RecordKind::Point(PointId(batch));
+            let marker = Write::Other(Record { disk: DiskIndex(0), kind });
+            let first_write = 2 * batch - 1;
+            let batch_of = plain(BatchKind::Ordered, 1, batch, first_write, &[data, marker]);
+            running.append(vec![receive(batch_of, Compression::Off)]).unwrap();
+            running.hold = Some(BatchSeq(batch));
+            running.apply().unwrap();
+            running.checkpoint().unwrap();
+        };
+        point(&mut running, 1);
+        assert_eq!(found(dir.path()), [BatchSeq(1)]);
+        running.handle_noted(Generation(9), BatchSeq(1));
+        running.checkpoint().unwrap();
+        assert_eq!(found(dir.path()), [BatchSeq(1)], "that was another generation's");
+        running.handle_noted(GENERATION, BatchSeq(1));
+        running.checkpoint().unwrap();
+        assert_eq!(found(dir.path()), []);
+        point(&mut running, 2);
+        running.handle_noted(GENERATION, BatchSeq(1));
+        running.checkpoint().unwrap();
+        assert_eq!(found(dir.path()), [BatchSeq(2)]);
     }
 }

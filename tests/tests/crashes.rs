@@ -55,6 +55,35 @@ async fn kill_the_target_again_and_again(transport: &str, chosen: &str, connecti
     scenario.compare().unwrap();
 }
 
+/// A point is answered when the journal holds it; the state that names it is written afterwards, beside
+/// everything else. Whoever was told of a point finds it again, wherever in between the target dies.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_was_answered_is_there_after_a_kill() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |spec| {
+        spec.point_period = Duration::from_secs(3600);
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(13, RATE_BYTES).await.unwrap();
+    for round in 0..6 {
+        scenario.wait_consistent().await.unwrap();
+        let mut tagged = scenario.rig.client().tag(MACHINE).await.unwrap();
+        for _ in 0..round {
+            tagged = scenario.rig.client().tag(MACHINE).await.unwrap();
+        }
+        scenario.rig.kill_target();
+        scenario.rig.start_target().unwrap();
+        scenario.rig.wait_log("master-target", "waiting for agents").await.unwrap();
+        let found = scenario.rig.client().machine(MACHINE).await.unwrap();
+        assert_eq!(found.points.last().map(|point| &point.id), Some(&tagged.id), "round {round}");
+    }
+    scenario.wait_consistent().await.unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    assert!(done.failover.unwrap().source_drained);
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_killed_during_sync_and_during_replication_is_compared_anew() {
     let mut scenario = Scenario::prepare(DISK_BYTES, |_| {}).unwrap();

@@ -35,6 +35,9 @@ pub struct Encoded {
 /// How far the encoders stand back for the threads that serve the guest; Linux keeps it per thread.
 const NICENESS: i32 = 5;
 
+/// Records without data that are not worth compressing.
+const BARE_RECORDS_MAX: usize = 16;
+
 struct Work {
     batch: PlainBatch,
     dedupe: Arc<Dedupe>,
@@ -169,7 +172,8 @@ impl EncodePool {
         self.shared.references.store(allowed, Ordering::Relaxed);
     }
 
-    /// Encodes `batch` of the machine that `dedupe` is of on some thread, then calls `done` there.
+    /// Encodes `batch` of the machine that `dedupe` is of on some thread, then calls `done` there. The bare
+    /// marker of a point is encoded here, which takes less time than an encoder's turn.
     pub fn submit(
         &self,
         batch: PlainBatch,
@@ -177,6 +181,11 @@ impl EncodePool {
         done: impl FnOnce(Encoded) + Send + 'static,
     ) {
         dedupe.handle_sealed(&batch);
+        if batch.data_bytes == 0 && batch.records.len() <= BARE_RECORDS_MAX {
+            let plain_held_bytes = held_bytes(&batch);
+            let batch = batch.encode(Compression::Off, &mut Compressor::default());
+            return done(Encoded { batch, plain_held_bytes });
+        }
         self.shared.waiting_bytes.fetch_add(held_bytes(&batch), Ordering::Relaxed);
         self.queue.0.push(Work { batch, dedupe, done: Box::new(done) });
     }
@@ -242,11 +251,11 @@ fn run(queue: &Queue, shared: &Shared) {
 mod tests {
     use std::sync::{Arc, mpsc};
 
-    use backhaul_proto::batch::PlainBatch;
-    use backhaul_proto::id::{BatchSeq, Generation};
+    use backhaul_proto::batch::{PlainBatch, Record, RecordKind};
+    use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, PointId};
     use bytes::Bytes;
 
-    use super::{OpenQueue, Queue, Work};
+    use super::{CompressionChoice, EncodePool, OpenQueue, Queue, Work};
     use crate::dedupe::Dedupe;
 
     fn work(seq: u64, bytes: usize) -> Work {
@@ -268,6 +277,23 @@ mod tests {
         }
         let order: Vec<_> = (0..4).map(|_| queue.pop().unwrap().batch.batch.0).collect();
         assert_eq!(order, [3, 4, 1, 2]);
+    }
+
+    /// It waited for a processor behind the encoders of another machine's sync: 13 ms for one in a hundred on
+    /// two busy cores, of the 25 that a point may take beyond its round trip.
+    #[test]
+    fn the_marker_of_a_point_waits_for_no_encoder() {
+        let pool = EncodePool::new(1, CompressionChoice::Level(19), 1 << 30).unwrap();
+        let (done, encoded) = mpsc::channel();
+        let submit = |work: Work, kinds: &[RecordKind]| {
+            let records = kinds.iter().map(|kind| Record { disk: DiskIndex(0), kind: *kind });
+            let batch = PlainBatch { records: records.collect(), ..work.batch };
+            let (done, seq) = (done.clone(), batch.batch.0);
+            pool.submit(batch, work.dedupe, move |_| done.send(seq).unwrap_or_default());
+        };
+        submit(work(1, 1 << 20), &[RecordKind::Data { offset_bytes: 0, len_bytes: 1 << 20 }]);
+        submit(work(2, 0), &[RecordKind::Point(PointId(1))]);
+        assert_eq!(encoded.try_recv(), Ok(2));
     }
 
     #[test]

@@ -13,9 +13,10 @@ use super::{Event, Target};
 use crate::batch_buffer::IncomingBatch;
 use crate::hashing;
 use crate::link::LinkEvent;
-use crate::machine::{LinkId, Machine};
-use crate::machine_state::Consistency;
+use crate::machine::{LinkId, Machine, Save};
+use crate::machine_state::{Consistency, StateError};
 use crate::receive::{FoldedBatch, Unresolved};
+use crate::recovery_point::RecoveryPoint;
 use crate::worker::{Command, Report};
 
 impl Target {
@@ -199,28 +200,62 @@ impl Target {
     fn note_marks(&mut self, name: &MachineName, durable: BatchSeq) {
         let Some(machine) = self.machines.get_mut(name) else { return };
         let generation = Generation(machine.state.generation);
-        let mut changed = false;
+        let (mut points, mut others) = (false, false);
         while let Some((batch, kind)) = machine.marks.front().copied() {
             if batch > durable {
                 break;
             }
             machine.marks.pop_front();
             machine.note(generation, batch, kind);
-            changed = true;
+            match kind {
+                RecordKind::Point(_) => points = true,
+                _ => others = true,
+            }
             if kind == RecordKind::SyncDone {
                 let time = machine.sync_times.0.take().map(|began| began.elapsed());
                 machine.sync_times.1 = time;
                 tracing::info!(machine = %name, seconds = time.map(|t| t.as_secs_f64()), "synced: the machine is consistent");
             }
         }
-        if changed {
+        if others {
             self.persist(name);
+        } else if points {
+            let save = machine.save();
+            self.save(name, save);
         }
+    }
+
+    /// Has a machine's points made durable in its state, which takes three writes to a disk. Nobody waits for
+    /// it: until then they are in the journal.
+    fn save(&self, name: &MachineName, save: Option<Save>) {
+        let Some(save) = save else { return };
+        let (events, name) = (self.events.clone(), name.clone());
+        tokio::task::spawn_blocking(move || {
+            let _ = events.send(Event::Saved(name, save.point(), save.run()));
+        });
+    }
+
+    pub(super) fn handle_saved(
+        &mut self,
+        name: &MachineName,
+        point: Option<RecoveryPoint>,
+        result: Result<(), StateError>,
+    ) {
+        self.handle_persisted(name, result);
+        let Some(machine) = self.machines.get_mut(name) else { return };
+        let next = machine.handle_saved(point);
+        self.save(name, next);
     }
 
     pub(super) fn persist(&mut self, name: &MachineName) -> bool {
         let Some(machine) = self.machines.get_mut(name) else { return false };
-        match machine.persist() {
+        let result = machine.persist();
+        self.handle_persisted(name, result)
+    }
+
+    fn handle_persisted(&mut self, name: &MachineName, result: Result<(), StateError>) -> bool {
+        let Some(machine) = self.machines.get_mut(name) else { return false };
+        match result {
             Ok(()) => {
                 if std::mem::take(&mut machine.persist_failed) {
                     machine.trouble.clear();

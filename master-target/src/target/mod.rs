@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::failover::Stage;
 use crate::link::{LinkEvent, LinkUp};
 use crate::machine::{LinkId, Machine, now_us};
-use crate::machine_state::ImageMark;
+use crate::machine_state::{ImageMark, StateError};
 use crate::metrics::Metrics;
 use crate::recovery_point::RecoveryPoint;
 use crate::worker::Report;
@@ -74,6 +74,8 @@ enum Event {
     /// New content ids were written after the disks were brought to a point for this failover, or
     /// not.
     Ready(MachineName, u64, Result<(RecoveryPoint, Vec<ImageMark>), String>),
+    /// A machine's state, with this point in it, was made durable beside the loop, or not.
+    Saved(MachineName, Option<RecoveryPoint>, Result<(), StateError>),
     Api(ApiRequest),
 }
 
@@ -232,7 +234,13 @@ impl Target {
             }
         }
         tracing::info!("stopping: making everything durable");
-        for machine in self.machines.into_values() {
+        for mut machine in self.machines.into_values() {
+            // The last checkpoint forgets the points before it.
+            if machine.is_saving()
+                && let Err(error) = machine.persist()
+            {
+                tracing::error!(machine = %machine.config.name, %error, "its state cannot be made durable");
+            }
             if let Some(open) = machine.open {
                 let _ = tokio::task::spawn_blocking(move || open.worker.close()).await;
             }
@@ -267,6 +275,7 @@ impl Target {
             Event::Link(id, LinkEvent::Down(reason)) => self.handle_down(id, &reason),
             Event::Worker(name, report) => self.handle_report(&name, report),
             Event::Ready(name, failover, result) => self.handle_ready(&name, failover, result),
+            Event::Saved(name, point, result) => self.handle_saved(&name, point, result),
             Event::Api(request) => self.handle_api(request),
         }
     }
