@@ -42,10 +42,11 @@ pub struct Machine {
     pub dir: PathBuf,
     /// The file there that its state is in.
     file: Arc<StateFile>,
-    /// Changes of the state that were to be made durable, so far.
-    version: u64,
-    saving: Saving,
-    /// What is durable of it.
+    /// Versions of the state so far, and the newest one that is in the file.
+    versions: (u64, u64),
+    /// A version is being made durable beside the owner loop.
+    saving: bool,
+    /// What is made durable of it, in its newest version.
     pub state: MachineState,
     /// Between replication and commit.
     pub failover: Failover,
@@ -79,32 +80,33 @@ pub struct Machine {
     pub sync_times: (Option<Instant>, Option<Duration>),
 }
 
-/// Whether the state is being made durable beside the owner loop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Saving {
-    No,
-    Yes,
-    /// And it has changed since.
-    Behind,
-}
+/// The end of a batch of a generation.
+type Through = Option<(Generation, BatchSeq)>;
 
 /// A version of a machine's state, to be made durable.
 #[derive(Debug)]
 pub struct Save {
     file: Arc<StateFile>,
-    version: u64,
     state: MachineState,
+    version: u64,
+    /// It knows of every marker up to here.
+    through: Through,
+}
+
+/// How a [`Save`] went.
+#[derive(Debug)]
+pub struct Saved {
+    version: u64,
+    through: Through,
+    /// What it says of the disk.
+    pub result: Result<(), StateError>,
 }
 
 impl Save {
-    /// The newest point of this version.
-    pub fn point(&self) -> Option<RecoveryPoint> {
-        self.state.point
-    }
-
     /// Waits for the disk.
-    pub fn run(&self) -> Result<(), StateError> {
-        self.file.store(self.version, &self.state)
+    pub fn run(self) -> Saved {
+        let Self { file, state, version, through } = self;
+        Saved { version, through, result: file.store(version, &state) }
     }
 }
 
@@ -181,8 +183,8 @@ impl Machine {
             Failover::new(config.name.as_str(), state.stage.clone(), state.failure.clone());
         Ok(Self {
             file: Arc::new(StateFile::new(&dir)),
-            version: 0,
-            saving: Saving::No,
+            versions: (0, 0),
+            saving: false,
             dir,
             state,
             failover,
@@ -206,53 +208,61 @@ impl Machine {
 
     /// Makes the state durable.
     pub fn persist(&mut self) -> Result<(), StateError> {
-        self.change();
-        let stored = self.file.store(self.version, &self.state);
-        if stored.is_ok() && self.saving == Saving::Behind {
-            self.saving = Saving::Yes;
-        }
-        self.tell_noted(self.state.point);
-        stored
+        self.versions.0 += 1;
+        let saved = self.newest().run();
+        self.note_saved(&saved);
+        saved.result
     }
 
-    /// A new version of the state, to be made durable beside the owner loop, and [`Machine::handle_saved`] to
-    /// be told of it; `None` while one is on its way. It must be known otherwise until then.
+    /// A new version of the state, to be made durable beside the owner loop, and [`Machine::handle_saved`] to be
+    /// told how that went; `None` while an older one is on its way. What is new in it must be known otherwise
+    /// until then.
     pub fn save(&mut self) -> Option<Save> {
-        self.change();
-        if self.saving != Saving::No {
-            self.saving = Saving::Behind;
+        self.versions.0 += 1;
+        self.next_save()
+    }
+
+    /// The newest version, if it is not in the file and nobody is about to write one.
+    pub fn next_save(&mut self) -> Option<Save> {
+        if self.saving || !self.is_unsaved() {
             return None;
         }
-        self.saving = Saving::Yes;
-        let (file, state) = (Arc::clone(&self.file), self.state.clone());
-        Some(Save { file, version: self.version, state })
+        self.saving = true;
+        Some(self.newest())
     }
 
-    /// A [`Save`] has ended, which had this point. Returns the next one, if the state has changed meanwhile.
-    pub fn handle_saved(&mut self, point: Option<RecoveryPoint>) -> Option<Save> {
-        self.tell_noted(point);
-        match std::mem::replace(&mut self.saving, Saving::No) {
-            Saving::Behind => self.save(),
-            Saving::No | Saving::Yes => None,
+    /// A [`Save`] has ended. Returns what it says of the disk, unless a newer version has said more since.
+    pub fn handle_saved(&mut self, saved: Saved) -> Option<Result<(), StateError>> {
+        self.saving = false;
+        self.note_saved(&saved);
+        (saved.version == self.versions.0).then_some(saved.result)
+    }
+
+    /// Whether the file lacks something of the state.
+    pub fn is_unsaved(&self) -> bool {
+        self.versions.1 < self.versions.0
+    }
+
+    fn newest(&mut self) -> Save {
+        self.state.stage = self.failover.stage().clone();
+        self.state.failure = self.failover.failure().to_owned();
+        let through = |open: &Open| (open.receiver.generation(), open.receiver.durable());
+        Save {
+            file: Arc::clone(&self.file),
+            state: self.state.clone(),
+            version: self.versions.0,
+            through: self.open.as_ref().map(through),
         }
     }
 
-    /// Whether there is something that only [`Machine::save`] was told of.
-    pub fn is_saving(&self) -> bool {
-        self.saving != Saving::No
-    }
-
-    fn change(&mut self) {
-        self.state.stage = self.failover.stage().clone();
-        self.state.failure = self.failover.failure().to_owned();
-        self.version += 1;
-    }
-
-    /// The journal may forget this point. Where the state cannot be written it must not wait for that: it may be
-    /// what fills the disk.
-    fn tell_noted(&self, point: Option<RecoveryPoint>) {
-        if let (Some(point), Some(open)) = (point, &self.open) {
-            open.worker.send(Command::Noted(Generation(point.generation), point.batch()));
+    /// The journal may forget the markers that are in the file now.
+    fn note_saved(&mut self, saved: &Saved) {
+        if saved.result.is_err() {
+            return;
+        }
+        self.versions.1 = self.versions.1.max(saved.version);
+        if let (Some((generation, batch)), Some(open)) = (saved.through, &self.open) {
+            open.worker.send(Command::Noted(generation, batch));
         }
     }
 
@@ -387,7 +397,8 @@ impl Machine {
             self.state.point = None;
             self.state.damaged = true;
         }
-        if self.state != before { self.persist() } else { Ok(()) }
+        // The attempt before this one, or a save under way, may have failed.
+        if self.state != before || self.is_unsaved() { self.persist() } else { Ok(()) }
     }
 
     /// A marker is on stable storage.

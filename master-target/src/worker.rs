@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use backhaul_proto::batch::RecordKind;
 use backhaul_proto::id::{BatchSeq, Generation, MachineName};
 
 use crate::batch_buffer::IncomingBatch;
@@ -28,7 +29,7 @@ pub enum Command {
     Append(IncomingBatch),
     /// Apply up to here and no further; `None` for everything that is durable.
     Hold(Option<BatchSeq>),
-    /// The machine's state names the point at this batch of a generation.
+    /// The machine's state knows of every marker up to this batch of a generation.
     Noted(Generation, BatchSeq),
     /// A new generation begins.
     Begin(Generation),
@@ -62,8 +63,8 @@ pub enum Report {
     Begun(Generation),
     /// For this failover the disks are durable at the end of this batch, or why not.
     Prepared(u64, Result<BatchSeq, String>),
-    /// The journal is over its bound: the hold was given up.
-    HoldReleased,
+    /// The journal is over its bound: the hold at this point of a generation was given up.
+    HoldReleased(Generation, BatchSeq),
     /// Sizes, now and then.
     Usage(Usage),
     /// A person is needed; replication of the machine stands still, or (when empty) goes on again.
@@ -97,7 +98,8 @@ impl Worker {
             inbox,
             later: VecDeque::new(),
             hold,
-            noted: hold,
+            newest_marker: None,
+            noted: None,
             journal_bytes_max,
             report: Box::new(report),
             applied_since_checkpoint: 0,
@@ -129,7 +131,9 @@ struct Running {
     /// Commands that were taken out of the queue before their turn. Bounded as the queue is.
     later: VecDeque<Command>,
     hold: Option<BatchSeq>,
-    /// The newest point that the machine's state is known to name.
+    /// The newest batch since the start with a marker in it.
+    newest_marker: Option<BatchSeq>,
+    /// The machine's state is known to have the markers up to here.
     noted: Option<BatchSeq>,
     journal_bytes_max: u64,
     report: Box<dyn Fn(Report) + Send>,
@@ -158,14 +162,15 @@ impl Running {
                     self.hold = hold;
                     Ok(())
                 }
-                Ok(Command::Noted(generation, point)) => {
-                    self.handle_noted(generation, point);
-                    Ok(())
-                }
+                Ok(Command::Noted(generation, point)) => self.handle_noted(generation, point),
                 Ok(Command::Begin(generation)) => self.begin(generation),
                 Ok(Command::Prepare { failover, through }) => self.prepare(through).map(|result| {
                     (self.report)(Report::Prepared(failover, result));
                 }),
+                // As after a kill: the restart reads a little more, and finds the marker.
+                Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) if self.is_ahead() => {
+                    return;
+                }
                 Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) => {
                     if let Err(error) = self.store.close() {
                         tracing::error!(%error, "a store could not be closed in good order");
@@ -245,12 +250,17 @@ impl Running {
 
     fn append(&mut self, mut group: Vec<IncomingBatch>) -> Result<(), StoreError> {
         let bytes = group.iter().map(|batch| batch.memory_bytes() as u64).sum();
+        let marked = group.iter().rev().find(|batch| has_marker(batch));
+        let marker = marked.map(|batch| batch.header().batch);
         let appended = self.with_space(|store| store.append(&mut group))?;
+        self.newest_marker = marker.or(self.newest_marker);
         self.dirty = true;
         let (generation, batch) = (self.generation, appended.durable);
         (self.report)(Report::Durable { generation, batch, bytes });
-        if self.store.usage().journal_bytes > self.journal_bytes_max && self.hold.take().is_some() {
-            (self.report)(Report::HoldReleased);
+        if self.store.usage().journal_bytes > self.journal_bytes_max
+            && let Some(point) = self.hold.take()
+        {
+            (self.report)(Report::HoldReleased(generation, point));
         }
         // A sync batch is on the disks already, and others may wait for hearing so.
         (self.report)(Report::Applied(generation, self.store.applied().through));
@@ -266,24 +276,38 @@ impl Running {
         self.dirty = true;
         (self.report)(Report::Applied(self.generation, applied.through));
         self.applied_since_checkpoint += APPLY_STEP_BYTES;
-        if self.applied_since_checkpoint >= CHECKPOINT_BYTES {
-            self.checkpoint()?;
-        }
-        Ok(())
+        self.checkpoint_when_due()
     }
 
-    fn handle_noted(&mut self, generation: Generation, point: BatchSeq) {
+    fn handle_noted(
+        &mut self,
+        generation: Generation,
+        through: BatchSeq,
+    ) -> Result<(), StoreError> {
         // It may be of the generation before.
         if generation == self.generation {
-            self.noted = self.noted.max(Some(point));
+            self.noted = self.noted.max(Some(through));
         }
+        self.checkpoint_when_due()
     }
 
-    /// Writes a checkpoint, unless it would forget a point that only the journal knows of as yet: a restart
-    /// finds the points behind the checkpoint.
+    /// Whether the disks have reached a marker that only the journal knows of as yet.
+    fn is_ahead(&self) -> bool {
+        let reached = |marker: &BatchSeq| *marker <= self.store.applied().through;
+        self.newest_marker.filter(reached) > self.noted
+    }
+
+    fn checkpoint_when_due(&mut self) -> Result<(), StoreError> {
+        if self.applied_since_checkpoint < CHECKPOINT_BYTES {
+            return Ok(());
+        }
+        self.checkpoint()
+    }
+
+    /// Writes a checkpoint, unless it would forget a marker: a restart finds those behind the checkpoint. Beyond
+    /// its bound the journal waits for no state that cannot be written.
     fn checkpoint(&mut self) -> Result<(), StoreError> {
-        let newest = self.hold.filter(|point| *point <= self.store.applied().through);
-        if newest > self.noted {
+        if self.is_ahead() && self.store.usage().journal_bytes <= self.journal_bytes_max {
             return Ok(());
         }
         self.with_space(MachineStore::checkpoint)?;
@@ -304,7 +328,7 @@ impl Running {
     }
 
     fn begin(&mut self, generation: Generation) -> Result<(), StoreError> {
-        (self.hold, self.noted) = (None, None);
+        (self.hold, self.newest_marker, self.noted) = (None, None, None);
         self.with_space(|store| store.begin_generation(generation))?;
         self.generation = generation;
         self.dirty = false;
@@ -331,7 +355,8 @@ impl Running {
             return Ok(Err(sentence));
         }
         // The failover's goal was made durable before it was asked for.
-        (self.hold, self.noted) = (Some(through), Some(through));
+        self.hold = Some(through);
+        self.noted = self.noted.max(self.hold);
         while self.store.applied().through < through {
             let applied = self.with_space(|store| store.apply(through, APPLY_STEP_BYTES))?;
             (self.report)(Report::Applied(generation, applied.through));
@@ -349,6 +374,11 @@ impl Running {
     }
 }
 
+fn has_marker(batch: &IncomingBatch) -> bool {
+    let plain = |kind| matches!(kind, RecordKind::Data { .. } | RecordKind::Zero { .. });
+    batch.records().iter().any(|record| !plain(record.kind))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
@@ -359,7 +389,8 @@ mod tests {
     use backhaul_proto::batch::{BatchKind, Compression, Record, RecordKind};
     use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, PointId};
 
-    use super::Running;
+    use super::{APPLY_STEP_BYTES, CHECKPOINT_BYTES, Running};
+    use crate::batch_buffer::IncomingBatch;
     use crate::batch_buffer::tests::{Write, plain, receive};
     use crate::storage::open_best;
     use crate::store::{ImageFile, MachineStore, Recovered, StoreOptions};
@@ -379,48 +410,84 @@ mod tests {
         open(dir).1.marks.iter().map(|mark| mark.batch).collect()
     }
 
-    /// The state is written beside the worker, so it may not name a point yet that the disks have reached.
-    /// A checkpoint there and a crash, and the point that an operator was told of would be gone.
-    #[test]
-    fn a_checkpoint_waits_until_the_newest_point_is_noted() {
-        let dir = tempfile::tempdir().unwrap();
-        let (mut store, _) = open(dir.path());
+    fn running(dir: &Path) -> Running {
+        let (mut store, _) = open(dir);
         store.begin_generation(GENERATION).unwrap();
-        let mut running = Running {
+        Running {
             store,
             generation: GENERATION,
             inbox: channel().1,
             later: VecDeque::new(),
             hold: None,
+            newest_marker: None,
             noted: None,
             journal_bytes_max: u64::MAX,
             report: Box::new(|_| {}),
             applied_since_checkpoint: 0,
             dirty: false,
             last_usage: None,
-        };
-        let point = |running: &mut Running, batch: u64| {
-            let data = Write::Data { disk: 0, offset_bytes: 0, content: vec![batch as u8; 4096] };
-            let kind = RecordKind::Point(PointId(batch));
-            let marker = Write::Other(Record { disk: DiskIndex(0), kind });
-            let first_write = 2 * batch - 1;
-            let batch_of = plain(BatchKind::Ordered, 1, batch, first_write, &[data, marker]);
-            running.append(vec![receive(batch_of, Compression::Off)]).unwrap();
-            running.hold = Some(BatchSeq(batch));
-            running.apply().unwrap();
-            running.checkpoint().unwrap();
-        };
-        point(&mut running, 1);
+        }
+    }
+
+    /// A batch that ends with a point.
+    fn point(batch: u64) -> IncomingBatch {
+        let data = Write::Data { disk: 0, offset_bytes: 0, content: vec![batch as u8; 4096] };
+        let kind = RecordKind::Point(PointId(batch));
+        let marker = Write::Other(Record { disk: DiskIndex(0), kind });
+        let plain = plain(BatchKind::Ordered, 1, batch, 2 * batch - 1, &[data, marker]);
+        receive(plain, Compression::Off)
+    }
+
+    /// The state is written beside the worker, so it may not name a point yet that the disks have reached.
+    /// A checkpoint there and a crash, and the point that an operator was told of would be gone.
+    #[test]
+    fn a_checkpoint_waits_until_the_newest_point_is_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = running(dir.path());
+        running.append(vec![point(1)]).unwrap();
+        running.checkpoint().unwrap();
         assert_eq!(found(dir.path()), [BatchSeq(1)]);
-        running.handle_noted(Generation(9), BatchSeq(1));
+        running.handle_noted(Generation(9), BatchSeq(1)).unwrap();
         running.checkpoint().unwrap();
         assert_eq!(found(dir.path()), [BatchSeq(1)], "that was another generation's");
-        running.handle_noted(GENERATION, BatchSeq(1));
+        running.handle_noted(GENERATION, BatchSeq(1)).unwrap();
         running.checkpoint().unwrap();
         assert_eq!(found(dir.path()), []);
-        point(&mut running, 2);
-        running.handle_noted(GENERATION, BatchSeq(1));
+        running.hold = Some(BatchSeq(1));
+        running.append(vec![point(2)]).unwrap();
+        running.checkpoint().unwrap();
+        assert_eq!(found(dir.path()), [BatchSeq(2)], "it is held before that one");
+        running.hold = Some(BatchSeq(2));
+        running.apply().unwrap();
         running.checkpoint().unwrap();
         assert_eq!(found(dir.path()), [BatchSeq(2)]);
+    }
+
+    /// The hold at a point comes after its batch. Where nothing was held, the step that applied the batch
+    /// wrote the checkpoint that was due, and knew of no point.
+    #[test]
+    fn nor_is_a_checkpoint_written_that_falls_due_with_the_point() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = running(dir.path());
+        running.applied_since_checkpoint = CHECKPOINT_BYTES - APPLY_STEP_BYTES;
+        running.append(vec![point(1)]).unwrap();
+        assert_eq!(found(dir.path()), [BatchSeq(1)]);
+        running.handle_noted(GENERATION, BatchSeq(1)).unwrap();
+        assert_eq!(found(dir.path()), [], "it is made up for");
+    }
+
+    #[test]
+    fn nor_when_the_target_stops() {
+        for noted in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut running = running(dir.path());
+            running.append(vec![point(1)]).unwrap();
+            if noted {
+                running.handle_noted(GENERATION, BatchSeq(1)).unwrap();
+            }
+            running.run();
+            let expected: &[BatchSeq] = if noted { &[] } else { &[BatchSeq(1)] };
+            assert_eq!(found(dir.path()), expected);
+        }
     }
 }

@@ -110,6 +110,8 @@ struct Shared {
     choice: CompressionChoice,
     control: Mutex<LevelControl>,
     waiting_bytes: AtomicU64,
+    /// For batches without data: making one costs more than such a batch.
+    bare: Mutex<Compressor>,
     /// The target knows what references are.
     references: AtomicBool,
 }
@@ -127,6 +129,7 @@ impl EncodePool {
             choice,
             control,
             waiting_bytes: AtomicU64::new(0),
+            bare: Mutex::default(),
             references: AtomicBool::new(false),
         });
         for index in 0..threads.max(1) {
@@ -172,8 +175,9 @@ impl EncodePool {
         self.shared.references.store(allowed, Ordering::Relaxed);
     }
 
-    /// Encodes `batch` of the machine that `dedupe` is of on some thread, then calls `done` there. The bare
-    /// marker of a point is encoded here, which takes less time than an encoder's turn.
+    /// Encodes `batch` of the machine that `dedupe` is of on some thread, then calls `done` there. A batch of a
+    /// few records without data, the marker of a point above all, is encoded here: that takes less time than
+    /// an encoder's turn.
     pub fn submit(
         &self,
         batch: PlainBatch,
@@ -183,7 +187,8 @@ impl EncodePool {
         dedupe.handle_sealed(&batch);
         if batch.data_bytes == 0 && batch.records.len() <= BARE_RECORDS_MAX {
             let plain_held_bytes = held_bytes(&batch);
-            let batch = batch.encode(Compression::Off, &mut Compressor::default());
+            let mut compressor = self.shared.bare.lock().unwrap_or_else(PoisonError::into_inner);
+            let batch = batch.encode(Compression::Off, &mut compressor);
             return done(Encoded { batch, plain_held_bytes });
         }
         self.shared.waiting_bytes.fetch_add(held_bytes(&batch), Ordering::Relaxed);
@@ -283,16 +288,19 @@ mod tests {
     /// two busy cores, of the 25 that a point may take beyond its round trip.
     #[test]
     fn the_marker_of_a_point_waits_for_no_encoder() {
-        let pool = EncodePool::new(1, CompressionChoice::Level(19), 1 << 30).unwrap();
+        let pool = EncodePool::new(1, CompressionChoice::Off, 1 << 30).unwrap();
+        // The only encoder hangs in the first batch until this test is over.
+        let (_hold, held) = mpsc::channel::<()>();
+        let Work { batch, dedupe, .. } = work(1, 1 << 20);
+        pool.submit(batch, dedupe, move |_| held.recv().unwrap_or_default());
+        let Work { batch, dedupe, .. } = work(2, 0);
+        let kind = RecordKind::Point(PointId(1));
+        let records = vec![Record { disk: DiskIndex(0), kind }];
         let (done, encoded) = mpsc::channel();
-        let submit = |work: Work, kinds: &[RecordKind]| {
-            let records = kinds.iter().map(|kind| Record { disk: DiskIndex(0), kind: *kind });
-            let batch = PlainBatch { records: records.collect(), ..work.batch };
-            let (done, seq) = (done.clone(), batch.batch.0);
-            pool.submit(batch, work.dedupe, move |_| done.send(seq).unwrap_or_default());
-        };
-        submit(work(1, 1 << 20), &[RecordKind::Data { offset_bytes: 0, len_bytes: 1 << 20 }]);
-        submit(work(2, 0), &[RecordKind::Point(PointId(1))]);
+        let marker = PlainBatch { records, ..batch };
+        pool.submit(marker, dedupe, move |encoded| {
+            done.send(encoded.batch.header.batch.0).unwrap_or_default();
+        });
         assert_eq!(encoded.try_recv(), Ok(2));
     }
 

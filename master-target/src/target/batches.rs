@@ -13,7 +13,7 @@ use super::{Event, Target};
 use crate::batch_buffer::IncomingBatch;
 use crate::hashing;
 use crate::link::LinkEvent;
-use crate::machine::{LinkId, Machine, Save};
+use crate::machine::{LinkId, Machine, Save, Saved};
 use crate::machine_state::{Consistency, StateError};
 use crate::receive::{FoldedBatch, Unresolved};
 use crate::recovery_point::RecoveryPoint;
@@ -164,8 +164,14 @@ impl Target {
                     self.handle_question(link, request, asking);
                 }
             }
-            Report::HoldReleased => {
-                machine.state.point = None;
+            Report::HoldReleased(generation, point) => {
+                // A newer one may have come to the journal with what filled it, and is held by now.
+                let gone = |held: &mut RecoveryPoint| {
+                    held.generation == generation.0 && held.batch() == point
+                };
+                if machine.state.point.take_if(gone).is_none() {
+                    return;
+                }
                 tracing::warn!(machine = %name, "the journal is full: the newest point was given up, replication goes on");
                 self.persist(name);
             }
@@ -225,26 +231,38 @@ impl Target {
         }
     }
 
-    /// Has a machine's points made durable in its state, which takes three writes to a disk. Nobody waits for
-    /// it: until then they are in the journal.
-    fn save(&self, name: &MachineName, save: Option<Save>) {
+    /// Has a machine's state made durable, which takes three writes to a disk. Nobody waits for it: the markers
+    /// that are new in it are in the journal until then.
+    pub(super) fn save(&self, name: &MachineName, save: Option<Save>) {
         let Some(save) = save else { return };
         let (events, name) = (self.events.clone(), name.clone());
         tokio::task::spawn_blocking(move || {
-            let _ = events.send(Event::Saved(name, save.point(), save.run()));
+            let _ = events.send(Event::Saved(name, save.run()));
         });
     }
 
-    pub(super) fn handle_saved(
-        &mut self,
-        name: &MachineName,
-        point: Option<RecoveryPoint>,
-        result: Result<(), StateError>,
-    ) {
-        self.handle_persisted(name, result);
+    pub(super) fn handle_saved(&mut self, name: &MachineName, saved: Saved) {
         let Some(machine) = self.machines.get_mut(name) else { return };
-        let next = machine.handle_saved(point);
-        self.save(name, next);
+        match machine.handle_saved(saved) {
+            Some(result) => {
+                self.handle_persisted(name, result);
+            }
+            None => {
+                let next = machine.next_save();
+                self.save(name, next);
+            }
+        }
+    }
+
+    /// Tries again what could not be made durable.
+    pub(super) fn save_again(&mut self) {
+        let mut saves = Vec::new();
+        for (name, machine) in &mut self.machines {
+            saves.extend(machine.next_save().map(|save| (name.clone(), save)));
+        }
+        for (name, save) in saves {
+            self.save(&name, Some(save));
+        }
     }
 
     pub(super) fn persist(&mut self, name: &MachineName) -> bool {

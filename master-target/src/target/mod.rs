@@ -24,8 +24,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use crate::config::Config;
 use crate::failover::Stage;
 use crate::link::{LinkEvent, LinkUp};
-use crate::machine::{LinkId, Machine, now_us};
-use crate::machine_state::{ImageMark, StateError};
+use crate::machine::{LinkId, Machine, Saved, now_us};
+use crate::machine_state::ImageMark;
 use crate::metrics::Metrics;
 use crate::recovery_point::RecoveryPoint;
 use crate::worker::Report;
@@ -74,8 +74,8 @@ enum Event {
     /// New content ids were written after the disks were brought to a point for this failover, or
     /// not.
     Ready(MachineName, u64, Result<(RecoveryPoint, Vec<ImageMark>), String>),
-    /// A machine's state, with this point in it, was made durable beside the loop, or not.
-    Saved(MachineName, Option<RecoveryPoint>, Result<(), StateError>),
+    /// A machine's state was made durable beside the loop, or not.
+    Saved(MachineName, Saved),
     Api(ApiRequest),
 }
 
@@ -235,8 +235,7 @@ impl Target {
         }
         tracing::info!("stopping: making everything durable");
         for mut machine in self.machines.into_values() {
-            // The last checkpoint forgets the points before it.
-            if machine.is_saving()
+            if machine.is_unsaved()
                 && let Err(error) = machine.persist()
             {
                 tracing::error!(machine = %machine.config.name, %error, "its state cannot be made durable");
@@ -275,7 +274,7 @@ impl Target {
             Event::Link(id, LinkEvent::Down(reason)) => self.handle_down(id, &reason),
             Event::Worker(name, report) => self.handle_report(&name, report),
             Event::Ready(name, failover, result) => self.handle_ready(&name, failover, result),
-            Event::Saved(name, point, result) => self.handle_saved(&name, point, result),
+            Event::Saved(name, saved) => self.handle_saved(&name, saved),
             Event::Api(request) => self.handle_api(request),
         }
     }
@@ -292,6 +291,7 @@ impl Target {
         if now.duration_since(self.last_opening) >= OPEN_PERIOD {
             self.last_opening = now;
             self.open_waiting();
+            self.save_again();
         }
         self.tags.retain(|_, tag| !tag.answer.is_closed());
         for machine in self.machines.values() {

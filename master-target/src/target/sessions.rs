@@ -435,6 +435,13 @@ pub(super) fn standing(
             return MachineWelcome { newest_point, ..welcome(index, Standing::Restart) };
         }
     } else {
+        // The journal forgets the markers of the generation before.
+        if machine.is_unsaved()
+            && let Err(error) = machine.persist()
+        {
+            return refused(index, Code::Storage, error.to_string());
+        }
+        let Some(open) = &mut machine.open else { return welcome(index, Standing::Restart) };
         let config = ReceiverConfig {
             window_bytes: open.receiver.window_bytes(),
             ..ReceiverConfig::default()
