@@ -415,7 +415,9 @@ impl Machine {
             RecordKind::Point(id) => {
                 self.state.newest_point_us = self.state.newest_point_us.max(id.0);
                 // During a failover the point that the disks are brought to stands.
-                if self.state.consistency == Consistency::Consistent && self.failover.takes_points()
+                if self.state.consistency == Consistency::Consistent
+                    && self.failover.takes_points()
+                    && id.0 > self.state.given_up_us
                 {
                     self.state.point = Some(RecoveryPoint::new(id, generation, batch));
                 }
@@ -555,6 +557,7 @@ mod tests {
 
     use super::Machine;
     use crate::config::MachineConfig;
+    use crate::journal::{Mark, MarkKind};
     use crate::machine_state::Consistency;
     use crate::recovery_point::RecoveryPoint;
     use crate::store::Recovered;
@@ -587,6 +590,17 @@ mod tests {
         assert_eq!(machine.state.point, Some(point));
         machine.handle_recovered(&recovered(6)).unwrap();
         assert_eq!(machine.state.point, None);
-        assert_eq!(Machine::load(machine.config, store.path()).unwrap().state.point, None);
+        // Killed before the next checkpoint, the journal has its marker still.
+        machine.state.given_up_us = 5;
+        let mark = |batch| {
+            let (write, kind) = (WriteSeq(batch), MarkKind::Point(PointId(batch)));
+            Mark { batch: BatchSeq(batch), write, captured_at_us: batch, kind }
+        };
+        machine.handle_recovered(&Recovered { marks: vec![mark(5)], ..recovered(4) }).unwrap();
+        assert_eq!(machine.state.point, None);
+        assert_eq!(Machine::load(machine.config.clone(), store.path()).unwrap().state.point, None);
+        let marks = vec![mark(5), mark(7)];
+        machine.handle_recovered(&Recovered { marks, ..recovered(4) }).unwrap();
+        assert_eq!(machine.state.point.map(|point| point.id()), Some(PointId(7)));
     }
 }

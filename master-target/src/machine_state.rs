@@ -43,6 +43,10 @@ pub struct MachineState {
     pub point: Option<RecoveryPoint>,
     /// The newest point of any generation, so that identifiers keep increasing.
     pub newest_point_us: u64,
+    /// The identifier of the newest point that was given up because the journal was full. Until the next
+    /// checkpoint the journal has it still, and the disks may be past it.
+    #[serde(default)]
+    pub given_up_us: u64,
     /// Damage took acknowledged batches away, and no sync has made them good yet.
     #[serde(default)]
     pub damaged: bool,

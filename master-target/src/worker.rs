@@ -98,7 +98,8 @@ impl Worker {
             inbox,
             later: VecDeque::new(),
             hold,
-            newest_marker: None,
+            newest_point: None,
+            newest_sync_marker: None,
             noted: None,
             journal_bytes_max,
             report: Box::new(report),
@@ -131,8 +132,9 @@ struct Running {
     /// Commands that were taken out of the queue before their turn. Bounded as the queue is.
     later: VecDeque<Command>,
     hold: Option<BatchSeq>,
-    /// The newest batch since the start with a marker in it.
-    newest_marker: Option<BatchSeq>,
+    /// The newest batches since the start with a point in them, and with the start or the end of a sync.
+    newest_point: Option<BatchSeq>,
+    newest_sync_marker: Option<BatchSeq>,
     /// The machine's state is known to have the markers up to here.
     noted: Option<BatchSeq>,
     journal_bytes_max: u64,
@@ -250,10 +252,12 @@ impl Running {
 
     fn append(&mut self, mut group: Vec<IncomingBatch>) -> Result<(), StoreError> {
         let bytes = group.iter().map(|batch| batch.memory_bytes() as u64).sum();
-        let marked = group.iter().rev().find(|batch| has_marker(batch));
-        let marker = marked.map(|batch| batch.header().batch);
+        let point = newest(&group, |kind| matches!(kind, RecordKind::Point(_)));
+        let sync_marker =
+            newest(&group, |kind| matches!(kind, RecordKind::SyncStart | RecordKind::SyncDone));
         let appended = self.with_space(|store| store.append(&mut group))?;
-        self.newest_marker = marker.or(self.newest_marker);
+        self.newest_point = point.or(self.newest_point);
+        self.newest_sync_marker = sync_marker.or(self.newest_sync_marker);
         self.dirty = true;
         let (generation, batch) = (self.generation, appended.durable);
         (self.report)(Report::Durable { generation, batch, bytes });
@@ -291,10 +295,13 @@ impl Running {
         self.checkpoint_when_due()
     }
 
-    /// Whether the disks have reached a marker that only the journal knows of as yet.
+    /// Whether a checkpoint here would forget a marker that only the journal knows of as yet. A point that the
+    /// disks have gone past is to be forgotten.
     fn is_ahead(&self) -> bool {
-        let reached = |marker: &BatchSeq| *marker <= self.store.applied().through;
-        self.newest_marker.filter(reached) > self.noted
+        let applied = self.store.applied().through;
+        let at_point = self.newest_point.filter(|point| *point == applied);
+        let synced = self.newest_sync_marker.filter(|marker| *marker <= applied);
+        at_point.max(synced) > self.noted
     }
 
     fn checkpoint_when_due(&mut self) -> Result<(), StoreError> {
@@ -328,7 +335,8 @@ impl Running {
     }
 
     fn begin(&mut self, generation: Generation) -> Result<(), StoreError> {
-        (self.hold, self.newest_marker, self.noted) = (None, None, None);
+        (self.hold, self.noted) = (None, None);
+        (self.newest_point, self.newest_sync_marker) = (None, None);
         self.with_space(|store| store.begin_generation(generation))?;
         self.generation = generation;
         self.dirty = false;
@@ -374,9 +382,10 @@ impl Running {
     }
 }
 
-fn has_marker(batch: &IncomingBatch) -> bool {
-    let plain = |kind| matches!(kind, RecordKind::Data { .. } | RecordKind::Zero { .. });
-    batch.records().iter().any(|record| !plain(record.kind))
+/// The newest batch of a group with such a record.
+fn newest(group: &[IncomingBatch], wanted: impl Fn(&RecordKind) -> bool) -> Option<BatchSeq> {
+    let has = |batch: &&IncomingBatch| batch.records().iter().any(|record| wanted(&record.kind));
+    group.iter().rev().find(has).map(|batch| batch.header().batch)
 }
 
 #[cfg(test)]
@@ -419,7 +428,8 @@ mod tests {
             inbox: channel().1,
             later: VecDeque::new(),
             hold: None,
-            newest_marker: None,
+            newest_point: None,
+            newest_sync_marker: None,
             noted: None,
             journal_bytes_max: u64::MAX,
             report: Box::new(|_| {}),
@@ -431,8 +441,11 @@ mod tests {
 
     /// A batch that ends with a point.
     fn point(batch: u64) -> IncomingBatch {
+        ends_with(RecordKind::Point(PointId(batch)), batch)
+    }
+
+    fn ends_with(kind: RecordKind, batch: u64) -> IncomingBatch {
         let data = Write::Data { disk: 0, offset_bytes: 0, content: vec![batch as u8; 4096] };
-        let kind = RecordKind::Point(PointId(batch));
         let marker = Write::Other(Record { disk: DiskIndex(0), kind });
         let plain = plain(BatchKind::Ordered, 1, batch, 2 * batch - 1, &[data, marker]);
         receive(plain, Compression::Off)
@@ -474,6 +487,31 @@ mod tests {
         assert_eq!(found(dir.path()), [BatchSeq(1)]);
         running.handle_noted(GENERATION, BatchSeq(1)).unwrap();
         assert_eq!(found(dir.path()), [], "it is made up for");
+    }
+
+    /// Only the newest marker was looked at, so the end of the sync was forgotten behind it.
+    #[test]
+    fn nor_does_it_forget_the_end_of_a_sync_before_a_newer_point() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = running(dir.path());
+        running.append(vec![ends_with(RecordKind::SyncDone, 1)]).unwrap();
+        running.hold = Some(BatchSeq(1));
+        running.append(vec![point(2)]).unwrap();
+        running.checkpoint().unwrap();
+        assert_eq!(found(dir.path()), [BatchSeq(1), BatchSeq(2)]);
+    }
+
+    /// The journal was over its bound and the disks went past a point that was not noted. Closed without a
+    /// checkpoint, the restart found it, and would have listed what no disk could be brought to.
+    #[test]
+    fn a_point_that_the_disks_have_gone_past_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = running(dir.path());
+        running.append(vec![point(1)]).unwrap();
+        let zero = RecordKind::Zero { offset_bytes: 8192, len_bytes: 4096, may_unmap: false };
+        running.append(vec![ends_with(zero, 2)]).unwrap();
+        running.run();
+        assert_eq!(found(dir.path()), []);
     }
 
     #[test]

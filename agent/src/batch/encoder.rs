@@ -187,8 +187,10 @@ impl EncodePool {
         dedupe.handle_sealed(&batch);
         if batch.data_bytes == 0 && batch.records.len() <= BARE_RECORDS_MAX {
             let plain_held_bytes = held_bytes(&batch);
-            let mut compressor = self.shared.bare.lock().unwrap_or_else(PoisonError::into_inner);
-            let batch = batch.encode(Compression::Off, &mut compressor);
+            let batch = {
+                let mut bare = self.shared.bare.lock().unwrap_or_else(PoisonError::into_inner);
+                batch.encode(Compression::Off, &mut bare)
+            };
             return done(Encoded { batch, plain_held_bytes });
         }
         self.shared.waiting_bytes.fetch_add(held_bytes(&batch), Ordering::Relaxed);

@@ -167,11 +167,10 @@ impl Target {
             Report::HoldReleased(generation, point) => {
                 // A newer one may have come to the journal with what filled it, and is held by now.
                 let gone = |held: &mut RecoveryPoint| {
-                    held.generation == generation.0 && held.batch() == point
+                    held.generation == generation.0 && held.batch() <= point
                 };
-                if machine.state.point.take_if(gone).is_none() {
-                    return;
-                }
+                let Some(gone) = machine.state.point.take_if(gone) else { return };
+                machine.state.given_up_us = machine.state.given_up_us.max(gone.id_us);
                 tracing::warn!(machine = %name, "the journal is full: the newest point was given up, replication goes on");
                 self.persist(name);
             }
