@@ -135,8 +135,14 @@ async fn a_machines_ceiling_leaves_the_rest_to_the_others() {
     }
     const LINE_MBIT: f64 = 40.0;
     const CEILING_MBIT: f64 = 8.0;
+    /// Headers are a twentieth.
+    const LIMITED_MIN: f64 = 0.92;
+    const OTHER_MIN_MBIT: f64 = 0.8 * (LINE_MBIT - CEILING_MBIT);
+    /// Too little of both (7.28 and 28.50 Mbit/s, once) is the host's doing and never made good; too much is
+    /// not excused. Both disks have more than all attempts let through.
+    const ATTEMPTS: usize = 3;
     let (mut scenario, disk) = prepare(64 << 20, 0, "40mbit,10ms", "quic");
-    let mut noise = vec![0; 96 << 20];
+    let mut noise = vec![0; 192 << 20];
     Random::new(94).fill(&mut noise);
     std::fs::write(&disk, noise).unwrap();
     let limited =
@@ -152,16 +158,21 @@ async fn a_machines_ceiling_leaves_the_rest_to_the_others() {
         assert!(lab.dirty_bytes > 0 && other.dirty_bytes > 0, "{lab:?} {other:?}");
         (Instant::now(), [lab, other].map(|machine| machine.received_plain_bytes))
     };
-    let before = received().await;
-    // The ceiling is to hold over ten seconds.
-    let mut looks = tokio::time::interval(Duration::from_secs(10));
-    looks.tick().await;
-    looks.tick().await;
-    let after = received().await;
-    let seconds = (after.0 - before.0).as_secs_f64();
-    let mbit = |at: usize| (after.1[at] - before.1[at]) as f64 * 8.0 / 1e6 / seconds;
-    println!("limited: {:.2} Mbit/s of data, the other {:.2}", mbit(0), mbit(1));
-    // Headers are a twentieth.
-    assert!((0.92..=1.0).contains(&(mbit(0) / CEILING_MBIT)), "{} Mbit/s", mbit(0));
-    assert!(mbit(1) > 0.8 * (LINE_MBIT - CEILING_MBIT), "{} Mbit/s", mbit(1));
+    let mut mbit = [0.0; 2];
+    for _ in 0..ATTEMPTS {
+        let before = received().await;
+        // The ceiling is to hold over ten seconds.
+        let mut looks = tokio::time::interval(Duration::from_secs(10));
+        looks.tick().await;
+        looks.tick().await;
+        let after = received().await;
+        let seconds = (after.0 - before.0).as_secs_f64();
+        mbit = [0, 1].map(|at| (after.1[at] - before.1[at]) as f64 * 8.0 / 1e6 / seconds);
+        println!("limited: {:.2} Mbit/s of data, the other {:.2}", mbit[0], mbit[1]);
+        if mbit[0] >= LIMITED_MIN * CEILING_MBIT && mbit[1] >= OTHER_MIN_MBIT {
+            break;
+        }
+    }
+    assert!((LIMITED_MIN..=1.0).contains(&(mbit[0] / CEILING_MBIT)), "{mbit:?} Mbit/s");
+    assert!(mbit[1] >= OTHER_MIN_MBIT, "{mbit:?} Mbit/s");
 }
