@@ -65,7 +65,9 @@ pub struct Machine {
     /// What the agent last said.
     pub progress: Option<Progress>,
     /// Markers that are delivered and not durable yet.
-    pub marks: VecDeque<(BatchSeq, RecordKind)>,
+    pub marks: VecDeque<Marker>,
+    /// A point that was given up: once the file has this version, the worker may go past it.
+    giving_up: Option<(u64, Generation, BatchSeq)>,
     /// Questions that wait for batches to be applied.
     pub questions: Vec<(LinkId, HashRequest, OwnedSemaphorePermit)>,
     /// What its worker or its disks complain of; empty when nothing.
@@ -78,6 +80,17 @@ pub struct Machine {
     pub referenced_bytes: u64,
     /// When the sync under way began, and how long the last one took.
     pub sync_times: (Option<Instant>, Option<Duration>),
+}
+
+/// A marker on its way to stable storage.
+#[derive(Debug, Clone, Copy)]
+pub struct Marker {
+    /// The batch that ends with it.
+    pub batch: BatchSeq,
+    /// What it marks.
+    pub kind: RecordKind,
+    /// A point that becomes the newest one: the worker was told to hold there.
+    pub counts: bool,
 }
 
 /// The end of a batch of a generation.
@@ -196,6 +209,7 @@ impl Machine {
             watermark: Watermark::new(),
             progress: None,
             marks: VecDeque::new(),
+            giving_up: None,
             questions: Vec::new(),
             trouble: String::new(),
             refusal: String::new(),
@@ -261,9 +275,32 @@ impl Machine {
             return;
         }
         self.versions.1 = self.versions.1.max(saved.version);
-        if let (Some((generation, batch)), Some(open)) = (saved.through, &self.open) {
+        let known = self.giving_up.take_if(|(version, ..)| *version <= saved.version);
+        let Some(open) = &self.open else { return };
+        if let Some((generation, batch)) = saved.through {
             open.worker.send(Command::Noted(generation, batch));
         }
+        if let Some((_, generation, point)) = known {
+            open.worker.send(Command::Release(generation, point));
+        }
+    }
+
+    /// The journal is over its bound while the disks are held at this point of a generation. Gives the point
+    /// up, unless a failover goes there. The worker goes past it when the file says so: killed before, the
+    /// target would list it over disks that are past it, and a failover to it would be a mixture.
+    pub fn give_up(&mut self, generation: Generation, point: BatchSeq) -> Option<Save> {
+        if self.giving_up.is_some() || !self.failover.may_give_up_point() {
+            return None;
+        }
+        // A newer one may have come to the journal with what filled it, and is held by now.
+        let gone =
+            |held: &mut RecoveryPoint| held.generation == generation.0 && held.batch() <= point;
+        if let Some(gone) = self.state.point.take_if(gone) {
+            self.state.given_up_us = self.state.given_up_us.max(gone.id_us);
+            tracing::warn!(machine = %self.config.name, "the journal is full: the newest point was given up, replication goes on");
+        }
+        self.giving_up = Some((self.versions.0 + 1, generation, point));
+        self.save()
     }
 
     /// Opens the disks that [`MachineState::disks`] names, making images that are missing, recovers
@@ -376,7 +413,8 @@ impl Machine {
                 MarkKind::SyncStart => RecordKind::SyncStart,
                 MarkKind::SyncDone => RecordKind::SyncDone,
             };
-            self.note(generation, *batch, kind);
+            let counts = self.failover.takes_points();
+            self.note(generation, &Marker { batch: *batch, kind, counts });
         }
         // The journal was full, and the process ended before it could note that the disks went on.
         let gone_past = |point: &mut RecoveryPoint| {
@@ -402,8 +440,8 @@ impl Machine {
     }
 
     /// A marker is on stable storage.
-    pub fn note(&mut self, generation: Generation, batch: BatchSeq, kind: RecordKind) {
-        match kind {
+    pub fn note(&mut self, generation: Generation, marker: &Marker) {
+        match marker.kind {
             RecordKind::SyncStart => {
                 self.state.consistency = Consistency::Syncing;
                 self.state.point = None;
@@ -414,12 +452,11 @@ impl Machine {
             }
             RecordKind::Point(id) => {
                 self.state.newest_point_us = self.state.newest_point_us.max(id.0);
-                // During a failover the point that the disks are brought to stands.
                 if self.state.consistency == Consistency::Consistent
-                    && self.failover.takes_points()
+                    && marker.counts
                     && id.0 > self.state.given_up_us
                 {
-                    self.state.point = Some(RecoveryPoint::new(id, generation, batch));
+                    self.state.point = Some(RecoveryPoint::new(id, generation, marker.batch));
                 }
             }
             RecordKind::Data { .. } | RecordKind::Zero { .. } => {}
@@ -432,6 +469,18 @@ impl Machine {
         (point.generation == self.state.generation).then_some(point.batch())
     }
 
+    /// The point that the disks are held at, or soon will be: its batch may be on its way to the journal.
+    fn newest_held(&self) -> Option<RecoveryPoint> {
+        let on_its_way = self.marks.iter().rev().find_map(|marker| match marker.kind {
+            RecordKind::Point(id) if marker.counts => {
+                let generation = Generation(self.state.generation);
+                Some(RecoveryPoint::new(id, generation, marker.batch))
+            }
+            _ => None,
+        });
+        on_its_way.or(self.state.point)
+    }
+
     /// What a decision of the failover depends on.
     pub fn facts(&self, now: Instant) -> Facts {
         Facts {
@@ -440,7 +489,7 @@ impl Machine {
             sync_percent: self
                 .sync_view()
                 .map(|sync| sync.done_bytes.saturating_mul(100) / sync.total_bytes.max(1)),
-            point: self.state.point,
+            point: self.newest_held(),
             newest_point_us: self.state.newest_point_us,
             damaged: self.state.damaged,
             durable: self.open.as_ref().map_or(BatchSeq(0), |open| open.receiver.durable()),
@@ -551,16 +600,66 @@ pub fn now_us() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
+    use backhaul_proto::batch::RecordKind;
     use backhaul_proto::id::{BatchSeq, Generation, PointId, WriteSeq};
 
-    use super::Machine;
+    use super::{Machine, Marker, Saved};
     use crate::config::MachineConfig;
     use crate::journal::{Mark, MarkKind};
     use crate::machine_state::Consistency;
     use crate::recovery_point::RecoveryPoint;
     use crate::store::Recovered;
+
+    fn machine(store: &std::path::Path) -> Machine {
+        let (name, agent) = ("web01".parse().unwrap(), "ps1".parse().unwrap());
+        let point_period = Duration::from_secs(300);
+        let config = MachineConfig { name, agent, point_period, disks: Vec::new() };
+        let mut machine = Machine::load(config, store).unwrap();
+        machine.state.consistency = Consistency::Consistent;
+        machine.state.generation = 1;
+        machine
+    }
+
+    fn recovery_point(batch: u64) -> RecoveryPoint {
+        RecoveryPoint::new(PointId(batch), Generation(1), BatchSeq(batch))
+    }
+
+    /// Whether a point counts was decided when it was delivered, for the disks, and again when it was durable,
+    /// for the list. A failover or its end in between left the one without the other.
+    #[test]
+    fn the_disks_and_the_list_agree_on_a_point() {
+        let store = tempfile::tempdir().unwrap();
+        for counts in [true, false] {
+            let mut machine = machine(store.path());
+            machine.state.point = Some(recovery_point(5));
+            let (batch, kind) = (BatchSeq(7), RecordKind::Point(PointId(7)));
+            let marker = Marker { batch, kind, counts };
+            machine.marks.push_back(marker);
+            let held = machine.facts(Instant::now()).point;
+            assert_eq!(held, Some(recovery_point(if counts { 7 } else { 5 })));
+            machine.marks.clear();
+            machine.note(Generation(1), &marker);
+            assert_eq!(machine.state.point, held);
+        }
+    }
+
+    #[test]
+    fn a_point_is_given_up_once_and_in_the_file_first() {
+        let store = tempfile::tempdir().unwrap();
+        let mut machine = machine(store.path());
+        machine.state.point = Some(recovery_point(5));
+        let save = machine.give_up(Generation(1), BatchSeq(5)).unwrap();
+        assert!(machine.give_up(Generation(1), BatchSeq(5)).is_none(), "it is on its way");
+        assert_eq!((machine.state.point, machine.state.given_up_us), (None, 5));
+        machine.note_saved(&Saved { version: 0, through: None, result: Ok(()) });
+        assert!(machine.giving_up.is_some(), "that was an older version");
+        machine.handle_saved(save.run()).unwrap().unwrap();
+        assert!(machine.giving_up.is_none());
+        let machine = Machine::load(machine.config.clone(), store.path()).unwrap();
+        assert_eq!((machine.state.point, machine.state.given_up_us), (None, 5));
+    }
 
     /// The journal was full, so the disks went past the newest point; the store was full too, so
     /// the target could not note it, and was killed. The point was listed again afterwards, and
@@ -568,9 +667,6 @@ mod tests {
     #[test]
     fn a_point_that_the_disks_have_gone_past_is_not_listed_after_a_restart() {
         let store = tempfile::tempdir().unwrap();
-        let (name, agent) = ("web01".parse().unwrap(), "ps1".parse().unwrap());
-        let point_period = Duration::from_secs(300);
-        let config = MachineConfig { name, agent, point_period, disks: Vec::new() };
         let recovered = |applied| Recovered {
             generation: Some(Generation(1)),
             durable: BatchSeq(9),
@@ -582,9 +678,8 @@ mod tests {
             torn_tail: None,
             damage: None,
         };
-        let mut machine = Machine::load(config, store.path()).unwrap();
-        machine.state.consistency = Consistency::Consistent;
-        let point = RecoveryPoint::new(PointId(5), Generation(1), BatchSeq(5));
+        let mut machine = machine(store.path());
+        let point = recovery_point(5);
         machine.state.point = Some(point);
         machine.handle_recovered(&recovered(5)).unwrap();
         assert_eq!(machine.state.point, Some(point));

@@ -31,6 +31,8 @@ pub enum Command {
     Hold(Option<BatchSeq>),
     /// The machine's state knows of every marker up to this batch of a generation.
     Noted(Generation, BatchSeq),
+    /// The machine's state says durably that the point at this batch of a generation was given up.
+    Release(Generation, BatchSeq),
     /// A new generation begins.
     Begin(Generation),
     /// Bring the disks to the end of a batch of a generation, or of the journal, and make them
@@ -63,8 +65,9 @@ pub enum Report {
     Begun(Generation),
     /// For this failover the disks are durable at the end of this batch, or why not.
     Prepared(u64, Result<BatchSeq, String>),
-    /// The journal is over its bound: the hold at this point of a generation was given up.
-    HoldReleased(Generation, BatchSeq),
+    /// The journal is over its bound because of the hold at this point of a generation. Said again with each
+    /// group that is appended, until [`Command::Release`].
+    OverBound(Generation, BatchSeq),
     /// Sizes, now and then.
     Usage(Usage),
     /// A person is needed; replication of the machine stands still, or (when empty) goes on again.
@@ -162,6 +165,10 @@ impl Running {
                 }
                 Ok(Command::Hold(hold)) => {
                     self.hold = hold;
+                    Ok(())
+                }
+                Ok(Command::Release(generation, point)) => {
+                    self.release(generation, point);
                     Ok(())
                 }
                 Ok(Command::Noted(generation, point)) => self.handle_noted(generation, point),
@@ -262,9 +269,9 @@ impl Running {
         let (generation, batch) = (self.generation, appended.durable);
         (self.report)(Report::Durable { generation, batch, bytes });
         if self.store.usage().journal_bytes > self.journal_bytes_max
-            && let Some(point) = self.hold.take()
+            && let Some(point) = self.hold
         {
-            (self.report)(Report::HoldReleased(generation, point));
+            (self.report)(Report::OverBound(generation, point));
         }
         // A sync batch is on the disks already, and others may wait for hearing so.
         (self.report)(Report::Applied(generation, self.store.applied().through));
@@ -281,6 +288,13 @@ impl Running {
         (self.report)(Report::Applied(self.generation, applied.through));
         self.applied_since_checkpoint += APPLY_STEP_BYTES;
         self.checkpoint_when_due()
+    }
+
+    /// A hold at a newer point stays.
+    fn release(&mut self, generation: Generation, point: BatchSeq) {
+        if generation == self.generation {
+            self.hold.take_if(|held| *held <= point);
+        }
     }
 
     fn handle_noted(
@@ -311,10 +325,9 @@ impl Running {
         self.checkpoint()
     }
 
-    /// Writes a checkpoint, unless it would forget a marker: a restart finds those behind the checkpoint. Beyond
-    /// its bound the journal waits for no state that cannot be written.
+    /// Writes a checkpoint, unless it would forget a marker: a restart finds those behind the checkpoint.
     fn checkpoint(&mut self) -> Result<(), StoreError> {
-        if self.is_ahead() && self.store.usage().journal_bytes <= self.journal_bytes_max {
+        if self.is_ahead() {
             return Ok(());
         }
         self.with_space(MachineStore::checkpoint)?;
@@ -512,6 +525,27 @@ mod tests {
         running.append(vec![ends_with(zero, 2)]).unwrap();
         running.run();
         assert_eq!(found(dir.path()), []);
+    }
+
+    /// The hold was let go at once, and a target that was killed before its state said so listed a point that
+    /// its disks were past.
+    #[test]
+    fn beyond_its_bound_the_journal_waits_until_the_point_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = running(dir.path());
+        running.journal_bytes_max = 0;
+        running.append(vec![point(1)]).unwrap();
+        running.hold = Some(BatchSeq(1));
+        running.append(vec![point(2)]).unwrap();
+        running.release(Generation(9), BatchSeq(1));
+        running.apply().unwrap();
+        assert_eq!(running.store.applied().through, BatchSeq(1));
+        running.release(GENERATION, BatchSeq(1));
+        running.apply().unwrap();
+        assert_eq!(running.store.applied().through, BatchSeq(2));
+        running.hold = Some(BatchSeq(2));
+        running.release(GENERATION, BatchSeq(1));
+        assert_eq!(running.hold, Some(BatchSeq(2)), "a newer point came meanwhile");
     }
 
     #[test]

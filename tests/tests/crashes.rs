@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use backhaul_api::{Consistency, Link, Stage};
+use backhaul_api::{Consistency, FailoverRequest, Link, Machine, Stage};
 use backhaul_lab::rig::MACHINE;
-use backhaul_tests::{STEP_TIME_MAX, Scenario};
+use backhaul_tests::{STEP_TIME_MAX, Scenario, compare};
 
 const DISK_BYTES: u64 = 96 << 20;
 const RATE_BYTES: u64 = 24 << 20;
@@ -83,6 +83,48 @@ async fn a_point_that_was_answered_is_there_after_a_kill() {
     assert!(done.failover.unwrap().source_drained);
     guest.await.unwrap().unwrap();
     scenario.compare().unwrap();
+}
+
+/// The journal was over its bound, so the disks went past the newest point, and the target was killed before its
+/// state said so. It listed the point again, and a failover to it gave a mixture of two times. Here the state
+/// cannot be written at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_disk_goes_past_a_point_before_the_state_says_that_it_was_given_up() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |spec| {
+        spec.point_period = Duration::from_secs(3600);
+        spec.target_options = "journal = \"256 MiB\"\n".into();
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    let guest = scenario.start_guest(14, RATE_BYTES).await.unwrap();
+    scenario.wait_consistent().await.unwrap();
+    // Nobody writes when the point is set, so the disk as it is now is what it stands for.
+    drop(scenario.rig.connect(0).await.unwrap());
+    guest.abort();
+    let _ = guest.await;
+    let tagged = scenario.rig.client().tag(MACHINE).await.unwrap();
+    let at_point = scenario.folder.path().join("at-point.raw");
+    std::fs::copy(&scenario.protected, &at_point).unwrap();
+
+    let in_the_way = scenario.folder.path().join("store/lab/machine.json.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let guest = scenario.start_guest(15, 4 * RATE_BYTES).await.unwrap();
+    let over = |machine: &Machine| machine.journal_bytes > 272 << 20;
+    scenario.rig.wait("a journal over its bound", STEP_TIME_MAX, over).await.unwrap();
+    scenario.rig.kill_target();
+    scenario.rig.kill_agent();
+    let _ = guest.await;
+    std::fs::remove_dir(&in_the_way).unwrap();
+    scenario.rig.start_target().unwrap();
+    scenario.rig.wait_log("master-target", "waiting for agents").await.unwrap();
+    let request =
+        FailoverRequest { to: tagged.id, without_shutdown: true, drain_timeout_seconds: 60.0 };
+    scenario.rig.client().failover(MACHINE, &request).await.unwrap();
+    let ended =
+        |machine: &Machine| machine.stage == Stage::FailedOver || !machine.failure.is_empty();
+    let done = scenario.rig.wait("the failover", STEP_TIME_MAX, ended).await.unwrap();
+    assert_eq!(done.failure, "");
+    compare(&at_point, &scenario.rig.image(0)).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

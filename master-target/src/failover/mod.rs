@@ -272,6 +272,16 @@ impl Failover {
         }
     }
 
+    /// Whether the newest point may be given up when the journal is full: not while the disks are brought to it
+    /// because it was named, nor where a failover may be gone back to.
+    pub fn may_give_up_point(&self) -> bool {
+        match &self.stage {
+            Stage::Replicating => true,
+            Stage::ShuttingDown { plan, .. } | Stage::Draining { plan, .. } => plan.to.is_none(),
+            _ => false,
+        }
+    }
+
     /// Whether an agent is still to be asked for `job`: a later decision may have overtaken it.
     pub fn wants(&self, asked: JobId) -> bool {
         match &self.stage {

@@ -119,6 +119,24 @@ fn a_named_point_shuts_the_source_down_too_and_stays_where_it_is() {
     assert!(loss_seconds > 0.9, "{loss_seconds}");
 }
 
+/// The journal may be full while the source shuts down. A point that was named is kept, whatever it takes; so is
+/// one that was failed over to, as a cancel may be taken back.
+#[test]
+fn a_point_that_a_failover_goes_to_is_not_given_up() {
+    let (now, facts) = (Instant::now(), facts());
+    let mut machine = machine();
+    assert!(machine.may_give_up_point());
+    machine.handle_failover(now, &facts, None, plan()).unwrap();
+    assert!(machine.may_give_up_point(), "it goes to the newest state");
+    let mut machine = self::machine();
+    machine.handle_failover(now, &facts, Some(point(5).id()), plan()).unwrap();
+    assert!(!machine.may_give_up_point());
+    machine.handle_job_reply(&facts, JobId(1_000_000), Ok(Some(point(9))));
+    machine.handle_prepared(&facts, Ok(point(5)));
+    machine.handle_cancel(&facts).unwrap();
+    assert!(matches!(machine.stage(), Stage::Cancelling { .. }) && !machine.may_give_up_point());
+}
+
 /// A guest that flushes more than the queue holds while it shuts down forces a sync, and the
 /// deadline once made a half-synced disk "ready", which could be committed.
 #[test]

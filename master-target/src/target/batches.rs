@@ -13,10 +13,9 @@ use super::{Event, Target};
 use crate::batch_buffer::IncomingBatch;
 use crate::hashing;
 use crate::link::LinkEvent;
-use crate::machine::{LinkId, Machine, Save, Saved};
+use crate::machine::{LinkId, Machine, Marker, Save, Saved};
 use crate::machine_state::{Consistency, StateError};
 use crate::receive::{FoldedBatch, Unresolved};
-use crate::recovery_point::RecoveryPoint;
 use crate::worker::{Command, Report};
 
 impl Target {
@@ -164,15 +163,9 @@ impl Target {
                     self.handle_question(link, request, asking);
                 }
             }
-            Report::HoldReleased(generation, point) => {
-                // A newer one may have come to the journal with what filled it, and is held by now.
-                let gone = |held: &mut RecoveryPoint| {
-                    held.generation == generation.0 && held.batch() <= point
-                };
-                let Some(gone) = machine.state.point.take_if(gone) else { return };
-                machine.state.given_up_us = machine.state.given_up_us.max(gone.id_us);
-                tracing::warn!(machine = %name, "the journal is full: the newest point was given up, replication goes on");
-                self.persist(name);
+            Report::OverBound(generation, point) => {
+                let save = machine.give_up(generation, point);
+                self.save(name, save);
             }
             Report::Usage(usage) => {
                 if let Some(open) = &mut machine.open {
@@ -206,17 +199,13 @@ impl Target {
         let Some(machine) = self.machines.get_mut(name) else { return };
         let generation = Generation(machine.state.generation);
         let (mut points, mut others) = (false, false);
-        while let Some((batch, kind)) = machine.marks.front().copied() {
-            if batch > durable {
-                break;
-            }
-            machine.marks.pop_front();
-            machine.note(generation, batch, kind);
-            match kind {
+        while let Some(marker) = machine.marks.pop_front_if(|marker| marker.batch <= durable) {
+            machine.note(generation, &marker);
+            match marker.kind {
                 RecordKind::Point(_) => points = true,
                 _ => others = true,
             }
-            if kind == RecordKind::SyncDone {
+            if marker.kind == RecordKind::SyncDone {
                 let time = machine.sync_times.0.take().map(|began| began.elapsed());
                 machine.sync_times.1 = time;
                 tracing::info!(machine = %name, seconds = time.map(|t| t.as_secs_f64()), "synced: the machine is consistent");
@@ -369,6 +358,7 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) {
         .map(|record| record.kind)
         .filter(|kind| !matches!(kind, RecordKind::Data { .. } | RecordKind::Zero { .. }))
         .collect();
+    let takes_points = machine.failover.takes_points();
     let mut hold = None;
     for kind in &markers {
         match kind {
@@ -376,7 +366,7 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) {
                 machine.sync_times.0 = Some(Instant::now());
                 hold = Some(None);
             }
-            RecordKind::Point(_) if machine.failover.takes_points() => hold = Some(Some(batch)),
+            RecordKind::Point(_) if takes_points => hold = Some(Some(batch)),
             _ => {}
         }
     }
@@ -388,5 +378,6 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) {
     if let Some(Some(point)) = hold {
         open.worker.send(Command::Hold(Some(point)));
     }
-    machine.marks.extend(markers.into_iter().map(|kind| (batch, kind)));
+    let marker = |kind| Marker { batch, kind, counts: takes_points };
+    machine.marks.extend(markers.into_iter().map(marker));
 }
