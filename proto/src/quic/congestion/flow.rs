@@ -14,6 +14,7 @@ use crate::quic::congestion::phase::Phase;
 use crate::quic::congestion::rival::Rival;
 use crate::quic::congestion::round::{Round, RoundEnd};
 use crate::quic::congestion::share::Share;
+use crate::quic::congestion::standing::Standing;
 
 /// The model of one path, and what may be in flight on it.
 #[derive(Debug, Clone)]
@@ -22,6 +23,8 @@ pub(super) struct Flow {
     pub(super) phase: Phase,
     pub(super) delivery: Delivery,
     pub(super) max_rate: MaxRate,
+    /// What came out while a queue of ours stood: `max_rate` may promise more.
+    pub(super) standing: Standing,
     /// Bound on the rate after congestion, in bytes a second, until the next probe.
     pub(super) rate_lo: Option<f64>,
     /// What was in flight when a probe went too far, in bytes.
@@ -50,6 +53,8 @@ pub(super) struct Flow {
     pub(super) rival: Option<Rival>,
     /// How much of a shared path is ours.
     pub(super) share: Share,
+    /// Other connections of our link are in use.
+    has_siblings: bool,
     /// Mean round-trip time of the last whole round.
     pub(super) round_rtt: Duration,
     /// Highest round-trip time that was seen lately: with it, the queue is full.
@@ -73,6 +78,7 @@ impl Flow {
             phase: Phase::startup(),
             delivery: Delivery::new(now),
             max_rate: MaxRate::default(),
+            standing: Standing::default(),
             rate_lo: None,
             inflight_hi: None,
             min_rtt: MinRtt::default(),
@@ -88,6 +94,7 @@ impl Flow {
             loaded_rate: 0.0,
             rival: None,
             share: Share::default(),
+            has_siblings: false,
             round_rtt: Duration::ZERO,
             peak_rtt: Duration::ZERO,
             clump_epoch: (now, 0.0),
@@ -164,6 +171,7 @@ impl Flow {
     /// So many connections of one link, this one among them, share a path.
     pub(super) fn set_siblings(&mut self, count: usize) {
         self.share.set_siblings(count);
+        self.has_siblings = count > 1;
     }
 
     /// The size of packets has changed.
@@ -192,7 +200,7 @@ impl Flow {
 
     /// The rate the model sends at, in bytes a second.
     pub(super) fn rate(&self) -> f64 {
-        let known = self.max_rate.get();
+        let known = self.standing.lower(self.max_rate.get());
         self.rate_lo.map_or(known, |lo| lo.min(known))
     }
 
@@ -239,6 +247,7 @@ impl Flow {
             start.min(self.window_bytes.max(WINDOW_PACKETS_INITIAL * self.mtu_bytes));
         self.phase = Phase::startup();
         self.max_rate = MaxRate::default();
+        self.standing.forget();
         self.min_rtt = MinRtt::default();
         (self.rate_lo, self.inflight_hi) = (None, None);
         (self.slow_rounds, self.congested_rounds) = (0, 0);
@@ -348,8 +357,20 @@ impl Flow {
         let full = end.rtt_max >= base + above.mul_f64(PEAK_FULL);
         self.share.add_loss(lost - self.loss.share() * total, total);
         self.follow_rival(now, end, congested || (full && self.loss.is_noticed(lost, total)));
+        self.watch_standing(now, end);
         self.turn(now, end, queued, congested);
         self.round_rtt = end.rtt_mean;
+    }
+
+    /// Takes note of a round in which a queue of ours was never empty.
+    fn watch_standing(&mut self, now: Instant, end: &RoundEnd) {
+        let least = self.company.into_iter().max().unwrap_or_default();
+        // Where others may be, what comes out of a full line is our part of it.
+        if least > COMPANY || self.is_shared() || self.has_siblings {
+            return self.standing.forget();
+        }
+        let empty = self.base_rtt() + least + STANDS + 2 * self.burst_time();
+        self.standing.end_round(now, self.delivery.delivered_bytes(), end.rtt_min > empty);
     }
 
     /// Takes up, follows or gives up Cubic's law.
@@ -388,6 +409,10 @@ const RTT_MIN: Duration = Duration::from_millis(1);
 const CUSHION: Duration = Duration::from_millis(2);
 /// Most that is held on account of clumped acknowledgements.
 const CLUMP_MAX: Duration = Duration::from_millis(6);
+/// Least delay of a drained round from which on somebody else may be there.
+const COMPANY: Duration = Duration::from_millis(2);
+/// Queueing delay that not one packet of a round was without, where a queue stood.
+const STANDS: Duration = Duration::from_millis(1);
 /// How much of the highest queue is remembered from round to round.
 const PEAK_KEPT: f64 = 0.99;
 /// From this share of it on the queue counts as full.

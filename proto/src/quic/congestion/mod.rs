@@ -35,6 +35,7 @@ mod round;
 mod share;
 #[cfg(test)]
 mod sim;
+mod standing;
 
 pub use adapter::CongestionStats;
 pub use ceiling::RateLimit;

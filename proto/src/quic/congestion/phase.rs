@@ -204,6 +204,7 @@ impl Flow {
         if rounds < 2 {
             self.phase = Phase::Up { add_bytes, rounds, best_rate };
         } else if grew {
+            self.standing.forget();
             let (add_bytes, best_rate) = (add_bytes.max(self.probe_bytes()) * 2.0, end.rate);
             let add_bytes = add_bytes.min(self.bdp());
             // More came out, and nothing was lost by it: the link is no longer what set this bound.
@@ -225,6 +226,7 @@ impl Flow {
 
     fn enter_down(&mut self) {
         self.max_rate.advance();
+        self.standing.advance();
         self.clump.advance();
         let window_bytes = if self.rival.is_some() {
             self.share.begin_dip(self.window_bytes, self.round_rtt);
