@@ -257,7 +257,17 @@ impl Machine {
         self.versions.1 < self.versions.0
     }
 
+    /// The disks go past the newest point. Says whether there was one; the state is to be made durable first.
+    pub fn give_up_newest(&mut self) -> bool {
+        let gone = self.state.point.take();
+        self.state.given_up_us = self.state.given_up_us.max(gone.map_or(0, |gone| gone.id_us));
+        gone.is_some()
+    }
+
     fn newest(&mut self) -> Save {
+        if self.state.point.is_some_and(|point| self.failover.goes_past(point)) {
+            self.give_up_newest();
+        }
         self.state.stage = self.failover.stage().clone();
         self.state.failure = self.failover.failure().to_owned();
         let through = |open: &Open| (open.receiver.generation(), open.receiver.durable());
@@ -293,11 +303,10 @@ impl Machine {
             return None;
         }
         // A newer one may have come to the journal with what filled it, and is held by now.
-        let gone =
-            |held: &mut RecoveryPoint| held.generation == generation.0 && held.batch() <= point;
-        if let Some(gone) = self.state.point.take_if(gone) {
-            self.state.given_up_us = self.state.given_up_us.max(gone.id_us);
-            tracing::warn!(machine = %self.config.name, "the journal is full: the newest point was given up, replication goes on");
+        let held = self.state.point;
+        if held.is_some_and(|held| held.generation == generation.0 && held.batch() <= point) {
+            self.give_up_newest();
+            tracing::warn!(machine = %self.config.name, "the journal is full: the newest point is given up, the disks go past it");
         }
         self.giving_up = Some((self.versions.0 + 1, generation, point));
         self.save()
@@ -331,6 +340,8 @@ impl Machine {
             files.collect(),
             StoreOptions { cache_bytes_max: 8 << 20, ..StoreOptions::default() },
         )?;
+        // What was on its way to the worker before this one is in the journal, or comes again.
+        self.marks.clear();
         self.handle_recovered(&recovered)?;
         let hold = self.hold();
         let generation = recovered.generation.unwrap_or_default();
@@ -413,10 +424,10 @@ impl Machine {
                 MarkKind::SyncStart => RecordKind::SyncStart,
                 MarkKind::SyncDone => RecordKind::SyncDone,
             };
-            let counts = self.failover.takes_points();
+            let counts = self.failover.may_have_taken(*batch);
             self.note(generation, &Marker { batch: *batch, kind, counts });
         }
-        // The journal was full, and the process ended before it could note that the disks went on.
+        // Whatever sent the disks past it, a failover to it would fail.
         let gone_past = |point: &mut RecoveryPoint| {
             point.generation == generation.0 && point.batch() < recovered.applied
         };
@@ -465,7 +476,7 @@ impl Machine {
 
     /// Up to where the disks may be brought: the newest point, so that it stays restorable.
     pub fn hold(&self) -> Option<BatchSeq> {
-        let point = self.state.point?;
+        let point = self.failover.hold().or(self.state.point)?;
         (point.generation == self.state.generation).then_some(point.batch())
     }
 

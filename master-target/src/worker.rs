@@ -234,6 +234,11 @@ impl Running {
         loop {
             match step(&mut self.store) {
                 Err(error @ StoreError::Full { .. }) => {
+                    match self.make_room() {
+                        Ok(true) => continue,
+                        Ok(false) | Err(StoreError::Full { .. }) => {}
+                        Err(error) => return Err(error),
+                    }
                     if !troubled {
                         (self.report)(Report::Trouble(error.to_string()));
                         troubled = true;
@@ -243,6 +248,9 @@ impl Running {
                         Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) => {
                             return Err(error);
                         }
+                        // These two make room.
+                        Ok(Command::Release(generation, point)) => self.release(generation, point),
+                        Ok(Command::Noted(generation, through)) => self.note(generation, through),
                         Ok(later) => self.later.push_back(later),
                         Err(RecvTimeoutError::Timeout) => {}
                     }
@@ -257,6 +265,22 @@ impl Running {
         }
     }
 
+    /// Has segments recycled whose batches may be on the disks. Says whether there were any.
+    fn make_room(&mut self) -> Result<bool, StoreError> {
+        let before = self.store.usage().journal_bytes;
+        let limit = self.limit();
+        while self.store.applied().through < limit {
+            let applied = self.store.apply(limit, APPLY_STEP_BYTES)?;
+            self.applied_since_checkpoint += APPLY_STEP_BYTES;
+            (self.report)(Report::Applied(self.generation, applied.through));
+        }
+        if self.applied_since_checkpoint > 0 && !self.is_ahead() {
+            self.store.checkpoint()?;
+            self.applied_since_checkpoint = 0;
+        }
+        Ok(self.store.usage().journal_bytes < before)
+    }
+
     fn append(&mut self, mut group: Vec<IncomingBatch>) -> Result<(), StoreError> {
         let bytes = group.iter().map(|batch| batch.memory_bytes() as u64).sum();
         let point = newest(&group, |kind| matches!(kind, RecordKind::Point(_)));
@@ -268,11 +292,7 @@ impl Running {
         self.dirty = true;
         let (generation, batch) = (self.generation, appended.durable);
         (self.report)(Report::Durable { generation, batch, bytes });
-        if self.store.usage().journal_bytes > self.journal_bytes_max
-            && let Some(point) = self.hold
-        {
-            (self.report)(Report::OverBound(generation, point));
-        }
+        self.look_at_bound()?;
         // A sync batch is on the disks already, and others may wait for hearing so.
         (self.report)(Report::Applied(generation, self.store.applied().through));
         self.apply()
@@ -290,6 +310,23 @@ impl Running {
         self.checkpoint_when_due()
     }
 
+    /// Says that the hold keeps the journal over its bound, if it is the hold: not while there is something to apply
+    /// up to it, nor while a checkpoint would do.
+    fn look_at_bound(&mut self) -> Result<(), StoreError> {
+        let Some(point) = self.hold.filter(|point| self.store.applied().through >= *point) else {
+            return Ok(());
+        };
+        if self.store.usage().journal_bytes > self.journal_bytes_max
+            && self.applied_since_checkpoint > 0
+        {
+            self.checkpoint()?;
+        }
+        if self.store.usage().journal_bytes > self.journal_bytes_max {
+            (self.report)(Report::OverBound(self.generation, point));
+        }
+        Ok(())
+    }
+
     /// A hold at a newer point stays.
     fn release(&mut self, generation: Generation, point: BatchSeq) {
         if generation == self.generation {
@@ -302,11 +339,15 @@ impl Running {
         generation: Generation,
         through: BatchSeq,
     ) -> Result<(), StoreError> {
+        self.note(generation, through);
+        self.checkpoint_when_due()
+    }
+
+    fn note(&mut self, generation: Generation, through: BatchSeq) {
         // It may be of the generation before.
         if generation == self.generation {
             self.noted = self.noted.max(Some(through));
         }
-        self.checkpoint_when_due()
     }
 
     /// Whether a checkpoint here would forget a marker that only the journal knows of as yet. A point that the
@@ -372,7 +413,7 @@ impl Running {
         }
         if self.store.applied().through > through {
             let sentence =
-                "the disks have gone past that point, because the journal was full".into();
+                "the disks have gone past that point already; fail over to another one, or to the newest state".into();
             return Ok(Err(sentence));
         }
         // The failover's goal was made durable before it was asked for.
@@ -411,7 +452,7 @@ mod tests {
     use backhaul_proto::batch::{BatchKind, Compression, Record, RecordKind};
     use backhaul_proto::id::{BatchSeq, DiskIndex, Generation, PointId};
 
-    use super::{APPLY_STEP_BYTES, CHECKPOINT_BYTES, Running};
+    use super::{APPLY_STEP_BYTES, CHECKPOINT_BYTES, Report, Running};
     use crate::batch_buffer::IncomingBatch;
     use crate::batch_buffer::tests::{Write, plain, receive};
     use crate::storage::open_best;
@@ -546,6 +587,24 @@ mod tests {
         running.hold = Some(BatchSeq(2));
         running.release(GENERATION, BatchSeq(1));
         assert_eq!(running.hold, Some(BatchSeq(2)), "a newer point came meanwhile");
+    }
+
+    /// A point was given up for a journal that would have shrunk without that: its disks were behind it still, or
+    /// only a checkpoint was missing.
+    #[test]
+    fn only_a_hold_that_stands_in_the_way_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = running(dir.path());
+        let (sender, reports) = channel();
+        running.report = Box::new(move |report| sender.send(report).unwrap());
+        let told = || reports.try_iter().any(|report| matches!(report, Report::OverBound(..)));
+        running.journal_bytes_max = 0;
+        running.hold = Some(BatchSeq(2));
+        running.append(vec![point(1)]).unwrap();
+        assert!(!told(), "the disks may go on");
+        running.append(vec![point(2)]).unwrap();
+        running.append(vec![point(3)]).unwrap();
+        assert!(told());
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! kill -9 under load. The disk that comes out must be the protected one, byte for byte.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use backhaul_api::{Consistency, FailoverRequest, Link, Machine, Stage};
 use backhaul_lab::rig::MACHINE;
-use backhaul_tests::{STEP_TIME_MAX, Scenario, compare};
+use backhaul_tests::{Guest, STEP_TIME_MAX, Scenario, compare};
 
 const DISK_BYTES: u64 = 96 << 20;
 const RATE_BYTES: u64 = 24 << 20;
@@ -85,6 +86,40 @@ async fn a_point_that_was_answered_is_there_after_a_kill() {
     scenario.compare().unwrap();
 }
 
+/// While this folder is there the machine's state cannot be written: its name is that of the new file.
+fn in_the_way(scenario: &Scenario) -> PathBuf {
+    scenario.folder.path().join("store/lab/machine.json.new")
+}
+
+/// The state cannot be written from now on, so nothing lets the held point go. The bound is 256 MiB.
+async fn grow_the_journal_past_its_bound(scenario: &mut Scenario) -> Guest {
+    std::fs::create_dir(in_the_way(scenario)).unwrap();
+    let guest = scenario.start_guest(15, 4 * RATE_BYTES).await.unwrap();
+    let over = |machine: &Machine| machine.journal_bytes > 272 << 20;
+    scenario.rig.wait("a journal over its bound", STEP_TIME_MAX, over).await.unwrap();
+    guest
+}
+
+/// As soon as the state can be written again the point is given up, and the journal shrinks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_over_its_bound_goes_on_without_its_point() {
+    let mut scenario = Scenario::prepare(DISK_BYTES, |spec| {
+        spec.point_period = Duration::from_secs(3600);
+        spec.target_options = "journal = \"256 MiB\"\n".into();
+    })
+    .unwrap();
+    scenario.start().unwrap();
+    scenario.wait_consistent().await.unwrap();
+    let guest = grow_the_journal_past_its_bound(&mut scenario).await;
+    std::fs::remove_dir(in_the_way(&scenario)).unwrap();
+    let gone = |machine: &Machine| machine.points.is_empty() && machine.journal_bytes < 256 << 20;
+    scenario.rig.wait("a journal within its bound", STEP_TIME_MAX, gone).await.unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    assert!(done.failover.unwrap().source_drained);
+    guest.await.unwrap().unwrap();
+    scenario.compare().unwrap();
+}
+
 /// The journal was over its bound, so the disks went past the newest point, and the target was killed before its
 /// state said so. It listed the point again, and a failover to it gave a mixture of two times. Here the state
 /// cannot be written at all.
@@ -106,15 +141,11 @@ async fn no_disk_goes_past_a_point_before_the_state_says_that_it_was_given_up() 
     let at_point = scenario.folder.path().join("at-point.raw");
     std::fs::copy(&scenario.protected, &at_point).unwrap();
 
-    let in_the_way = scenario.folder.path().join("store/lab/machine.json.new");
-    std::fs::create_dir(&in_the_way).unwrap();
-    let guest = scenario.start_guest(15, 4 * RATE_BYTES).await.unwrap();
-    let over = |machine: &Machine| machine.journal_bytes > 272 << 20;
-    scenario.rig.wait("a journal over its bound", STEP_TIME_MAX, over).await.unwrap();
+    let guest = grow_the_journal_past_its_bound(&mut scenario).await;
     scenario.rig.kill_target();
     scenario.rig.kill_agent();
     let _ = guest.await;
-    std::fs::remove_dir(&in_the_way).unwrap();
+    std::fs::remove_dir(in_the_way(&scenario)).unwrap();
     scenario.rig.start_target().unwrap();
     scenario.rig.wait_log("master-target", "waiting for agents").await.unwrap();
     let request =

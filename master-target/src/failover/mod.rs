@@ -282,6 +282,33 @@ impl Failover {
         }
     }
 
+    /// Whether the disks are brought past `point`, the newest one. From then on it cannot be restored, also if this
+    /// is cancelled.
+    pub fn goes_past(&self, point: RecoveryPoint) -> bool {
+        match &self.stage {
+            Stage::Preparing { goal: Goal::Point { point: goal, .. }, .. } => *goal != point,
+            Stage::Preparing { goal: Goal::JournalEnd { .. }, .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Up to where the disks may be brought, if a failover says so.
+    pub fn hold(&self) -> Option<RecoveryPoint> {
+        match &self.stage {
+            Stage::Preparing { goal: Goal::Point { point, .. }, .. } => Some(*point),
+            _ => None,
+        }
+    }
+
+    /// Whether a point that a restart finds in the journal may have been taken as the newest one: the stage may
+    /// have changed since it came. The final one of a drain is where the disks go.
+    pub fn may_have_taken(&self, point: BatchSeq) -> bool {
+        match &self.stage {
+            Stage::Draining { plan, batch, .. } => plan.to.is_none() && point.0 <= *batch,
+            _ => self.takes_points(),
+        }
+    }
+
     /// Whether an agent is still to be asked for `job`: a later decision may have overtaken it.
     pub fn wants(&self, asked: JobId) -> bool {
         match &self.stage {

@@ -137,6 +137,34 @@ fn a_point_that_a_failover_goes_to_is_not_given_up() {
     assert!(matches!(machine.stage(), Stage::Cancelling { .. }) && !machine.may_give_up_point());
 }
 
+/// A failover to the newest state was cancelled while the disks were brought there. The point that they had
+/// gone past was listed still.
+#[test]
+fn what_the_disks_are_brought_past_is_not_kept() {
+    let (now, away) = (Instant::now(), Facts { connected: false, ..facts() });
+    let mut machine = machine();
+    assert!(!machine.goes_past(point(5)));
+    machine.handle_failover(now, &away, None, plan()).unwrap();
+    assert!(machine.goes_past(point(5)));
+    assert_eq!(machine.hold(), None);
+    let mut machine = self::machine();
+    machine.handle_failover(now, &away, Some(point(5).id()), plan()).unwrap();
+    assert!(!machine.goes_past(point(5)) && machine.goes_past(point(4)));
+    assert_eq!(machine.hold(), Some(point(5)));
+}
+
+/// A point came before the source said which one is final, and the target was killed before it had noted it.
+#[test]
+fn points_on_the_way_to_the_final_one_are_kept_after_a_restart() {
+    let facts = facts();
+    let mut machine = machine();
+    machine.handle_failover(Instant::now(), &facts, None, plan()).unwrap();
+    machine.handle_job_reply(&facts, JobId(1_000_000), Ok(Some(point(99))));
+    assert!(matches!(machine.stage(), Stage::Draining { .. }) && !machine.takes_points());
+    assert!(machine.may_have_taken(BatchSeq(8)) && machine.may_have_taken(BatchSeq(99)));
+    assert!(!machine.may_have_taken(BatchSeq(100)));
+}
+
 /// A guest that flushes more than the queue holds while it shuts down forces a sync, and the
 /// deadline once made a half-synced disk "ready", which could be committed.
 #[test]

@@ -182,6 +182,7 @@ impl Target {
                 tracing::error!(machine = %name, "{sentence}");
                 machine.trouble = sentence.clone();
                 machine.open = None;
+                machine.marks.clear();
                 let (link, failover) = (machine.link, machine.failover.preparing());
                 if let Some((link, _)) = link {
                     self.drop_link(link, &sentence);

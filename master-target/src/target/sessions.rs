@@ -435,8 +435,8 @@ pub(super) fn standing(
             return MachineWelcome { newest_point, ..welcome(index, Standing::Restart) };
         }
     } else {
-        // The journal forgets the markers of the generation before.
-        if machine.is_unsaved()
+        // All of the generation before is applied, past its newest point, and the journal forgets its markers.
+        if (machine.give_up_newest() || machine.is_unsaved())
             && let Err(error) = machine.persist()
         {
             return refused(index, Code::Storage, error.to_string());

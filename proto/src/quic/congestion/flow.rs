@@ -57,6 +57,8 @@ pub(super) struct Flow {
     has_siblings: bool,
     /// Mean round-trip time of the last whole round.
     pub(super) round_rtt: Duration,
+    /// When it ended.
+    round_at: Instant,
     /// Highest round-trip time that was seen lately: with it, the queue is full.
     peak_rtt: Duration,
     pub(super) clump_epoch: (Instant, f64),
@@ -96,6 +98,7 @@ impl Flow {
             share: Share::default(),
             has_siblings: false,
             round_rtt: Duration::ZERO,
+            round_at: now,
             peak_rtt: Duration::ZERO,
             clump_epoch: (now, 0.0),
             window_bytes: WINDOW_PACKETS_INITIAL * f64::from(mtu),
@@ -200,7 +203,8 @@ impl Flow {
 
     /// The rate the model sends at, in bytes a second.
     pub(super) fn rate(&self) -> f64 {
-        let known = self.standing.lower(self.max_rate.get());
+        let known = self.max_rate.get();
+        let known = if self.is_alone() { self.standing.lower(known) } else { known };
         self.rate_lo.map_or(known, |lo| lo.min(known))
     }
 
@@ -215,8 +219,17 @@ impl Flow {
 
     /// Somebody else keeps the queue full, as far as one can see from here.
     pub(super) fn is_shared(&self) -> bool {
-        let company = self.company.into_iter().max().unwrap_or_default();
-        company > (self.base_rtt() / 8).clamp(FLOOR_SHARED, NOISE_MAX) + self.burst_time()
+        self.company() > (self.base_rtt() / 8).clamp(FLOOR_SHARED, NOISE_MAX) + self.burst_time()
+    }
+
+    /// Nobody else can be there: a drained path is empty.
+    fn is_alone(&self) -> bool {
+        self.company() <= COMPANY
+    }
+
+    /// The least delay of a drained round, in that of the last drains in which it was longest.
+    fn company(&self) -> Duration {
+        self.company.into_iter().max().unwrap_or_default()
     }
 
     /// Queueing delay that cannot be told from noise.
@@ -360,16 +373,22 @@ impl Flow {
         self.watch_standing(now, end);
         self.turn(now, end, queued, congested);
         self.round_rtt = end.rtt_mean;
+        self.round_at = now;
     }
 
     /// Takes note of a round in which a queue of ours was never empty.
     fn watch_standing(&mut self, now: Instant, end: &RoundEnd) {
-        let least = self.company.into_iter().max().unwrap_or_default();
-        // Where others may be, what comes out of a full line is our part of it.
-        if least > COMPANY || self.is_shared() || self.has_siblings {
+        // Beside others, what comes out of a full line is our part of it.
+        if self.is_shared() || self.has_siblings {
             return self.standing.forget();
         }
-        let empty = self.base_rtt() + least + STANDS + 2 * self.burst_time();
+        // Behind a queue that stands a round is a whole path full, and as long as its packets took.
+        let full = end.total_bytes > self.max_rate.get() * self.base_rtt().as_secs_f64() / 2.0;
+        if !full || now.saturating_duration_since(self.round_at) > 2 * end.rtt_max {
+            return self.standing.skip_round();
+        }
+        // Half of the cushion: acknowledgements that wait for each other are no queue.
+        let empty = self.base_rtt() + self.company() + self.cushion() / 2 + 2 * self.burst_time();
         self.standing.end_round(now, self.delivery.delivered_bytes(), end.rtt_min > empty);
     }
 
@@ -411,8 +430,6 @@ const CUSHION: Duration = Duration::from_millis(2);
 const CLUMP_MAX: Duration = Duration::from_millis(6);
 /// Least delay of a drained round from which on somebody else may be there.
 const COMPANY: Duration = Duration::from_millis(2);
-/// Queueing delay that not one packet of a round was without, where a queue stood.
-const STANDS: Duration = Duration::from_millis(1);
 /// How much of the highest queue is remembered from round to round.
 const PEAK_KEPT: f64 = 0.99;
 /// From this share of it on the queue counts as full.

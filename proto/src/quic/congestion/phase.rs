@@ -234,7 +234,9 @@ impl Flow {
             let least = if self.share.is_alone() { 0.0 } else { DIP_MIN };
             self.window_bytes * (empty * GAIN_DOWN).clamp(least, 1.0)
         } else {
-            self.bdp() * GAIN_DOWN
+            // Too high a rate would leave a queue here that looks like somebody else's.
+            let rate = self.standing.lower(self.rate());
+            rate * self.base_rtt().as_secs_f64() * GAIN_DOWN
         };
         self.phase = Phase::Down { window_bytes, drained_rounds: None };
     }

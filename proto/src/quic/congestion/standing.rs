@@ -33,13 +33,18 @@ impl Span {
         self.bytes += bytes;
     }
 
-    /// Bytes a second, once there are so many that a clump at either end is little.
+    /// Bytes a second, once they took so long that a clump at either end is little.
     fn rate(&self) -> Option<f64> {
-        (self.rounds >= ROUNDS && self.seconds > 0.0).then(|| self.bytes / self.seconds)
+        (self.rounds >= ROUNDS && self.seconds >= SECONDS).then(|| self.bytes / self.seconds)
     }
 }
 
 impl Standing {
+    /// A round tells nothing: too little came out, or there was a pause in it.
+    pub(super) fn skip_round(&mut self) {
+        (self.last, self.any) = (None, Span::default());
+    }
+
     /// A round ended, all of which had a queue of ours, or not.
     pub(super) fn end_round(&mut self, now: Instant, delivered_bytes: u64, stood: bool) {
         let last = self.last.replace((now, delivered_bytes, stood));
@@ -75,8 +80,9 @@ impl Standing {
     }
 }
 
-/// Fewer rounds say more about clumps than about the line.
+/// Fewer rounds, and less time, say more about clumps than about the line.
 const ROUNDS: f64 = 4.0;
+const SECONDS: f64 = 0.2;
 /// More came out of so many rounds than while a queue stood.
 const FASTER: f64 = 1.03;
 /// A line that has become slower than this is another matter, and so is somebody who takes a part of it.
@@ -125,11 +131,25 @@ mod tests {
     #[test]
     fn clumps_even_out_over_rounds() {
         let mut line = line();
-        for round in 0..40 {
-            line.rounds(1, if round % 2 == 0 { 112e6 } else { 88e6 }, true);
+        for rate in [106e6, 106e6, 88e6].into_iter().cycle().take(60) {
+            line.rounds(1, rate, true);
         }
         let lowered = line.0.lower(115e6);
         assert!((lowered / 100e6 - 1.0).abs() < 0.01, "{lowered}");
+    }
+
+    /// The last round before a pause stood, and so did the first after it: a burst, acknowledged at once.
+    #[test]
+    fn a_pause_is_no_slow_line() {
+        let mut line = line();
+        line.rounds(20, 100e6, true);
+        for _ in 0..20 {
+            line.1 += Duration::from_secs(3);
+            line.0.skip_round();
+            line.rounds(1, 100e6, true);
+        }
+        let lowered = line.0.lower(115e6);
+        assert!((lowered / 100e6 - 1.0).abs() < 1e-6, "{lowered}");
     }
 
     #[test]

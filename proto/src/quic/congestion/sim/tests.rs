@@ -283,6 +283,33 @@ fn a_sender_on_a_busy_host_finds_its_line() {
     }
 }
 
+/// A flight that ends with a clump of acknowledgements holds more than the line let out in its time. The highest
+/// of some thousand such samples was taken for the line's rate, and the difference stood in its queue. Then what came
+/// out while acknowledgements waited for each other was taken for it, and it sank.
+#[test]
+fn clumped_acknowledgements_are_no_faster_line_and_no_slower_one() {
+    for (clump, most, least) in [(5, 203.0, 0.95), (10, 210.0, 0.93)] {
+        let mut shape = Shape::new(200.0, 40, 0.001);
+        shape.clump = Duration::from_millis(clump);
+        let mut world = World::new(shape, 3);
+        world.turn = 3_000_000;
+        let ours = Ours::boxed(world.epoch, MTU, 3, &RateLimit::default());
+        world.add(ours, App::Bulk { from: 0 }, MTU);
+        let mut rates: Vec<f64> = Vec::new();
+        for step in 16..80 {
+            world.run(f64::from(step) / 4.0);
+            let state = world.senders[0].control.state();
+            let rate = state.split(' ').nth(2).and_then(|rate| rate.parse().ok());
+            rates.push(rate.expect("the state has a rate"));
+        }
+        rates.sort_by(f64::total_cmp);
+        let (rate, share) = (rates[rates.len() / 2], world.share(0, 4.0, 19.0));
+        println!("every {clump} ms: taken for {rate:.1} Mbit/s of 200, filled to {share:.3}");
+        assert!(rate <= most, "{rate}");
+        assert!(share >= least, "{share}");
+    }
+}
+
 /// What a busy host needed is no reason for bursts where there is little to send: the pace stayed as it was.
 #[test]
 fn a_host_that_is_no_longer_busy_sends_no_bursts() {
@@ -636,8 +663,8 @@ fn heartbeats_are_no_company() {
             world.senders[0].app = App::Bulk { from: 0 };
             world.wake(0, world.now + 1);
             world.run(22.0);
-            let back = world.reaches(0, 0.8, 17.0, 0.1);
-            println!("{mbit} Mbit/s, {rtt} ms, every {heartbeat} ms: 80 % after {back:.2} s");
+            let back = world.reaches(0, 0.9, 17.0, 0.1);
+            println!("{mbit} Mbit/s, {rtt} ms, every {heartbeat} ms: 90 % after {back:.2} s");
             assert!(back < 0.5, "{mbit} Mbit/s, {rtt} ms, every {heartbeat} ms: {back} s");
         }
     }
