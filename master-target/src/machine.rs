@@ -21,7 +21,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::batch_buffer::IncomingBatch;
 use crate::config::MachineConfig;
-use crate::failover::{Action, Facts, Failover, Stage};
+use crate::failover::{Action, Facts, Failover, Goal, Stage};
 use crate::hashing::ReadableDisk;
 use crate::journal::{Mark, MarkKind};
 use crate::machine_state::{Consistency, DiskState, MachineState, StateError, StateFile};
@@ -257,17 +257,31 @@ impl Machine {
         self.versions.1 < self.versions.0
     }
 
-    /// The disks go past the newest point. Says whether there was one; the state is to be made durable first.
-    pub fn give_up_newest(&mut self) -> bool {
-        let gone = self.state.point.take();
-        self.state.given_up_us = self.state.given_up_us.max(gone.map_or(0, |gone| gone.id_us));
-        gone.is_some()
+    /// The disks go past every point that is listed or on its way, but for `kept`. Says whether there were any;
+    /// the state is to be made durable first.
+    pub fn give_up_points(&mut self, kept: Option<RecoveryPoint>) -> bool {
+        let mut gone_us = match self.state.point.take_if(|point| Some(*point) != kept) {
+            Some(point) => point.id_us,
+            None => 0,
+        };
+        for marker in &mut self.marks {
+            if let RecordKind::Point(id) = marker.kind
+                && kept.is_none_or(|kept| kept.id() != id)
+            {
+                marker.counts = false;
+                gone_us = gone_us.max(id.0);
+            }
+        }
+        self.state.given_up_us = self.state.given_up_us.max(gone_us);
+        gone_us > 0
     }
 
     fn newest(&mut self) -> Save {
-        if self.state.point.is_some_and(|point| self.failover.goes_past(point)) {
-            self.give_up_newest();
-        }
+        match self.failover.goal().copied() {
+            Some(Goal::Point { point, .. }) => self.give_up_points(Some(point)),
+            Some(Goal::JournalEnd { .. }) => self.give_up_points(None),
+            None => false,
+        };
         self.state.stage = self.failover.stage().clone();
         self.state.failure = self.failover.failure().to_owned();
         let through = |open: &Open| (open.receiver.generation(), open.receiver.durable());
@@ -303,9 +317,10 @@ impl Machine {
             return None;
         }
         // A newer one may have come to the journal with what filled it, and is held by now.
-        let held = self.state.point;
-        if held.is_some_and(|held| held.generation == generation.0 && held.batch() <= point) {
-            self.give_up_newest();
+        let gone =
+            |held: &mut RecoveryPoint| held.generation == generation.0 && held.batch() <= point;
+        if let Some(gone) = self.state.point.take_if(gone) {
+            self.state.given_up_us = self.state.given_up_us.max(gone.id_us);
             tracing::warn!(machine = %self.config.name, "the journal is full: the newest point is given up, the disks go past it");
         }
         self.giving_up = Some((self.versions.0 + 1, generation, point));
@@ -424,12 +439,20 @@ impl Machine {
                 MarkKind::SyncStart => RecordKind::SyncStart,
                 MarkKind::SyncDone => RecordKind::SyncDone,
             };
-            let counts = self.failover.may_have_taken(*batch);
+            let counts = match kind {
+                RecordKind::Point(id) => {
+                    self.failover.takes_point(generation, *batch) && id.0 > self.state.given_up_us
+                }
+                _ => false,
+            };
             self.note(generation, &Marker { batch: *batch, kind, counts });
         }
         // Whatever sent the disks past it, a failover to it would fail.
+        let replicates = matches!(self.failover.stage(), Stage::Replicating);
         let gone_past = |point: &mut RecoveryPoint| {
-            point.generation == generation.0 && point.batch() < recovered.applied
+            // The process ended before a new generation began in the journal.
+            let never_was = replicates && point.generation > generation.0;
+            never_was || (point.generation == generation.0 && point.batch() < recovered.applied)
         };
         if self.state.point.take_if(gone_past).is_some() {
             tracing::warn!(machine = %self.config.name, "the disks have gone past the newest point, which is given up");
@@ -463,10 +486,7 @@ impl Machine {
             }
             RecordKind::Point(id) => {
                 self.state.newest_point_us = self.state.newest_point_us.max(id.0);
-                if self.state.consistency == Consistency::Consistent
-                    && marker.counts
-                    && id.0 > self.state.given_up_us
-                {
+                if self.state.consistency == Consistency::Consistent && marker.counts {
                     self.state.point = Some(RecoveryPoint::new(id, generation, marker.batch));
                 }
             }
@@ -476,7 +496,10 @@ impl Machine {
 
     /// Up to where the disks may be brought: the newest point, so that it stays restorable.
     pub fn hold(&self) -> Option<BatchSeq> {
-        let point = self.failover.hold().or(self.state.point)?;
+        let point = match self.failover.goal() {
+            Some(Goal::Point { point, .. }) => Some(*point),
+            _ => self.state.point,
+        }?;
         (point.generation == self.state.generation).then_some(point.batch())
     }
 

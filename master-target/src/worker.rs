@@ -66,7 +66,7 @@ pub enum Report {
     /// For this failover the disks are durable at the end of this batch, or why not.
     Prepared(u64, Result<BatchSeq, String>),
     /// The journal is over its bound because of the hold at this point of a generation. Said again with each
-    /// group that is appended, until [`Command::Release`].
+    /// group that is appended and while the disk is full, until [`Command::Release`].
     OverBound(Generation, BatchSeq),
     /// Sizes, now and then.
     Usage(Usage),
@@ -234,11 +234,10 @@ impl Running {
         loop {
             match step(&mut self.store) {
                 Err(error @ StoreError::Full { .. }) => {
-                    match self.make_room() {
-                        Ok(true) => continue,
-                        Ok(false) | Err(StoreError::Full { .. }) => {}
-                        Err(error) => return Err(error),
+                    if self.make_room()? {
+                        continue;
                     }
+                    self.tell_hold();
                     if !troubled {
                         (self.report)(Report::Trouble(error.to_string()));
                         troubled = true;
@@ -270,7 +269,11 @@ impl Running {
         let before = self.store.usage().journal_bytes;
         let limit = self.limit();
         while self.store.applied().through < limit {
-            let applied = self.store.apply(limit, APPLY_STEP_BYTES)?;
+            let applied = match self.store.apply(limit, APPLY_STEP_BYTES) {
+                // A sparse image needs room as well.
+                Err(StoreError::Full { .. }) => break,
+                applied => applied?,
+            };
             self.applied_since_checkpoint += APPLY_STEP_BYTES;
             (self.report)(Report::Applied(self.generation, applied.through));
         }
@@ -313,18 +316,25 @@ impl Running {
     /// Says that the hold keeps the journal over its bound, if it is the hold: not while there is something to apply
     /// up to it, nor while a checkpoint would do.
     fn look_at_bound(&mut self) -> Result<(), StoreError> {
-        let Some(point) = self.hold.filter(|point| self.store.applied().through >= *point) else {
-            return Ok(());
-        };
-        if self.store.usage().journal_bytes > self.journal_bytes_max
-            && self.applied_since_checkpoint > 0
-        {
+        let reached = self.hold.is_some_and(|point| self.store.applied().through >= point);
+        let over = self.store.usage().journal_bytes > self.journal_bytes_max;
+        if reached && over && self.applied_since_checkpoint > 0 {
             self.checkpoint()?;
         }
-        if self.store.usage().journal_bytes > self.journal_bytes_max {
+        self.tell_hold();
+        Ok(())
+    }
+
+    /// Nor while the state lacks a marker: what names the point as given up is the same write.
+    fn tell_hold(&self) {
+        let over = self.store.usage().journal_bytes > self.journal_bytes_max;
+        if let Some(point) = self.hold
+            && over
+            && self.store.applied().through >= point
+            && !self.is_ahead()
+        {
             (self.report)(Report::OverBound(self.generation, point));
         }
-        Ok(())
     }
 
     /// A hold at a newer point stays.
@@ -589,8 +599,7 @@ mod tests {
         assert_eq!(running.hold, Some(BatchSeq(2)), "a newer point came meanwhile");
     }
 
-    /// A point was given up for a journal that would have shrunk without that: its disks were behind it still, or
-    /// only a checkpoint was missing.
+    /// A point was given up for a journal that would have shrunk without that: its disks were behind it still.
     #[test]
     fn only_a_hold_that_stands_in_the_way_is_told() {
         let dir = tempfile::tempdir().unwrap();

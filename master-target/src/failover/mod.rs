@@ -20,7 +20,7 @@
 
 use std::time::{Duration, Instant};
 
-use backhaul_proto::id::{BatchSeq, JobId, PointId};
+use backhaul_proto::id::{BatchSeq, Generation, JobId, PointId};
 use backhaul_proto::message::JobKind;
 use serde::{Deserialize, Serialize};
 
@@ -261,13 +261,16 @@ impl Failover {
         self.is_replicating() || matches!(self.stage, Stage::Cancelling { .. })
     }
 
-    /// Whether points that come in become the newest one, up to which the disks are brought. Not
-    /// while a failover goes to one that was named, nor to the final one: a source that was left
-    /// running sets others after it.
-    pub fn takes_points(&self) -> bool {
+    /// Whether a point that comes in with this batch becomes the newest one, up to which the disks are
+    /// brought. Not while a failover goes to one that was named, nor after the final one: a source
+    /// that was left running sets others.
+    pub fn takes_point(&self, generation: Generation, batch: BatchSeq) -> bool {
         match &self.stage {
-            Stage::Replicating => true,
+            Stage::Replicating | Stage::Cancelling { outcome: None, .. } => true,
             Stage::ShuttingDown { plan, .. } => plan.to.is_none(),
+            Stage::Draining { plan, batch: last, generation: drained, .. } => {
+                plan.to.is_none() && generation.0 == *drained && batch.0 <= *last
+            }
             _ => false,
         }
     }
@@ -276,36 +279,18 @@ impl Failover {
     /// because it was named, nor where a failover may be gone back to.
     pub fn may_give_up_point(&self) -> bool {
         match &self.stage {
-            Stage::Replicating => true,
+            Stage::Replicating | Stage::Cancelling { outcome: None, .. } => true,
             Stage::ShuttingDown { plan, .. } | Stage::Draining { plan, .. } => plan.to.is_none(),
             _ => false,
         }
     }
 
-    /// Whether the disks are brought past `point`, the newest one. From then on it cannot be restored, also if this
-    /// is cancelled.
-    pub fn goes_past(&self, point: RecoveryPoint) -> bool {
+    /// Where the disks are brought, past every point that is not that. From then on those cannot be restored, also
+    /// if this is cancelled.
+    pub fn goal(&self) -> Option<&Goal> {
         match &self.stage {
-            Stage::Preparing { goal: Goal::Point { point: goal, .. }, .. } => *goal != point,
-            Stage::Preparing { goal: Goal::JournalEnd { .. }, .. } => true,
-            _ => false,
-        }
-    }
-
-    /// Up to where the disks may be brought, if a failover says so.
-    pub fn hold(&self) -> Option<RecoveryPoint> {
-        match &self.stage {
-            Stage::Preparing { goal: Goal::Point { point, .. }, .. } => Some(*point),
+            Stage::Preparing { goal, .. } => Some(goal),
             _ => None,
-        }
-    }
-
-    /// Whether a point that a restart finds in the journal may have been taken as the newest one: the stage may
-    /// have changed since it came. The final one of a drain is where the disks go.
-    pub fn may_have_taken(&self, point: BatchSeq) -> bool {
-        match &self.stage {
-            Stage::Draining { plan, batch, .. } => plan.to.is_none() && point.0 <= *batch,
-            _ => self.takes_points(),
         }
     }
 
@@ -363,7 +348,8 @@ impl Failover {
     /// What a restarted target must do again without anybody's help.
     pub fn resume_local(&self) -> Vec<Action> {
         match &self.stage {
-            Stage::Preparing { goal, .. } => vec![Action::Prepare(*goal)],
+            // An older version may not have given up what that goes past.
+            Stage::Preparing { goal, .. } => vec![Action::Persist, Action::Prepare(*goal)],
             Stage::Committed(_) => vec![Action::EndProtection],
             _ => Vec::new(),
         }

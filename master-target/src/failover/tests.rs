@@ -31,6 +31,10 @@ fn plan() -> Plan {
     Plan { without_shutdown: false, drain_timeout_seconds: 60.0, requested_at_us: 0, to: None }
 }
 
+fn takes(machine: &Failover, batch: u64) -> bool {
+    machine.takes_point(Generation(point(batch).generation), BatchSeq(batch))
+}
+
 fn machine() -> Failover {
     Failover::new("web01", Stage::Replicating, String::new())
 }
@@ -110,7 +114,7 @@ fn a_named_point_shuts_the_source_down_too_and_stays_where_it_is() {
     let actions = machine.handle_failover(now, &facts, Some(point(5).id()), plan()).unwrap();
     let job = JobId(1_000_000);
     assert_eq!(actions[1], Action::SendJob(job, JobKind::Shutdown));
-    assert!(!machine.takes_points(), "the final point must not take the place of the chosen one");
+    assert!(!takes(&machine, 9), "the final point must not take the place of the chosen one");
     let actions = machine.handle_job_reply(&facts, job, Ok(Some(point(9))));
     let Action::Prepare(Goal::Point { point: chosen, drained, loss_seconds }) = actions[2] else {
         panic!("{actions:?}")
@@ -135,34 +139,25 @@ fn a_point_that_a_failover_goes_to_is_not_given_up() {
     machine.handle_prepared(&facts, Ok(point(5)));
     machine.handle_cancel(&facts).unwrap();
     assert!(matches!(machine.stage(), Stage::Cancelling { .. }) && !machine.may_give_up_point());
-}
-
-/// A failover to the newest state was cancelled while the disks were brought there. The point that they had
-/// gone past was listed still.
-#[test]
-fn what_the_disks_are_brought_past_is_not_kept() {
-    let (now, away) = (Instant::now(), Facts { connected: false, ..facts() });
-    let mut machine = machine();
-    assert!(!machine.goes_past(point(5)));
-    machine.handle_failover(now, &away, None, plan()).unwrap();
-    assert!(machine.goes_past(point(5)));
-    assert_eq!(machine.hold(), None);
     let mut machine = self::machine();
-    machine.handle_failover(now, &away, Some(point(5).id()), plan()).unwrap();
-    assert!(!machine.goes_past(point(5)) && machine.goes_past(point(4)));
-    assert_eq!(machine.hold(), Some(point(5)));
+    machine.handle_failover(now, &facts, None, plan()).unwrap();
+    machine.handle_cancel(&facts).unwrap();
+    assert!(machine.may_give_up_point(), "nothing can be gone back to");
 }
 
-/// A point came before the source said which one is final, and the target was killed before it had noted it.
+/// A point that came between the source's answer and the final point was not taken, and after a restart it was: over
+/// disks that might have been past it.
 #[test]
-fn points_on_the_way_to_the_final_one_are_kept_after_a_restart() {
+fn points_up_to_the_final_one_are_taken_while_it_is_on_its_way() {
     let facts = facts();
     let mut machine = machine();
     machine.handle_failover(Instant::now(), &facts, None, plan()).unwrap();
     machine.handle_job_reply(&facts, JobId(1_000_000), Ok(Some(point(99))));
-    assert!(matches!(machine.stage(), Stage::Draining { .. }) && !machine.takes_points());
-    assert!(machine.may_have_taken(BatchSeq(8)) && machine.may_have_taken(BatchSeq(99)));
-    assert!(!machine.may_have_taken(BatchSeq(100)));
+    assert!(matches!(machine.stage(), Stage::Draining { .. }));
+    assert!(takes(&machine, 8) && takes(&machine, 99) && !takes(&machine, 100));
+    assert!(!machine.takes_point(Generation(9), BatchSeq(8)), "another generation's");
+    machine.handle_cancel(&facts).unwrap();
+    assert!(takes(&machine, 100), "nothing can be gone back to");
 }
 
 /// A guest that flushes more than the queue holds while it shuts down forces a sync, and the
@@ -289,9 +284,9 @@ fn points_after_the_final_one_do_not_take_its_place() {
     let mut machine = machine();
     let rehearsal = Plan { without_shutdown: true, ..plan() };
     machine.handle_failover(now, &facts(), None, rehearsal).unwrap();
-    assert!(machine.takes_points() && machine.takes_batches());
+    assert!(takes(&machine, 9) && machine.takes_batches());
     machine.handle_job_reply(&facts(), JobId(1_000_000), Ok(Some(point(9))));
-    assert!(!machine.takes_points() && machine.takes_batches());
+    assert!(!takes(&machine, 10) && machine.takes_batches());
     machine.handle_durable(&Facts { durable: BatchSeq(9), ..facts() }, 1);
     assert!(!machine.takes_batches(), "what comes now must not move the disks");
 }

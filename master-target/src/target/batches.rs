@@ -359,7 +359,8 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) {
         .map(|record| record.kind)
         .filter(|kind| !matches!(kind, RecordKind::Data { .. } | RecordKind::Zero { .. }))
         .collect();
-    let takes_points = machine.failover.takes_points();
+    let generation = Generation(machine.state.generation);
+    let takes_points = machine.failover.takes_point(generation, batch);
     let mut hold = None;
     for kind in &markers {
         match kind {
@@ -368,6 +369,10 @@ fn deliver(machine: &mut Machine, batch: BatchSeq, content: IncomingBatch) {
                 hold = Some(None);
             }
             RecordKind::Point(_) if takes_points => hold = Some(Some(batch)),
+            // The disks may go past it. The next write of the state says so, before any stage in which it would count.
+            RecordKind::Point(id) => {
+                machine.state.given_up_us = machine.state.given_up_us.max(id.0);
+            }
             _ => {}
         }
     }

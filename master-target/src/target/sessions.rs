@@ -436,7 +436,7 @@ pub(super) fn standing(
         }
     } else {
         // All of the generation before is applied, past its newest point, and the journal forgets its markers.
-        if (machine.give_up_newest() || machine.is_unsaved())
+        if (machine.give_up_points(None) || machine.is_unsaved())
             && let Err(error) = machine.persist()
         {
             return refused(index, Code::Storage, error.to_string());

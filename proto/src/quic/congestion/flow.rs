@@ -384,7 +384,10 @@ impl Flow {
         }
         // Behind a queue that stands a round is a whole path full, and as long as its packets took.
         let full = end.total_bytes > self.max_rate.get() * self.base_rtt().as_secs_f64() / 2.0;
-        if !full || now.saturating_duration_since(self.round_at) > 2 * end.rtt_max {
+        if !full
+            || end.app_limited
+            || now.saturating_duration_since(self.round_at) > 2 * end.rtt_max
+        {
             return self.standing.skip_round();
         }
         // Half of the cushion: acknowledgements that wait for each other are no queue.
