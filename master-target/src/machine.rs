@@ -641,6 +641,7 @@ mod tests {
 
     use super::{Machine, Marker, Saved};
     use crate::config::MachineConfig;
+    use crate::failover::{Failover, Goal, Plan, Stage};
     use crate::journal::{Mark, MarkKind};
     use crate::machine_state::Consistency;
     use crate::recovery_point::RecoveryPoint;
@@ -679,6 +680,57 @@ mod tests {
         }
     }
 
+    fn preparing(goal: Goal) -> Failover {
+        let plan = Plan {
+            without_shutdown: false,
+            drain_timeout_seconds: 60.0,
+            requested_at_us: 0,
+            to: None,
+        };
+        Failover::new("web01", Stage::Preparing { plan, goal }, String::new())
+    }
+
+    /// A failover to the newest state was cancelled while the disks were brought there. The point that they had
+    /// gone past was listed still, and one that was on its way to the journal was listed afterwards.
+    #[test]
+    fn a_failover_gives_up_every_point_that_it_goes_past() {
+        let store = tempfile::tempdir().unwrap();
+        let chosen = Goal::Point { point: recovery_point(5), drained: false, loss_seconds: 0.0 };
+        for (goal, kept) in
+            [(Goal::JournalEnd { loss_seconds: 0.0 }, None), (chosen, Some(recovery_point(5)))]
+        {
+            let mut machine = machine(store.path());
+            machine.state.point = Some(recovery_point(5));
+            let (batch, kind) = (BatchSeq(7), RecordKind::Point(PointId(7)));
+            machine.marks.push_back(Marker { batch, kind, counts: true });
+            machine.failover = preparing(goal);
+            machine.persist().unwrap();
+            assert_eq!((machine.state.point, machine.state.given_up_us), (kept, 7));
+            assert_eq!(machine.hold(), kept.map(|point| point.batch()));
+            let marker = machine.marks.pop_front().unwrap();
+            machine.note(Generation(1), &marker);
+            assert_eq!(machine.state.point, kept);
+        }
+    }
+
+    /// The journal has markers behind its checkpoint that nothing held the disks at.
+    #[test]
+    fn a_restart_lists_no_point_that_was_given_up_nor_one_of_a_generation_that_never_began() {
+        let store = tempfile::tempdir().unwrap();
+        let mut machine = machine(store.path());
+        machine.state.given_up_us = 7;
+        machine.state.generation = 2;
+        machine.state.point = Some(RecoveryPoint::new(PointId(8), Generation(2), BatchSeq(0)));
+        let mark = Mark {
+            batch: BatchSeq(7),
+            write: WriteSeq(7),
+            captured_at_us: 7,
+            kind: MarkKind::Point(PointId(7)),
+        };
+        machine.handle_recovered(&Recovered { marks: vec![mark], ..recovered(4) }).unwrap();
+        assert_eq!((machine.state.generation, machine.state.point), (1, None));
+    }
+
     #[test]
     fn a_point_is_given_up_once_and_in_the_file_first() {
         let store = tempfile::tempdir().unwrap();
@@ -695,13 +747,8 @@ mod tests {
         assert_eq!((machine.state.point, machine.state.given_up_us), (None, 5));
     }
 
-    /// The journal was full, so the disks went past the newest point; the store was full too, so
-    /// the target could not note it, and was killed. The point was listed again afterwards, and
-    /// could not be failed over to.
-    #[test]
-    fn a_point_that_the_disks_have_gone_past_is_not_listed_after_a_restart() {
-        let store = tempfile::tempdir().unwrap();
-        let recovered = |applied| Recovered {
+    fn recovered(applied: u64) -> Recovered {
+        Recovered {
             generation: Some(Generation(1)),
             durable: BatchSeq(9),
             durable_write: WriteSeq(9),
@@ -711,7 +758,15 @@ mod tests {
             marks: Vec::new(),
             torn_tail: None,
             damage: None,
-        };
+        }
+    }
+
+    /// The journal was full, so the disks went past the newest point; the store was full too, so
+    /// the target could not note it, and was killed. The point was listed again afterwards, and
+    /// could not be failed over to.
+    #[test]
+    fn a_point_that_the_disks_have_gone_past_is_not_listed_after_a_restart() {
+        let store = tempfile::tempdir().unwrap();
         let mut machine = machine(store.path());
         let point = recovery_point(5);
         machine.state.point = Some(point);
