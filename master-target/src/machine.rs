@@ -439,16 +439,18 @@ impl Machine {
                 MarkKind::SyncStart => RecordKind::SyncStart,
                 MarkKind::SyncDone => RecordKind::SyncDone,
             };
-            let counts = match kind {
-                RecordKind::Point(id) => {
-                    self.failover.takes_point(generation, *batch) && id.0 > self.state.given_up_us
+            let mut counts = false;
+            if let RecordKind::Point(id) = kind {
+                counts = id.0 > self.state.given_up_us;
+                if !self.failover.takes_point(generation, *batch) {
+                    self.state.given_up_us = self.state.given_up_us.max(id.0);
+                    counts = false;
                 }
-                _ => false,
-            };
+            }
             self.note(generation, &Marker { batch: *batch, kind, counts });
         }
         // Whatever sent the disks past it, a failover to it would fail.
-        let replicates = matches!(self.failover.stage(), Stage::Replicating);
+        let replicates = self.failover.is_replicating();
         let gone_past = |point: &mut RecoveryPoint| {
             // The process ended before a new generation began in the journal.
             let never_was = replicates && point.generation > generation.0;
@@ -498,21 +500,24 @@ impl Machine {
     pub fn hold(&self) -> Option<BatchSeq> {
         let point = match self.failover.goal() {
             Some(Goal::Point { point, .. }) => Some(*point),
-            _ => self.state.point,
+            _ => self.newest_held(),
         }?;
         (point.generation == self.state.generation).then_some(point.batch())
     }
 
     /// The point that the disks are held at, or soon will be: its batch may be on its way to the journal.
     fn newest_held(&self) -> Option<RecoveryPoint> {
-        let on_its_way = self.marks.iter().rev().find_map(|marker| match marker.kind {
-            RecordKind::Point(id) if marker.counts => {
-                let generation = Generation(self.state.generation);
-                Some(RecoveryPoint::new(id, generation, marker.batch))
+        for marker in self.marks.iter().rev() {
+            match marker.kind {
+                RecordKind::SyncStart => return None,
+                RecordKind::Point(id) if marker.counts => {
+                    let generation = Generation(self.state.generation);
+                    return Some(RecoveryPoint::new(id, generation, marker.batch));
+                }
+                _ => {}
             }
-            _ => None,
-        });
-        on_its_way.or(self.state.point)
+        }
+        self.state.point
     }
 
     /// What a decision of the failover depends on.
@@ -674,6 +679,10 @@ mod tests {
             machine.marks.push_back(marker);
             let held = machine.facts(Instant::now()).point;
             assert_eq!(held, Some(recovery_point(if counts { 7 } else { 5 })));
+            assert_eq!(machine.hold(), held.map(|point| point.batch()), "a cancel sends it anew");
+            let (batch, kind) = (BatchSeq(8), RecordKind::SyncStart);
+            machine.marks.push_back(Marker { batch, kind, counts: false });
+            assert_eq!(machine.hold(), None, "a sync goes past every point");
             machine.marks.clear();
             machine.note(Generation(1), &marker);
             assert_eq!(machine.state.point, held);

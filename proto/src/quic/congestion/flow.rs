@@ -378,8 +378,10 @@ impl Flow {
 
     /// Takes note of a round in which a queue of ours was never empty.
     fn watch_standing(&mut self, now: Instant, end: &RoundEnd) {
-        // Beside others, what comes out of a full line is our part of it.
-        if self.is_shared() || self.has_siblings {
+        // Beside others, what comes out of a full line is our part of it; and who is there is not known before
+        // the first drain, nor is a rate that grows a mean.
+        let searches = matches!(self.phase, Phase::Startup { .. } | Phase::Drain);
+        if searches || self.is_shared() || self.has_siblings {
             return self.standing.forget();
         }
         // Behind a queue that stands a round is a whole path full, and as long as its packets took.
