@@ -384,12 +384,11 @@ impl Flow {
         if searches || self.is_shared() || self.has_siblings {
             return self.standing.forget();
         }
-        // Behind a queue that stands a round is a whole path full, and as long as its packets took.
-        let full = end.total_bytes > self.max_rate.get() * self.base_rtt().as_secs_f64() / 2.0;
-        if !full
-            || end.app_limited
-            || now.saturating_duration_since(self.round_at) > 2 * end.rtt_max
-        {
+        // Behind a queue that stands a round is a whole path full, and as long as its packets took. A sender that had
+        // not always something to send may have had a path full of it all the same.
+        let least = if end.app_limited { STANDS_LIMITED } else { STANDS };
+        let full = end.total_bytes > self.max_rate.get() * self.base_rtt().as_secs_f64() * least;
+        if !full || now.saturating_duration_since(self.round_at) > 2 * end.rtt_max {
             return self.standing.skip_round();
         }
         // Half of the cushion: acknowledgements that wait for each other are no queue.
@@ -433,6 +432,9 @@ const RTT_MIN: Duration = Duration::from_millis(1);
 const CUSHION: Duration = Duration::from_millis(2);
 /// Most that is held on account of clumped acknowledgements.
 const CLUMP_MAX: Duration = Duration::from_millis(6);
+/// Least share of what the highest rate has on an empty path that a round behind a standing queue brings.
+const STANDS: f64 = 0.5;
+const STANDS_LIMITED: f64 = 0.8;
 /// Least delay of a drained round from which on somebody else may be there.
 const COMPANY: Duration = Duration::from_millis(2);
 /// How much of the highest queue is remembered from round to round.
