@@ -381,7 +381,9 @@ impl Flow {
         // Beside others, what comes out of a full line is our part of it; and who is there is not known before
         // the first drain, nor is a rate that grows a mean.
         let searches = matches!(self.phase, Phase::Startup { .. } | Phase::Drain);
-        if searches || self.is_shared() || self.has_siblings {
+        // Where packets come so late that they are sent again, what comes out is not what was let out.
+        let is_ill = self.loss.share() > ILL;
+        if searches || is_ill || self.is_shared() || self.has_siblings {
             return self.standing.forget();
         }
         // Behind a queue that stands a round is a whole path full, and as long as its packets took. A sender that had
@@ -432,6 +434,8 @@ const RTT_MIN: Duration = Duration::from_millis(1);
 const CUSHION: Duration = Duration::from_millis(2);
 /// Most that is held on account of clumped acknowledgements.
 const CLUMP_MAX: Duration = Duration::from_millis(6);
+/// Base loss beyond which packets may be late rather than lost.
+const ILL: f64 = 0.04;
 /// Least share of what the highest rate has on an empty path that a round behind a standing queue brings.
 const STANDS: f64 = 0.5;
 const STANDS_LIMITED: f64 = 0.8;
