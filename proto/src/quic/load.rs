@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
 
+use crate::quic::arrival::{TimelySocket, begin_turn};
+
 /// A share of less time than this says little: a single poll may fill it.
 const ASKED_PERIOD_MIN: Duration = Duration::from_millis(500);
 
@@ -84,7 +86,7 @@ impl Runtime for MeasuredRuntime {
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-        TokioRuntime.wrap_udp_socket(socket)
+        Ok(Arc::new(TimelySocket::new(TokioRuntime.wrap_udp_socket(socket)?)))
     }
 }
 
@@ -100,6 +102,7 @@ impl Future for Measured {
         // The wall's clock, which is read without a call into the kernel: what another process took
         // meanwhile counts too, and a core that is shared is no less a limit.
         let began = Instant::now();
+        begin_turn(began);
         let polled = self.driver.as_mut().poll(context);
         let nanos = began.elapsed().as_nanos() as u64;
         self.load.busy_nanos.fetch_add(nanos, Ordering::Relaxed);

@@ -4,6 +4,7 @@
 //! a sync stream (bidirectional), and one unidirectional stream for each batch, unless lanes carry
 //! some of those. `SPEC.md` has the rules. Nothing in here knows what the messages mean.
 
+mod arrival;
 mod bulk;
 mod congestion;
 mod connection;

@@ -49,6 +49,8 @@ pub(super) struct Flow {
     pub(super) congested_rounds: u32,
     /// Delivery rate before the drain, in bytes a second.
     pub(super) loaded_rate: f64,
+    /// The round that ended startup by loss alone, until the drain says whose that was.
+    pub(super) doubted: Option<RoundEnd>,
     /// The window beside somebody else who yields.
     pub(super) rival: Option<Rival>,
     /// How much of a shared path is ours.
@@ -94,6 +96,7 @@ impl Flow {
             slow_rounds: 0,
             congested_rounds: 0,
             loaded_rate: 0.0,
+            doubted: None,
             rival: None,
             share: Share::default(),
             has_siblings: false,
@@ -264,6 +267,7 @@ impl Flow {
         self.min_rtt = MinRtt::default();
         (self.rate_lo, self.inflight_hi) = (None, None);
         (self.slow_rounds, self.congested_rounds) = (0, 0);
+        self.doubted = None;
         (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();
         self.pace = Pace::default();

@@ -116,6 +116,7 @@ impl Flow {
                 let few = end.total_bytes < FEW * WINDOW_PACKETS_INITIAL * self.mtu_bytes;
                 if congested && (queued || (!grew && (flat_rounds > 0 || !few))) {
                     self.bound_inflight(end);
+                    self.doubted = (!queued).then_some(*end);
                     self.phase = Phase::Drain;
                 } else if grew {
                     self.phase = Phase::Startup { best_rate: end.rate, flat_rounds: 0 };
@@ -259,9 +260,13 @@ impl Flow {
         if congested {
             self.learn_chance(end);
         }
+        let was_chance = self.doubted.take().is_some_and(|then| self.was_chance(&then, end));
         self.floor = end.rtt_mean.saturating_sub(base);
         let [_, second, third] = self.company;
         self.company = [second, third, end.rtt_min.saturating_sub(base)];
+        if was_chance && !self.is_shared() {
+            return self.resume_startup(end);
+        }
         self.cruise(now);
         // Somebody came, or the route is longer than it was: only an empty path can tell.
         let recent = now.saturating_duration_since(self.probed_rtt_at) < PROBE_RTT_INTERVAL / 2;
@@ -279,6 +284,22 @@ impl Flow {
         let (lost, total) = (end.lost_bytes / self.mtu_bytes, end.total_bytes / self.mtu_bytes);
         let less = (1.0 - end.last_rate / self.loaded_rate).max(0.0);
         self.loss.add(lost.min(less * total), total);
+    }
+
+    /// Whether the loss for which startup ended in round `then` had nothing to do with what was sent: what was
+    /// under way by then came out faster still, and a drained path loses as much.
+    fn was_chance(&self, then: &RoundEnd, end: &RoundEnd) -> bool {
+        let share = then.lost_bytes / then.total_bytes;
+        let stays = end.lost_bytes > share * end.total_bytes * STAYS;
+        let grew = self.max_rate.get() > then.rate * GREW;
+        stays && grew && !end.app_limited && end.rtt_mean <= self.base_rtt() + self.noise()
+    }
+
+    /// What was lost on the drained path is the path's own.
+    fn resume_startup(&mut self, end: &RoundEnd) {
+        self.loss.add(end.lost_bytes / self.mtu_bytes, end.total_bytes / self.mtu_bytes);
+        self.inflight_hi = None;
+        self.phase = Phase::startup();
     }
 
     fn is_clearly_longer(&self, rtt: Duration) -> bool {
@@ -357,6 +378,10 @@ const GROWTH_STARTUP: f64 = 1.25;
 /// First windows that a round of startup may have, to be forgiven a loss and no growth at once: chance
 /// decides over so few packets. With 1.5, eight connections of one link drop 1.2 to 6.6 %.
 const FEW: f64 = 1.1;
+/// Share of the loss that ended startup, that a drained path has of it at least if it is chance.
+const STAYS: f64 = 0.25;
+/// What came out after startup had ended, by what came out in its last round, if the path was not full.
+const GREW: f64 = 1.1;
 /// Rounds without growth that end startup when no queue is seen (draft: 3).
 const FLAT_ROUNDS: u32 = 3;
 /// Rounds after which a probe ends even if no queue is seen.

@@ -102,7 +102,8 @@ fn odd_links_are_filled() {
 
 /// Packets that come so late that they were sent again look like loss that no rate can lower. Startup took
 /// that for congestion when chance would have it, and gave up at a fifth of the line or less; where it began
-/// later, the base was not learned.
+/// later, the base was not learned. Later it gave up so for two seconds only, until the next probe, in one run of
+/// fifty: six of the seeds below did.
 #[test]
 fn late_packets_are_no_congestion() {
     let mut broken = Vec::new();
@@ -110,9 +111,9 @@ fn late_packets_are_no_congestion() {
         let clean = Shape::new(mbit, rtt, 0.0);
         let mut ill = clean;
         (ill.reorder, ill.reorder_delay) = (0.2, Duration::from_millis(late));
-        for seed in 1..=12 {
+        for seed in (1..=12).chain([130, 156, 202, 222, 223, 246]) {
             // From the first packet on, or once the line is filled.
-            let (first, from) = if seed <= 10 { (ill, 3.0) } else { (clean, 9.0) };
+            let (first, from) = if [11, 12].contains(&seed) { (clean, 9.0) } else { (ill, 0.7) };
             let mut world = World::new(first, seed);
             let ours = Ours::boxed(world.epoch, MTU, seed, &RateLimit::default());
             world.add(ours, App::Bulk { from: 0 }, MTU);
