@@ -45,6 +45,10 @@ pub(super) struct Flow {
     pub(super) probed_rtt_at: Instant,
     /// Rounds in a row that were slower than the model and had a queue.
     pub(super) slow_rounds: u32,
+    /// Rounds in a row of a cruise that had no queue.
+    pub(super) calm_rounds: u32,
+    /// They lowered the rate, and no probe has been since.
+    pub(super) was_slow: bool,
     /// Rounds in a row of a cruise that were congested.
     pub(super) congested_rounds: u32,
     /// Delivery rate before the drain, in bytes a second.
@@ -94,6 +98,8 @@ impl Flow {
             smoothed_rtt: Duration::from_millis(100),
             probed_rtt_at: now,
             slow_rounds: 0,
+            calm_rounds: 0,
+            was_slow: false,
             congested_rounds: 0,
             loaded_rate: 0.0,
             doubted: None,
@@ -267,6 +273,7 @@ impl Flow {
         self.min_rtt = MinRtt::default();
         (self.rate_lo, self.inflight_hi) = (None, None);
         (self.slow_rounds, self.congested_rounds) = (0, 0);
+        (self.calm_rounds, self.was_slow) = (0, false);
         self.doubted = None;
         (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();

@@ -144,7 +144,7 @@ impl Flow {
                 }
             }
             Phase::Cruise { .. } | Phase::Refill => {
-                self.judge(end, queued, congested);
+                self.judge(now, end, queued, congested);
                 if self.congested_rounds == BURST_ROUNDS {
                     return self.enter_down();
                 }
@@ -167,7 +167,7 @@ impl Flow {
     }
 
     /// Lowers the model when a round without a probe says that it promises too much.
-    fn judge(&mut self, end: &RoundEnd, queued: bool, congested: bool) {
+    fn judge(&mut self, now: Instant, end: &RoundEnd, queued: bool, congested: bool) {
         let rate = self.rate();
         if congested {
             // Beside others, the rival's law is the answer to loss.
@@ -181,11 +181,19 @@ impl Flow {
             return;
         }
         self.congested_rounds = 0;
+        self.calm_rounds = if queued { 0 } else { self.calm_rounds + 1 };
+        // It was a moment's weakness, of the path or of this host, and nobody else is there.
+        if self.was_slow && self.calm_rounds >= WEAK_ROUNDS {
+            self.was_slow = false;
+            self.phase = Phase::Cruise { until: now };
+        }
         let slow = !self.is_shared() && queued && !end.app_limited && end.rate < rate * SLOW;
         self.slow_rounds = if slow { self.slow_rounds + 1 } else { 0 };
-        if self.slow_rounds >= SLOW_ROUNDS {
+        // A bound that a probe begins with would be all that it finds.
+        if self.slow_rounds >= SLOW_ROUNDS && self.phase != Phase::Refill {
             self.rate_lo = Some(end.rate);
             self.slow_rounds = 0;
+            self.was_slow = true;
         }
     }
 
@@ -319,6 +327,7 @@ impl Flow {
         if let Some(lo) = self.rate_lo.take().filter(|_| !shared) {
             self.max_rate.set(lo);
         }
+        self.was_slow = false;
         self.phase = Phase::Refill;
         self.round.ends_at_bytes = self.delivery.delivered_bytes();
     }
@@ -404,6 +413,8 @@ const BURST_FLOOR: f64 = 0.5;
 const SLOW: f64 = 0.8;
 /// That many slow rounds in a row say that the link is slower than it was.
 const SLOW_ROUNDS: u32 = 3;
+/// Rounds at the rate of a slow one before a probe looks whether it still holds.
+const WEAK_ROUNDS: u32 = 6;
 /// Draft: ProbeRTTInterval.
 const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
 /// Draft: ProbeRTTDuration.

@@ -125,7 +125,10 @@ impl Link {
         let backlog = self.backlog(now) as f64;
         let scale = self.shape.bits_per_second / shape.bits_per_second;
         self.free_at = now + (backlog * scale) as u64;
+        // Only a shorter route lets packets overtake those before.
+        if shape.rtt < self.shape.rtt {
+            self.last_arrival = 0;
+        }
         self.shape = shape;
-        self.last_arrival = 0;
     }
 }
