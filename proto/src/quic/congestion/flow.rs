@@ -47,8 +47,8 @@ pub(super) struct Flow {
     pub(super) slow_rounds: u32,
     /// Rounds in a row of a cruise that had no queue.
     pub(super) calm_rounds: u32,
-    /// They lowered the rate, and no probe has been since.
-    pub(super) was_slow: bool,
+    /// The rate was lowered, and no probe has been since.
+    pub(super) was_lowered: bool,
     /// Rounds in a row of a cruise that were congested.
     pub(super) congested_rounds: u32,
     /// Delivery rate before the drain, in bytes a second.
@@ -99,7 +99,7 @@ impl Flow {
             probed_rtt_at: now,
             slow_rounds: 0,
             calm_rounds: 0,
-            was_slow: false,
+            was_lowered: false,
             congested_rounds: 0,
             loaded_rate: 0.0,
             doubted: None,
@@ -273,7 +273,7 @@ impl Flow {
         self.min_rtt = MinRtt::default();
         (self.rate_lo, self.inflight_hi) = (None, None);
         (self.slow_rounds, self.congested_rounds) = (0, 0);
-        (self.calm_rounds, self.was_slow) = (0, false);
+        (self.calm_rounds, self.was_lowered) = (0, false);
         self.doubted = None;
         (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();

@@ -178,13 +178,14 @@ impl Flow {
             let floor = if self.congested_rounds <= BURST_ROUNDS { BURST_FLOOR } else { 0.0 };
             let floor = self.max_rate.get() * floor;
             self.rate_lo = Some(end.rate.max(rate * LOSS_BETA).max(floor));
+            (self.was_lowered, self.calm_rounds) = (true, 0);
             return;
         }
         self.congested_rounds = 0;
         self.calm_rounds = if queued { 0 } else { self.calm_rounds + 1 };
-        // It was a moment's weakness, of the path or of this host, and nobody else is there.
-        if self.was_slow && self.calm_rounds >= WEAK_ROUNDS {
-            self.was_slow = false;
+        // It was a moment's weakness, of the path or of this host, and nobody else fills the queue.
+        if self.was_lowered && self.calm_rounds >= WEAK_ROUNDS {
+            self.was_lowered = false;
             self.phase = Phase::Cruise { until: now };
         }
         let slow = !self.is_shared() && queued && !end.app_limited && end.rate < rate * SLOW;
@@ -193,7 +194,7 @@ impl Flow {
         if self.slow_rounds >= SLOW_ROUNDS && self.phase != Phase::Refill {
             self.rate_lo = Some(end.rate);
             self.slow_rounds = 0;
-            self.was_slow = true;
+            self.was_lowered = true;
         }
     }
 
@@ -327,7 +328,7 @@ impl Flow {
         if let Some(lo) = self.rate_lo.take().filter(|_| !shared) {
             self.max_rate.set(lo);
         }
-        self.was_slow = false;
+        self.was_lowered = false;
         self.phase = Phase::Refill;
         self.round.ends_at_bytes = self.delivery.delivered_bytes();
     }
@@ -413,7 +414,7 @@ const BURST_FLOOR: f64 = 0.5;
 const SLOW: f64 = 0.8;
 /// That many slow rounds in a row say that the link is slower than it was.
 const SLOW_ROUNDS: u32 = 3;
-/// Rounds at the rate of a slow one before a probe looks whether it still holds.
+/// Rounds without a queue, at a rate that was lowered, before a probe looks whether that still holds.
 const WEAK_ROUNDS: u32 = 6;
 /// Draft: ProbeRTTInterval.
 const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
