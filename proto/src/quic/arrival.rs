@@ -21,17 +21,26 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 const TURN_MAX: Duration = Duration::from_micros(500);
 
 thread_local! {
-    /// When the turn of the driver that this thread runs began.
-    static TURN: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// The turn of the driver that this thread runs.
+    static TURN: Cell<Option<Turn>> = const { Cell::new(None) };
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    began: Instant,
+    /// It has read from a socket.
+    has_read: bool,
+}
+
+impl Turn {
+    fn is_late(&self) -> bool {
+        self.began.elapsed() > TURN_MAX
+    }
 }
 
 /// A driver's turn begins on this thread.
 pub(super) fn begin_turn(now: Instant) {
-    TURN.set(Some(now));
-}
-
-fn is_late() -> bool {
-    TURN.get().is_some_and(|began| began.elapsed() > TURN_MAX)
+    TURN.set(Some(Turn { began: now, has_read: false }));
 }
 
 /// A socket that gives a turn nothing which came after its clock was read.
@@ -65,9 +74,16 @@ impl AsyncUdpSocket for TimelySocket {
     ) -> Poll<io::Result<usize>> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         if held.is_empty() {
+            let turn = TURN.get();
+            // Whatever a turn is late for, its first call reads: so there is always progress.
+            if turn.is_some_and(|turn| turn.has_read && turn.is_late()) {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            TURN.set(turn.map(|turn| Turn { has_read: true, ..turn }));
             let polled = self.inner.poll_recv(context, buffers, metas);
             let Poll::Ready(Ok(count)) = polled else { return polled };
-            if !is_late() {
+            if !turn.is_some_and(|turn| turn.is_late()) {
                 return polled;
             }
             let read = metas.iter().zip(buffers.iter()).take(count);
@@ -120,7 +136,7 @@ mod tests {
     const ADDRESS: SocketAddr =
         SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
 
-    /// Two datagrams a call, the first byte of which is the call's number, that take their time.
+    /// Three datagrams a call, two of them in one buffer, that take their time; each byte is the call's number.
     #[derive(Debug)]
     struct Slow {
         takes: Duration,
@@ -142,13 +158,11 @@ mod tests {
             buffers: &mut [IoSliceMut<'_>],
             metas: &mut [RecvMeta],
         ) -> Poll<io::Result<usize>> {
-            let began = Instant::now();
-            while began.elapsed() < self.takes {}
+            spin(self.takes);
             let call = self.calls.fetch_add(1, Ordering::Relaxed) as u8;
-            for (index, len) in [(0, 5), (1, 3)] {
+            for (index, len, stride) in [(0, 5, 4), (1, 3, 3)] {
                 buffers[index][..len].fill(call);
-                metas[index] =
-                    RecvMeta { addr: ADDRESS, len, stride: len, ecn: None, dst_ip: None };
+                metas[index] = RecvMeta { addr: ADDRESS, len, stride, ecn: None, dst_ip: None };
             }
             Poll::Ready(Ok(2))
         }
@@ -167,8 +181,21 @@ mod tests {
         }
     }
 
-    /// Calls a socket that takes so long. Returns the datagrams, and how often the driver was woken.
-    fn receive(socket: &TimelySocket) -> (Option<Vec<Vec<u8>>>, usize) {
+    fn slow(takes: Duration) -> (TimelySocket, Arc<Slow>) {
+        let slow = Arc::new(Slow { takes, calls: AtomicUsize::new(0) });
+        (TimelySocket::new(Arc::clone(&slow) as Arc<dyn AsyncUdpSocket>), slow)
+    }
+
+    fn spin(time: Duration) {
+        let began = Instant::now();
+        while began.elapsed() < time {}
+    }
+
+    /// The size of a buffer's datagrams, and its bytes.
+    type Read = Vec<(usize, Vec<u8>)>;
+
+    /// Calls a socket. Returns what it gave, and how often the driver was woken.
+    fn receive(socket: &TimelySocket) -> (Option<Read>, usize) {
         let woken = Arc::<Woken>::default();
         let waker = Waker::from(Arc::clone(&woken));
         let (mut first, mut second) = ([0xff; 8], [0xff; 8]);
@@ -178,7 +205,8 @@ mod tests {
         let datagrams = match polled {
             Poll::Ready(count) => {
                 let read = metas.iter().zip(&buffers).take(count.unwrap());
-                Some(read.map(|(meta, buffer)| buffer[..meta.len].to_vec()).collect())
+                let bytes = |meta: &RecvMeta, buffer: &[u8]| buffer[..meta.len].to_vec();
+                Some(read.map(|(meta, buffer)| (meta.stride, bytes(meta, buffer))).collect())
             }
             Poll::Pending => None,
         };
@@ -187,20 +215,39 @@ mod tests {
 
     #[test]
     fn what_is_read_late_in_a_turn_comes_in_the_next() {
-        let slow = Slow { takes: 2 * TURN_MAX, calls: AtomicUsize::new(0) };
-        let socket = TimelySocket::new(Arc::new(slow));
+        let (socket, _) = slow(2 * TURN_MAX);
         for call in 0..3 {
             begin_turn(Instant::now());
             assert_eq!(receive(&socket), (None, 1), "the driver would never ask again");
             begin_turn(Instant::now());
-            assert_eq!(receive(&socket), (Some(vec![vec![call; 5], vec![call; 3]]), 0));
+            assert_eq!(receive(&socket), (Some(vec![(4, vec![call; 5]), (3, vec![call; 3])]), 0));
         }
+    }
+
+    /// It would have to be kept, and copied for that.
+    #[test]
+    fn a_turn_that_is_late_reads_once_at_most() {
+        let (socket, slow) = slow(2 * TURN_MAX);
+        begin_turn(Instant::now());
+        assert_eq!(receive(&socket).0, None);
+        begin_turn(Instant::now());
+        assert!(receive(&socket).0.is_some());
+        assert_eq!(receive(&socket), (None, 1), "the first that this turn reads");
+        begin_turn(Instant::now());
+        assert!(receive(&socket).0.is_some());
+        let calls = slow.calls.load(Ordering::Relaxed);
+        assert_eq!(calls, 2);
+        let (socket, fast) = self::slow(Duration::ZERO);
+        begin_turn(Instant::now());
+        let read = receive(&socket).0;
+        spin(2 * TURN_MAX);
+        assert_eq!(receive(&socket).1, usize::from(read.is_some()));
+        assert_eq!(fast.calls.load(Ordering::Relaxed), 1, "a late turn read again");
     }
 
     #[test]
     fn what_is_read_in_time_comes_at_once() {
-        let slow = Slow { takes: Duration::ZERO, calls: AtomicUsize::new(0) };
-        let socket = TimelySocket::new(Arc::new(slow));
+        let (socket, _) = slow(Duration::ZERO);
         // A processor that is taken away right here makes one of these late.
         let at_once = (0..100).filter(|_| {
             begin_turn(Instant::now());

@@ -10,7 +10,7 @@ use crate::quic::congestion::filter::{MaxRate, MinRtt};
 use crate::quic::congestion::known::KnownPath;
 use crate::quic::congestion::loss::LossBase;
 use crate::quic::congestion::pace::{self, Pace};
-use crate::quic::congestion::phase::Phase;
+use crate::quic::congestion::phase::{Doubted, Phase};
 use crate::quic::congestion::rival::Rival;
 use crate::quic::congestion::round::{Round, RoundEnd};
 use crate::quic::congestion::share::Share;
@@ -45,22 +45,24 @@ pub(super) struct Flow {
     pub(super) probed_rtt_at: Instant,
     /// Rounds in a row that were slower than the model and had a queue.
     pub(super) slow_rounds: u32,
-    /// Rounds in a row of a cruise that had no queue.
-    pub(super) calm_rounds: u32,
-    /// The rate was lowered, and no probe has been since.
-    pub(super) was_lowered: bool,
+    /// The rate was lowered: so many rounds without a queue, and a probe looks whether that still holds.
+    pub(super) look_after: Option<u32>,
+    /// When a probe looked so for the last time.
+    pub(super) looked_at: Option<Instant>,
     /// Rounds in a row of a cruise that were congested.
     pub(super) congested_rounds: u32,
     /// Delivery rate before the drain, in bytes a second.
     pub(super) loaded_rate: f64,
-    /// The round that ended startup by loss alone, until the drain says whose that was.
-    pub(super) doubted: Option<RoundEnd>,
+    /// What ended startup, if it was loss alone, until the drain says whose that was.
+    pub(super) doubted: Option<Doubted>,
+    /// The highest rate when startup was resumed, in bytes a second.
+    pub(super) resumed_rate: f64,
     /// The window beside somebody else who yields.
     pub(super) rival: Option<Rival>,
     /// How much of a shared path is ours.
     pub(super) share: Share,
     /// Other connections of our link are in use.
-    has_siblings: bool,
+    pub(super) has_siblings: bool,
     /// Mean round-trip time of the last whole round.
     pub(super) round_rtt: Duration,
     /// When it ended.
@@ -98,11 +100,12 @@ impl Flow {
             smoothed_rtt: Duration::from_millis(100),
             probed_rtt_at: now,
             slow_rounds: 0,
-            calm_rounds: 0,
-            was_lowered: false,
+            look_after: None,
+            looked_at: None,
             congested_rounds: 0,
             loaded_rate: 0.0,
             doubted: None,
+            resumed_rate: 0.0,
             rival: None,
             share: Share::default(),
             has_siblings: false,
@@ -273,8 +276,8 @@ impl Flow {
         self.min_rtt = MinRtt::default();
         (self.rate_lo, self.inflight_hi) = (None, None);
         (self.slow_rounds, self.congested_rounds) = (0, 0);
-        (self.calm_rounds, self.was_lowered) = (0, false);
-        self.doubted = None;
+        self.look_after = None;
+        (self.doubted, self.resumed_rate) = (None, 0.0);
         (self.floor, self.company) = (Duration::ZERO, [Duration::ZERO; 3]);
         self.clump = MaxRate::default();
         self.pace = Pace::default();

@@ -55,6 +55,17 @@ impl Default for RoundTrips {
     }
 }
 
+/// A startup that ended by loss alone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Doubted {
+    /// What was lost of its last round, as a share.
+    lost: f64,
+    /// What that round delivered, in bytes a second.
+    rate: f64,
+    /// The highest that a round delivered since, of what was under way by then.
+    rate_since: f64,
+}
+
 impl Phase {
     pub(super) fn startup() -> Self {
         Self::Startup { best_rate: 0.0, flat_rounds: 0 }
@@ -107,6 +118,11 @@ impl Flow {
 
     /// What the end of a round may end.
     pub(super) fn turn(&mut self, now: Instant, end: &RoundEnd, queued: bool, congested: bool) {
+        // A queue proves that the path was full.
+        self.doubted = self
+            .doubted
+            .filter(|_| !queued)
+            .map(|doubted| Doubted { rate_since: doubted.rate_since.max(end.rate), ..doubted });
         match self.phase {
             Phase::Startup { best_rate, flat_rounds } => {
                 let grew = end.rate > best_rate * GROWTH_STARTUP;
@@ -116,7 +132,9 @@ impl Flow {
                 let few = end.total_bytes < FEW * WINDOW_PACKETS_INITIAL * self.mtu_bytes;
                 if congested && (queued || (!grew && (flat_rounds > 0 || !few))) {
                     self.bound_inflight(end);
-                    self.doubted = (!queued).then_some(*end);
+                    let lost = end.lost_bytes / end.total_bytes.max(1.0);
+                    let doubted = Doubted { lost, rate: end.rate, rate_since: 0.0 };
+                    self.doubted = (!queued).then_some(doubted);
                     self.phase = Phase::Drain;
                 } else if grew {
                     self.phase = Phase::Startup { best_rate: end.rate, flat_rounds: 0 };
@@ -178,23 +196,39 @@ impl Flow {
             let floor = if self.congested_rounds <= BURST_ROUNDS { BURST_FLOOR } else { 0.0 };
             let floor = self.max_rate.get() * floor;
             self.rate_lo = Some(end.rate.max(rate * LOSS_BETA).max(floor));
-            (self.was_lowered, self.calm_rounds) = (true, 0);
+            self.look_soon();
             return;
         }
         self.congested_rounds = 0;
-        self.calm_rounds = if queued { 0 } else { self.calm_rounds + 1 };
-        // It was a moment's weakness, of the path or of this host, and nobody else fills the queue.
-        if self.was_lowered && self.calm_rounds >= WEAK_ROUNDS {
-            self.was_lowered = false;
-            self.phase = Phase::Cruise { until: now };
-        }
         let slow = !self.is_shared() && queued && !end.app_limited && end.rate < rate * SLOW;
         self.slow_rounds = if slow { self.slow_rounds + 1 } else { 0 };
         // A bound that a probe begins with would be all that it finds.
         if self.slow_rounds >= SLOW_ROUNDS && self.phase != Phase::Refill {
             self.rate_lo = Some(end.rate);
             self.slow_rounds = 0;
-            self.was_lowered = true;
+            self.look_soon();
+        } else if queued && self.look_after.is_some() {
+            self.look_soon();
+        } else if !queued && !end.app_limited {
+            self.look(now);
+        }
+    }
+
+    /// The rate was lowered, or may still have to be.
+    fn look_soon(&mut self) {
+        self.look_after = Some(CALM_ROUNDS);
+    }
+
+    /// A round had no queue. If that goes on, what lowered the rate was a moment's weakness, of the path or of
+    /// this host, and nobody else fills the queue.
+    fn look(&mut self, now: Instant) {
+        self.look_after = self.look_after.map(|rounds| rounds.saturating_sub(1));
+        let recent = self.looked_at.is_some_and(|at| now.saturating_duration_since(at) < CRUISE);
+        let much = self.rate_lo.is_some_and(|lo| lo < self.max_rate.get() * SLOW);
+        // The queue of a link with several connections is theirs, and they would all look at once.
+        if self.look_after == Some(0) && much && !recent && !self.has_siblings {
+            self.looked_at = Some(now);
+            self.phase = Phase::Cruise { until: now };
         }
     }
 
@@ -254,6 +288,7 @@ impl Flow {
     /// Our queue is gone: what is left is not ours.
     fn leave_down(&mut self, now: Instant, end: &RoundEnd, congested: bool) {
         let was_shared = self.is_shared();
+        let doubted = self.doubted.take();
         let base = self.base_rtt();
         if let Some(rival) = &mut self.rival
             && let Phase::Down { window_bytes, .. } = self.phase
@@ -266,15 +301,17 @@ impl Flow {
             return self.cruise(now);
         }
         // A round that is not congested was added to the base as it is; beside a queue nothing is proved.
-        if congested {
+        let was_chance = doubted.is_some_and(|doubted| self.was_chance(&doubted, end));
+        if congested && was_chance {
+            self.loss.add(end.lost_bytes / self.mtu_bytes, end.total_bytes / self.mtu_bytes);
+        } else if congested {
             self.learn_chance(end);
         }
-        let was_chance = self.doubted.take().is_some_and(|then| self.was_chance(&then, end));
         self.floor = end.rtt_mean.saturating_sub(base);
         let [_, second, third] = self.company;
         self.company = [second, third, end.rtt_min.saturating_sub(base)];
         if was_chance && !self.is_shared() {
-            return self.resume_startup(end);
+            return self.resume_startup();
         }
         self.cruise(now);
         // Somebody came, or the route is longer than it was: only an empty path can tell.
@@ -295,18 +332,17 @@ impl Flow {
         self.loss.add(lost.min(less * total), total);
     }
 
-    /// Whether the loss for which startup ended in round `then` had nothing to do with what was sent: what was
-    /// under way by then came out faster still, and a drained path loses as much.
-    fn was_chance(&self, then: &RoundEnd, end: &RoundEnd) -> bool {
-        let share = then.lost_bytes / then.total_bytes;
-        let stays = end.lost_bytes > share * end.total_bytes * STAYS;
-        let grew = self.max_rate.get() > then.rate * GREW;
-        stays && grew && !end.app_limited && end.rtt_mean <= self.base_rtt() + self.noise()
+    /// Whether the loss for which startup ended had nothing to do with what was sent: what was under way by then
+    /// came out faster still, and a drained path without a queue loses as much.
+    fn was_chance(&self, doubted: &Doubted, end: &RoundEnd) -> bool {
+        let stays = end.lost_bytes > doubted.lost * end.total_bytes * STAYS;
+        let grew = doubted.rate_since > doubted.rate.max(self.resumed_rate) * GROWTH_STARTUP;
+        let empty = end.rtt_mean <= self.base_rtt() + self.noise();
+        stays && grew && empty && !end.app_limited
     }
 
-    /// What was lost on the drained path is the path's own.
-    fn resume_startup(&mut self, end: &RoundEnd) {
-        self.loss.add(end.lost_bytes / self.mtu_bytes, end.total_bytes / self.mtu_bytes);
+    fn resume_startup(&mut self) {
+        self.resumed_rate = self.max_rate.get();
         self.inflight_hi = None;
         self.phase = Phase::startup();
     }
@@ -328,12 +364,13 @@ impl Flow {
         if let Some(lo) = self.rate_lo.take().filter(|_| !shared) {
             self.max_rate.set(lo);
         }
-        self.was_lowered = false;
+        self.look_after = None;
         self.phase = Phase::Refill;
         self.round.ends_at_bytes = self.delivery.delivered_bytes();
     }
 
     fn enter_probe_rtt(&mut self) {
+        self.doubted = None;
         self.phase = Phase::ProbeRtt { span: None, seen: RoundTrips::default() };
     }
 
@@ -390,8 +427,6 @@ const GROWTH_STARTUP: f64 = 1.25;
 const FEW: f64 = 1.1;
 /// Share of the loss that ended startup, that a drained path has of it at least if it is chance.
 const STAYS: f64 = 0.25;
-/// What came out after startup had ended, by what came out in its last round, if the path was not full.
-const GREW: f64 = 1.1;
 /// Rounds without growth that end startup when no queue is seen (draft: 3).
 const FLAT_ROUNDS: u32 = 3;
 /// Rounds after which a probe ends even if no queue is seen.
@@ -415,7 +450,7 @@ const SLOW: f64 = 0.8;
 /// That many slow rounds in a row say that the link is slower than it was.
 const SLOW_ROUNDS: u32 = 3;
 /// Rounds without a queue, at a rate that was lowered, before a probe looks whether that still holds.
-const WEAK_ROUNDS: u32 = 6;
+const CALM_ROUNDS: u32 = 6;
 /// Draft: ProbeRTTInterval.
 const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
 /// Draft: ProbeRTTDuration.
