@@ -60,7 +60,7 @@ impl Default for RoundTrips {
 pub(super) struct Doubted {
     /// What was lost of its last round, as a share.
     lost: f64,
-    /// What that round delivered, in bytes a second.
+    /// The most that any round of it delivered, in bytes a second.
     rate: f64,
     /// The highest that a round delivered since, of what was under way by then.
     rate_since: f64,
@@ -133,7 +133,8 @@ impl Flow {
                 if congested && (queued || (!grew && (flat_rounds > 0 || !few))) {
                     self.bound_inflight(end);
                     let lost = end.lost_bytes / end.total_bytes.max(1.0);
-                    let doubted = Doubted { lost, rate: end.rate, rate_since: 0.0 };
+                    let rate = end.rate.max(best_rate);
+                    let doubted = Doubted { lost, rate, rate_since: 0.0 };
                     self.doubted = (!queued).then_some(doubted);
                     self.phase = Phase::Drain;
                 } else if grew {
@@ -226,7 +227,8 @@ impl Flow {
         let recent = self.looked_at.is_some_and(|at| now.saturating_duration_since(at) < CRUISE);
         let much = self.rate_lo.is_some_and(|lo| lo < self.max_rate.get() * SLOW);
         // The queue of a link with several connections is theirs, and they would all look at once.
-        if self.look_after == Some(0) && much && !recent && !self.has_siblings {
+        let alone = !self.has_siblings && !self.is_shared();
+        if self.look_after == Some(0) && much && !recent && alone {
             self.looked_at = Some(now);
             self.phase = Phase::Cruise { until: now };
         }
@@ -364,7 +366,7 @@ impl Flow {
         if let Some(lo) = self.rate_lo.take().filter(|_| !shared) {
             self.max_rate.set(lo);
         }
-        self.look_after = None;
+        (self.look_after, self.slow_rounds) = (None, 0);
         self.phase = Phase::Refill;
         self.round.ends_at_bytes = self.delivery.delivered_bytes();
     }
