@@ -120,7 +120,8 @@ impl Link {
         self.shape.duplicate > 0.0 && self.dice.roll() < self.shape.duplicate
     }
 
-    /// The link changes; packets that wait are sent on at the new rate.
+    /// The link changes. What waits keeps its time of arrival; what comes now waits as if the queue were sent on at
+    /// the new rate, and behind it.
     pub(super) fn change(&mut self, now: u64, shape: Shape) {
         let backlog = self.backlog(now) as f64;
         let scale = self.shape.bits_per_second / shape.bits_per_second;

@@ -1,11 +1,11 @@
-//! What the controller promises, over links of every kind.
+//! What the controller promises, over links of every kind that it has for itself.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::link::Shape;
-use super::rivals::{Bbr, Cubic};
 use super::sender::App;
-use super::{Bought, Control, Fixed, HEADER_BYTES, KnownPath, Ours, RateLimit, World};
+use super::sharing::{Other, beside};
+use super::{Bought, Fixed, HEADER_BYTES, KnownPath, Ours, RateLimit, World};
 
 /// A packet size that keeps a simulated second below some thousand packets.
 fn mtu(shape: &Shape) -> u64 {
@@ -190,49 +190,8 @@ fn the_links_of_the_goals() {
     }
 }
 
-/// Who shares a link with us.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Other {
-    Cubic,
-    Bbr,
-    Ours,
-}
-
 /// Packets as large as the Internet's.
-const MTU: u64 = 1400;
-
-impl Other {
-    fn boxed(self, epoch: Instant, seed: u64) -> Box<dyn Control> {
-        match self {
-            Self::Cubic => Box::new(Cubic::new(MTU)),
-            Self::Bbr => Box::new(Bbr::new(MTU, epoch)),
-            Self::Ours => Ours::boxed(epoch, MTU, seed, &RateLimit::default()),
-        }
-    }
-
-    /// The share of a link that it takes when it has all of it.
-    fn alone(self, shape: Shape) -> f64 {
-        let mut world = World::new(shape, 3);
-        let other = self.boxed(world.epoch, 4);
-        world.add(other, App::Bulk { from: 0 }, MTU);
-        world.run(60.0);
-        world.share(0, 15.0, 60.0)
-    }
-}
-
-/// Our flow, which begins at once or five seconds later, beside `others`, for a minute.
-fn beside(others: &[Other], shape: Shape, first: bool) -> World {
-    let mut world = World::new(shape, 3);
-    let (ours_at, other_at) = if first { (0, 5_000_000_000) } else { (5_000_000_000, 0) };
-    let ours = Other::Ours.boxed(world.epoch, 3);
-    world.add(ours, App::Bulk { from: ours_at }, MTU);
-    for (seed, other) in (4..).zip(others) {
-        let other = other.boxed(world.epoch, seed);
-        world.add(other, App::Bulk { from: other_at }, MTU);
-    }
-    world.run(60.0);
-    world
-}
+pub(super) const MTU: u64 = 1400;
 
 /// From the first packet, with packets as large as the Internet's.
 #[test]
@@ -344,138 +303,6 @@ fn who_cannot_be_helped_is_not_pushed() {
         assert!(now.starts_with(state), "{now}");
         assert!(queue <= 20.0, "{queue} ms");
     }
-}
-
-/// Neither starves, whoever comes first: on a link of so many Mbit/s we and the other get the shares
-/// that `least` says, or more.
-fn share_with(other: Other, least: impl Fn(f64) -> (f64, f64)) {
-    let mut broken = Vec::new();
-    for (mbit, rtt) in [(30.0, 20), (30.0, 40), (30.0, 80), (100.0, 40), (100.0, 80), (200.0, 40)] {
-        for first in [true, false] {
-            let world = beside(&[other], Shape::new(mbit, rtt, 0.0), first);
-            let (ours, theirs) = (world.share(0, 15.0, 60.0), world.share(1, 15.0, 60.0));
-            let line = format!(
-                "{other:?}, {mbit} Mbit/s, {rtt} ms, ours first {first}: ours {ours:.3}, other \
-                 {theirs:.3}, queue {:.1} ms",
-                world.queue(15.0, 60.0) * 1e3
-            );
-            println!("{line}");
-            let (ours_least, theirs_least) = least(mbit);
-            if ours < ours_least || theirs < theirs_least {
-                broken.push(line);
-            }
-        }
-    }
-    assert!(broken.is_empty(), "{}", broken.join("\n"));
-}
-
-#[test]
-fn a_link_is_shared_with_cubic() {
-    share_with(Other::Cubic, |_| (0.3, 0.3));
-}
-
-#[test]
-fn a_link_is_shared_with_our_own_kind() {
-    share_with(Other::Ours, |_| (0.3, 0.3));
-}
-
-/// The first BBR holds two bandwidth-delay products of its rate and no more. On a slow line that is so
-/// little that it cannot be told from noise, and we keep what we had; on a fast one it does not yield to
-/// loss, and we do so in part.
-#[test]
-fn a_link_is_shared_with_bbr() {
-    share_with(Other::Bbr, |mbit| if mbit < 50.0 { (0.3, 0.18) } else { (0.25, 0.3) });
-}
-
-/// The same over lines that lose by chance, and with queues of other lengths. A Cubic takes little of a
-/// line that loses, even when it has it alone: of what that would be, half is left to it.
-#[test]
-fn a_link_that_loses_or_queues_otherwise_is_shared() {
-    use Other::{Bbr, Cubic, Ours};
-    let mut broken = Vec::new();
-    for (loss, queue) in [(0.0, 20), (0.001, 250), (0.01, 20), (0.01, 100)] {
-        let mut shape = Shape::new(30.0, 40, loss);
-        shape.queue = Duration::from_millis(queue);
-        let of_cubic = (Cubic.alone(shape) / 2.0).min(0.3);
-        for (other, least) in [(Cubic, of_cubic), (Ours, 0.3), (Bbr, 0.18)] {
-            for first in [true, false] {
-                let world = beside(&[other], shape, first);
-                let (ours, theirs) = (world.share(0, 15.0, 60.0), world.share(1, 15.0, 60.0));
-                let line = format!(
-                    "{other:?}, loss {loss}, queue {queue} ms, ours first {first}: ours {ours:.3}, \
-                     other {theirs:.3} of {least:.3}, queue {:.1} ms",
-                    world.queue(15.0, 60.0) * 1e3
-                );
-                println!("{line}");
-                if ours < 0.3 || theirs < least {
-                    broken.push(line);
-                }
-            }
-        }
-    }
-    assert!(broken.is_empty(), "{}", broken.join("\n"));
-}
-
-/// What is due to each falls with the loss that all suffer: nobody is squeezed out by those who would
-/// not yield, and the link is not drowned.
-#[test]
-fn a_link_is_shared_by_many() {
-    use Other::{Cubic, Ours};
-    let mut broken = Vec::new();
-    for others in [&[Ours; 3][..], &[Cubic; 3], &[Ours, Cubic, Cubic], &[Ours; 4]] {
-        for first in [true, false] {
-            let world = beside(others, Shape::new(100.0, 40, 0.0), first);
-            let flows = others.len() + 1;
-            let shares: Vec<f64> =
-                (0..flows).map(|flow| world.share(flow, 20.0, 60.0) * flows as f64).collect();
-            let dropped = world.dropped(0, 20.0, 60.0);
-            let line = format!("{others:?}, {first}: {shares:.2?} of even, dropped {dropped:.3}");
-            println!("{line}");
-            if shares.iter().any(|share| *share < 0.25) || dropped > 0.13 {
-                broken.push(line);
-            }
-        }
-    }
-    assert!(broken.is_empty(), "{}", broken.join("\n"));
-}
-
-/// Three connections of a link took each other for rivals to whom more was due than there was, and lost
-/// 2 % of their packets by that, and four 9 %. Eight still do so in one run of four, by chance.
-#[test]
-fn connections_of_one_link_do_not_wrong_each_other() {
-    let mut broken = Vec::new();
-    for (mbit, rtt, count, runs) in
-        [(100.0, 40, 3, 3..4), (100.0, 80, 4, 3..4), (200.0, 40, 8, 1..6)]
-    {
-        let mut all = Vec::new();
-        for run in runs {
-            let mut world = World::new(Shape::new(mbit, rtt, 0.0), run);
-            for seed in 0..count {
-                let ours = Ours::sibling(world.epoch, MTU, run + seed, count as usize);
-                world.add(ours, App::Bulk { from: seed * 1_000_000_000 }, MTU);
-            }
-            world.run(60.0);
-            let shares: Vec<f64> = (0..count as usize)
-                .map(|flow| world.share(flow, 20.0, 60.0) * count as f64)
-                .collect();
-            let filled = shares.iter().sum::<f64>() / count as f64;
-            let dropped = world.dropped(0, 20.0, 60.0);
-            let line = format!(
-                "{count} on {mbit} Mbit/s, {rtt} ms: {filled:.3} filled, {shares:.2?} of even, dropped {dropped:.4}"
-            );
-            println!("{line}");
-            if filled < 0.95 || shares.iter().any(|share| *share < 0.25) || dropped > 0.05 {
-                broken.push(line);
-            }
-            all.push(dropped);
-        }
-        all.sort_by(f64::total_cmp);
-        let median = all[all.len() / 2];
-        if median > 0.01 {
-            broken.push(format!("{count} drop {median:.4} in the median"));
-        }
-    }
-    assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
 #[test]
