@@ -185,25 +185,28 @@ impl Flow {
         }
     }
 
-    /// Lowers the model when a round without a probe says that it promises too much.
+    /// Lowers the model when a round without a probe says that it promises too much. Not in a refill (as
+    /// the draft): a bound that a probe begins with would be all that it finds.
     fn judge(&mut self, now: Instant, end: &RoundEnd, queued: bool, congested: bool) {
         let rate = self.rate();
         if congested {
             // Beside others, the rival's law is the answer to loss.
             if self.is_shared() {
+                self.congested_rounds = 0;
                 return;
             }
             self.congested_rounds += 1;
-            let floor = if self.congested_rounds <= BURST_ROUNDS { BURST_FLOOR } else { 0.0 };
-            let floor = self.max_rate.get() * floor;
-            self.rate_lo = Some(end.rate.max(rate * LOSS_BETA).max(floor));
-            self.look_soon();
+            if self.phase != Phase::Refill {
+                let floor = if self.congested_rounds <= BURST_ROUNDS { BURST_FLOOR } else { 0.0 };
+                let floor = self.max_rate.get() * floor;
+                self.rate_lo = Some(end.rate.max(rate * LOSS_BETA).max(floor));
+                self.look_soon();
+            }
             return;
         }
         self.congested_rounds = 0;
         let slow = !self.is_shared() && queued && !end.app_limited && end.rate < rate * SLOW;
         self.slow_rounds = if slow { self.slow_rounds + 1 } else { 0 };
-        // A bound that a probe begins with would be all that it finds.
         if self.slow_rounds >= SLOW_ROUNDS && self.phase != Phase::Refill {
             self.rate_lo = Some(end.rate);
             self.slow_rounds = 0;
@@ -463,3 +466,70 @@ const ALONE_PACKETS: f64 = 8.0;
 const FLOOR_SUSPECT: Duration = Duration::from_millis(10);
 /// Round-trip times that vary by less while half is in flight are the path's own.
 const PROBE_RTT_STILL: Duration = Duration::from_micros(1500);
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::{BURST_ROUNDS, Flow, Phase, RoundEnd};
+
+    const RTT: Duration = Duration::from_millis(40);
+
+    /// A flow in a cruise at 25 MB/s, on a path that drains to `company` beyond its round trip.
+    fn cruising(now: Instant, company: Duration) -> Flow {
+        let mut flow = Flow::new(now, 1200, 1, None);
+        flow.min_rtt.set(now, RTT);
+        flow.max_rate.update(25e6);
+        flow.company = [company; 3];
+        flow.phase = Phase::Cruise { until: now + Duration::from_secs(2) };
+        flow
+    }
+
+    /// A round behind a full queue, a twentieth of which was lost.
+    fn congested() -> RoundEnd {
+        RoundEnd {
+            rate: 20e6,
+            last_rate: 20e6,
+            rtt_min: 2 * RTT,
+            rtt_mean: 2 * RTT,
+            rtt_max: 2 * RTT,
+            lost_bytes: 50e3,
+            total_bytes: 1e6,
+            in_flight_at_loss: None,
+            fullest: 1.0,
+            app_limited: false,
+        }
+    }
+
+    /// After eight congested rounds a drain looks who is there. Where it found somebody the count stayed
+    /// at eight, so that each further round of loss began a drain again, which takes half of the window.
+    #[test]
+    fn who_was_found_is_not_looked_for_again() {
+        let now = Instant::now();
+        let mut flow = cruising(now, Duration::ZERO);
+        for _ in 0..BURST_ROUNDS {
+            assert!(matches!(flow.phase, Phase::Cruise { .. }));
+            flow.turn(now, &congested(), true, true);
+        }
+        assert!(matches!(flow.phase, Phase::Down { .. }), "{:?}", flow.phase);
+        flow.company = [RTT; 3];
+        flow.phase = Phase::Cruise { until: now + Duration::from_secs(2) };
+        flow.turn(now, &congested(), true, true);
+        assert!(matches!(flow.phase, Phase::Cruise { .. }), "{:?}", flow.phase);
+    }
+
+    /// A line that was weak while a probe refilled was probed from that moment's rate, and stayed at it for
+    /// the two or three seconds to the next probe.
+    #[test]
+    fn a_refill_does_not_bound_its_probe() {
+        let now = Instant::now();
+        let mut flow = cruising(now, Duration::ZERO);
+        flow.turn(now, &congested(), true, true);
+        assert!(flow.rate_lo.is_some(), "a cruise yields");
+        let mut flow = cruising(now, Duration::ZERO);
+        flow.phase = Phase::Refill;
+        flow.turn(now, &congested(), true, true);
+        assert_eq!(flow.rate_lo, None);
+        assert!(matches!(flow.phase, Phase::Up { .. }), "{:?}", flow.phase);
+    }
+}

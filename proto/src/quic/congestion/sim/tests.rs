@@ -474,10 +474,10 @@ fn a_moment_of_weakness_is_over_soon() {
     // What the queue of a line loses meanwhile, and one that is as long as a busy host's loses not.
     for queue_millis in [50, 500] {
         for (mbit, rtt, loss, share_least) in [
-            (1000.0, 40, 0.001, 0.85),
-            (500.0, 40, 0.001, 0.85),
+            (1000.0, 40, 0.001, 0.9),
+            (500.0, 40, 0.001, 0.9),
             (100.0, 20, 0.0, 0.9),
-            (200.0, 80, 0.005, 0.75),
+            (200.0, 80, 0.005, 0.85),
             (500.0, 100, 0.01, 0.75),
             // Fifteen round trips are all that is measured.
             (50.0, 200, 0.02, 0.5),
