@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::UdpSocket;
+use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,53 @@ fn packets_cross_in_both_directions_after_the_delay() {
     // 4 bytes and the headers of IPv4 and UDP: nothing else is on the line.
     assert_eq!(stats.up.delivered_bytes, 32);
     assert!(link.is_running());
+}
+
+/// `UDP_SEGMENT` or `UDP_GRO` of udp(7).
+fn set_udp_option(socket: &UdpSocket, name: libc::c_int, value: libc::c_int) {
+    let size = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the kernel reads `size` bytes of `value`, which lives until the call returns.
+    let result = unsafe {
+        let value = (&raw const value).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, name, value, size)
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn datagrams_of_one_call_are_single_packets_on_the_line() {
+    let Some(link) = start("1gbit,1ms") else { return };
+    let (a, b) = sockets(&link);
+    set_udp_option(&a, libc::UDP_SEGMENT, 1000);
+    let sent: Vec<u8> = (0..9500_usize).map(|at| (at / 7) as u8).collect();
+    let mut buffer = [0; 65_536];
+    a.send(&sent).unwrap();
+    let mut received = Vec::<u8>::new();
+    for len_bytes in [[1000; 9].as_slice(), &[500]].concat() {
+        assert_eq!(b.recv(&mut buffer).unwrap(), len_bytes);
+        received.extend(&buffer[..len_bytes]);
+    }
+    assert_eq!(received, sent);
+    assert_eq!(link.stats().up.delivered_packets, 10);
+    assert_eq!(link.stats().up.delivered_bytes, 9500 + 10 * 28);
+
+    // Who asks for it gets several at once; how many depends on what arrives together.
+    set_udp_option(&b, libc::UDP_GRO, 1);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        assert!(Instant::now() < deadline, "nothing ever came together");
+        a.send(&sent).unwrap();
+        let (mut received, mut calls) = (Vec::<u8>::new(), 0);
+        while received.len() < sent.len() {
+            let len_bytes = b.recv(&mut buffer).unwrap();
+            received.extend(&buffer[..len_bytes]);
+            calls += 1;
+        }
+        assert_eq!(received, sent);
+        if calls < 10 {
+            break;
+        }
+    }
 }
 
 #[test]

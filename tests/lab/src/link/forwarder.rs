@@ -1,7 +1,8 @@
 //! One direction's thread: packets from one TUN device through the [`Shaper`] into the other.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
+use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,13 +12,22 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
+use super::offload::{self, Cut, HEADER_BYTES, Join, READ_BYTES_MAX};
 use super::shaper::{Shaper, Verdict};
 
-/// A packet in a buffer that is used again and again.
+/// A packet and its device's header, in a buffer that is used again and again.
 #[derive(Debug)]
 pub(super) struct Packet {
     buffer: Box<[u8]>,
     len_bytes: usize,
+}
+
+impl Deref for Packet {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[..self.len_bytes]
+    }
 }
 
 /// The shaper of one direction, shared with whoever changes the line or reads its counters.
@@ -45,11 +55,13 @@ pub(super) struct Forwarder {
 }
 
 impl Forwarder {
-    /// Starts forwarding from `from` to `to`, both non-blocking TUN devices.
+    /// Starts forwarding from `from` to `to`, both non-blocking TUN devices. `joins`: `to` takes several
+    /// datagrams at once.
     pub(super) fn start(
         name: &str,
         from: Arc<File>,
         to: Arc<File>,
+        joins: bool,
         shaper: SharedShaper,
     ) -> std::io::Result<Self> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
@@ -60,8 +72,17 @@ impl Forwarder {
             prefer_this_thread();
             let turned_at = Instant::now();
             let tcp_bytes = counted;
-            let mut direction =
-                Direction { from, to, shaper, free: Vec::new(), turned_at, tcp_bytes };
+            let mut direction = Direction {
+                from,
+                to,
+                joins,
+                shaper,
+                read: vec![0; READ_BYTES_MAX].into(),
+                due: Vec::new(),
+                free: Vec::new(),
+                turned_at,
+                tcp_bytes,
+            };
             while direction.wait(&until) {
                 direction.turned_at = Instant::now();
                 direction.take_in();
@@ -95,7 +116,12 @@ impl Drop for Forwarder {
 struct Direction {
     from: Arc<File>,
     to: Arc<File>,
+    joins: bool,
     shaper: SharedShaper,
+    /// What was read last.
+    read: Box<[u8]>,
+    /// What arrives in this turn.
+    due: Vec<Packet>,
     /// Buffers not in use. Grows to what the line holds at once and is then never short.
     free: Vec<Box<[u8]>>,
     turned_at: Instant,
@@ -118,34 +144,68 @@ impl Direction {
 
     fn take_in(&mut self) {
         let mut shaper = self.shaper.lock();
-        for _ in 0..READ_BATCH {
-            let mut buffer = self.free.pop().unwrap_or_else(|| vec![0; BUFFER_BYTES].into());
+        let mut packets = 0;
+        while packets < TURN_PACKETS {
             // Any error but "nothing there" is a device that is going away; the wait sees that.
-            let Ok(len_bytes @ 1..) = (&*self.from).read(&mut buffer) else {
-                self.free.push(buffer);
-                return;
-            };
-            let packet = Packet { buffer, len_bytes };
-            if let Verdict::Dropped { packet, .. } =
-                shaper.handle_packet(Instant::now(), len_bytes, packet)
-            {
-                self.free.push(packet.buffer);
+            let Ok(read_bytes @ 1..) = (&*self.from).read(&mut self.read) else { return };
+            let Some(mut cut) = Cut::new(&self.read[..read_bytes]) else { continue };
+            let now = Instant::now();
+            loop {
+                let mut buffer = self.free.pop().unwrap_or_else(|| vec![0; BUFFER_BYTES].into());
+                let Some(len_bytes) = cut.next(&mut buffer) else {
+                    self.free.push(buffer);
+                    break;
+                };
+                packets += 1;
+                let packet = Packet { buffer, len_bytes };
+                let verdict = shaper.handle_packet(now, len_bytes - HEADER_BYTES, packet);
+                if let Verdict::Dropped { packet, .. } = verdict {
+                    self.free.push(packet.buffer);
+                }
             }
         }
     }
 
     fn hand_over(&mut self) {
-        let mut shaper = self.shaper.lock();
-        while let Some(departure) = shaper.poll_departure(Instant::now()) {
-            let Packet { buffer, len_bytes } = departure.packet;
-            for _ in 0..departure.copies {
-                // A device that is down (EIO) loses the packet, as a dead host would.
-                let _ = (&*self.to).write(&buffer[..len_bytes]);
-                if is_tcp(&buffer[..len_bytes]) {
-                    self.tcp_bytes.fetch_add(len_bytes as u64, Ordering::Relaxed);
-                }
+        loop {
+            let mut twice = false;
+            let mut shaper = self.shaper.lock();
+            while self.due.len() < TURN_PACKETS
+                && !twice
+                && let Some(departure) = shaper.poll_departure(Instant::now())
+            {
+                self.due.push(departure.packet);
+                twice = departure.copies > 1;
             }
-            self.free.push(buffer);
+            drop(shaper);
+            let Some(last) = self.due.last() else { return };
+            self.write_all(&self.due);
+            if twice {
+                self.write_all(std::slice::from_ref(last));
+            }
+            self.free.extend(self.due.drain(..).map(|packet| packet.buffer));
+        }
+    }
+
+    fn write_all(&self, mut packets: &[Packet]) {
+        while let Some(first) = packets.first() {
+            let mut join = Join::default();
+            let joined = packets.iter().take_while(|packet| join.takes(first, packet)).count();
+            let (together, rest) = packets.split_at(if self.joins { joined } else { 1 });
+            let head = if self.joins { join.head(first) } else { None };
+            // A device that is down (EIO) loses the packet, as a dead host would.
+            let _ = match &head {
+                None => (&*self.to).write(first),
+                Some(head) => {
+                    let payloads = together.iter().map(|packet| offload::payload(packet));
+                    let parts = std::iter::once(&head[..]).chain(payloads).map(IoSlice::new);
+                    (&*self.to).write_vectored(&parts.collect::<Vec<_>>())
+                }
+            };
+            if is_tcp(&first[HEADER_BYTES..]) {
+                self.tcp_bytes.fetch_add((first.len() - HEADER_BYTES) as u64, Ordering::Relaxed);
+            }
+            packets = rest;
         }
     }
 }
@@ -189,7 +249,7 @@ fn prefer_this_thread() {
 /// interrupts: waking a sleeping receiver for each one costs more than all the rest, and 1 Gbit/s
 /// would take a whole core. Costs up to this much of exactness.
 const TURN: Duration = Duration::from_micros(200);
-/// Packets read before those due are handed over: 64 reads take about 0.1 ms.
-const READ_BATCH: usize = 64;
-/// Holds any packet that the largest MTU of a link admits.
-const BUFFER_BYTES: usize = 9216;
+/// Packets taken in before those due are handed over: alone they take about 0.1 ms.
+const TURN_PACKETS: usize = 64;
+/// Holds any packet that the largest MTU of a link admits, and its header.
+const BUFFER_BYTES: usize = 9216 + HEADER_BYTES;

@@ -13,6 +13,7 @@
 
 mod forwarder;
 mod namespace;
+mod offload;
 mod shaper;
 mod site_link;
 mod spec;

@@ -44,12 +44,13 @@ impl Link {
     pub fn start(spec: LinkSpec) -> Result<Self, LinkError> {
         is_available()?;
         let sites = SitePair::create()?;
-        let device_a = make_device(&sites.a, &spec)?;
-        let device_b = make_device(&sites.b, &spec)?;
+        let (device_a, a_joins) = make_device(&sites.a, &spec)?;
+        let (device_b, b_joins) = make_device(&sites.b, &spec)?;
+        let joins = a_joins && b_joins;
         let up = SharedShaper::new(Shaper::new(spec.up, spec.seed));
         let down = SharedShaper::new(Shaper::new(spec.down, spec.seed ^ DOWN_SEED));
         let start = |name: &str, from: &Arc<File>, to: &Arc<File>, shaper: &SharedShaper| {
-            Forwarder::start(name, Arc::clone(from), Arc::clone(to), shaper.clone())
+            Forwarder::start(name, Arc::clone(from), Arc::clone(to), joins, shaper.clone())
                 .map_err(LinkError::Forwarder)
         };
         let forwarders = [
@@ -199,8 +200,8 @@ pub enum LinkError {
     Forwarder(#[source] io::Error),
 }
 
-fn make_device(site: &Site, spec: &LinkSpec) -> Result<Arc<File>, LinkError> {
-    let device = site
+fn make_device(site: &Site, spec: &LinkSpec) -> Result<(Arc<File>, bool), LinkError> {
+    let (device, joins) = site
         .run_inside(|| tun::open(DEVICE_NAME))
         .flatten()
         .map_err(|source| LinkError::Device { site: site.name().to_owned(), source })?;
@@ -223,7 +224,7 @@ fn make_device(site: &Site, spec: &LinkSpec) -> Result<Arc<File>, LinkError> {
         "off",
         "up",
     ])?;
-    Ok(Arc::new(device))
+    Ok((Arc::new(device), joins))
 }
 
 const DEVICE_NAME: &str = "bh0";
