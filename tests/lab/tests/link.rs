@@ -78,6 +78,10 @@ fn datagrams_of_one_call_are_single_packets_on_the_line() {
     assert_eq!(link.stats().up.delivered_packets, 10);
     assert_eq!(link.stats().up.delivered_bytes, 9500 + 10 * 28);
 
+    if !link.joins() {
+        println!("skipped: the device of this kernel takes one datagram at a time");
+        return;
+    }
     // Who asks for it gets several at once; how many depends on what arrives together.
     set_udp_option(&b, libc::UDP_GRO, 1);
     let deadline = Instant::now() + Duration::from_secs(10);

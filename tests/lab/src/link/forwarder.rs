@@ -148,8 +148,9 @@ impl Direction {
         while packets < TURN_PACKETS {
             // Any error but "nothing there" is a device that is going away; the wait sees that.
             let Ok(read_bytes @ 1..) = (&*self.from).read(&mut self.read) else { return };
-            let Some(mut cut) = Cut::new(&self.read[..read_bytes]) else { continue };
             let now = Instant::now();
+            packets += 1;
+            let Some(mut cut) = Cut::new(&self.read[..read_bytes]) else { continue };
             loop {
                 let mut buffer = self.free.pop().unwrap_or_else(|| vec![0; BUFFER_BYTES].into());
                 let Some(len_bytes) = cut.next(&mut buffer) else {
@@ -190,23 +191,28 @@ impl Direction {
     fn write_all(&self, mut packets: &[Packet]) {
         while let Some(first) = packets.first() {
             let mut join = Join::default();
-            let joined = packets.iter().take_while(|packet| join.takes(first, packet)).count();
-            let (together, rest) = packets.split_at(if self.joins { joined } else { 1 });
-            let head = if self.joins { join.head(first) } else { None };
-            // A device that is down (EIO) loses the packet, as a dead host would.
-            let _ = match &head {
-                None => (&*self.to).write(first),
-                Some(head) => {
-                    let payloads = together.iter().map(|packet| offload::payload(packet));
-                    let parts = std::iter::once(&head[..]).chain(payloads).map(IoSlice::new);
-                    (&*self.to).write_vectored(&parts.collect::<Vec<_>>())
-                }
-            };
-            if is_tcp(&first[HEADER_BYTES..]) {
-                self.tcp_bytes.fetch_add((first.len() - HEADER_BYTES) as u64, Ordering::Relaxed);
-            }
+            let joins = |packet: &&Packet| join.takes(first, packet);
+            let joined = if self.joins { packets.iter().take_while(joins).count() } else { 1 };
+            let (together, rest) = packets.split_at(joined);
             packets = rest;
+            if joined > 1 && self.write_joined(&join.head(first), together).is_ok() {
+                continue;
+            }
+            for packet in together {
+                // A device that is down (EIO) loses the packet, as a dead host would.
+                let _ = (&*self.to).write(packet);
+                if is_tcp(&packet[HEADER_BYTES..]) {
+                    let len_bytes = (packet.len() - HEADER_BYTES) as u64;
+                    self.tcp_bytes.fetch_add(len_bytes, Ordering::Relaxed);
+                }
+            }
         }
+    }
+
+    fn write_joined(&self, head: &[u8], packets: &[Packet]) -> std::io::Result<usize> {
+        let payloads = packets.iter().map(|packet| offload::payload(packet));
+        let parts = std::iter::once(head).chain(payloads).map(IoSlice::new);
+        (&*self.to).write_vectored(&parts.collect::<Vec<_>>())
     }
 }
 

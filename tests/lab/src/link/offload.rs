@@ -41,7 +41,7 @@ pub(super) struct Cut<'a> {
 
 impl<'a> Cut<'a> {
     /// `None` when it is not a header and at least the fixed part of an IP header, or a joined packet of
-    /// a kind that the device did not announce.
+    /// another kind than UDP over plain IPv4, the only ones of the lab's sites.
     pub(super) fn new(read: &'a [u8]) -> Option<Self> {
         let (header, packet) = read.split_at_checked(HEADER_BYTES)?;
         let whole = Self { header, packet, payload: &[], segment_bytes: 0, id: 0 };
@@ -103,6 +103,7 @@ impl Join {
         let payload_bytes = packet.len().saturating_sub(HEADER_BYTES + HEADERS_BYTES);
         let is_plain = packet[0] == NEEDS_CHECKSUM
             && packet[1] == KIND_NONE
+            && packet[6..HEADER_BYTES] == device_header(KIND_NONE, 0)[6..]
             && is_plain_udp(&packet[HEADER_BYTES..])
             && payload_bytes > 0;
         if self.count == 0 {
@@ -122,19 +123,15 @@ impl Join {
         true
     }
 
-    /// What stands before the payloads of the joined packets, the first of which is `first`; `None` when it is
-    /// the only one, which is written as it is.
-    pub(super) fn head(&self, first: &[u8]) -> Option<[u8; HEADER_BYTES + HEADERS_BYTES]> {
-        if self.count < 2 {
-            return None;
-        }
+    /// What stands before the payloads of the joined packets, the first of which is `first`. For two and more.
+    pub(super) fn head(&self, first: &[u8]) -> [u8; HEADER_BYTES + HEADERS_BYTES] {
         let packet = &first[HEADER_BYTES..];
         let id = u16::from_be_bytes([packet[4], packet[5]]);
         let mut head = [0; HEADER_BYTES + HEADERS_BYTES];
         head[..HEADER_BYTES].copy_from_slice(&device_header(KIND_UDP, self.segment_bytes));
         let headers = headers(&packet[..HEADERS_BYTES], id, self.payload_bytes);
         head[HEADER_BYTES..].copy_from_slice(&headers);
-        Some(head)
+        head
     }
 }
 
@@ -213,7 +210,7 @@ mod tests {
     fn join(packets: &[Vec<u8>]) -> Vec<u8> {
         let mut join = Join::default();
         assert!(packets.iter().all(|packet| join.takes(&packets[0], packet)));
-        let mut write = join.head(&packets[0]).unwrap().to_vec();
+        let mut write = join.head(&packets[0]).to_vec();
         packets.iter().for_each(|packet| write.extend(payload(packet)));
         write
     }
@@ -243,7 +240,6 @@ mod tests {
         let mut join = Join::default();
         assert!(join.takes(&tcp, &tcp));
         assert!(!join.takes(&tcp, &tcp), "only datagrams are joined");
-        assert_eq!(join.head(&tcp), None);
     }
 
     #[test]
@@ -262,6 +258,7 @@ mod tests {
             (datagram(2, &[]), false),
             (with(0, 0), false),
             (with(1, KIND_UDP), false),
+            (with(6, 40), false),
             (with(ip, 0x46), false),
             (with(ip + 1, 3), false),
             (with(ip + 6, 0x20), false),
@@ -284,7 +281,7 @@ mod tests {
             (count, join.takes(&first, &last))
         };
         assert_eq!(takes(500, 500), (JOINED_MAX, false));
-        assert_eq!(takes(8972, 2675), (7, true), "65,535 bytes and the headers");
+        assert_eq!(takes(8972, 2703), (7, true), "65,535 bytes with the headers");
         assert_eq!(takes(8972, 2704), (7, false));
         let (first, short) = (datagram(1, &[7; 1200]), datagram(1, &[7; 10]));
         let mut join = Join::default();
@@ -318,5 +315,7 @@ mod tests {
         assert_eq!(sum(&header, 0), 0xffff);
         let made = headers(&[&header[..], &[0; 8]].concat(), 0, 0x73 - 28);
         assert_eq!(made[..IP_BYTES], header);
+        // c0a8 + 0001 + c0a8 + 00c7 + 0011 + 005f, the carry added.
+        assert_eq!(made[IP_BYTES + 4..], [0, 0x5f, 0x82, 0x89]);
     }
 }

@@ -20,6 +20,7 @@ pub struct Link {
     spec: LinkSpec,
     up: SharedShaper,
     down: SharedShaper,
+    joins: bool,
     // Dropped in this order: threads end before their devices and namespaces go.
     forwarders: [Forwarder; 2],
     sites: SitePair,
@@ -57,7 +58,7 @@ impl Link {
             start("lab-link-up", &device_a, &device_b, &up)?,
             start("lab-link-down", &device_b, &device_a, &down)?,
         ];
-        Ok(Self { spec, up, down, forwarders, sites })
+        Ok(Self { spec, up, down, joins, forwarders, sites })
     }
 
     /// The site with the agent, by convention.
@@ -112,6 +113,12 @@ impl Link {
     pub fn blackout(&self, cut: bool) {
         self.up.lock().set_blackout(cut);
         self.down.lock().set_blackout(cut);
+    }
+
+    /// Whether datagrams that arrive together reach a socket in one call, if it asks for that (`UDP_GRO`).
+    /// Takes Linux 6.2.
+    pub fn joins(&self) -> bool {
+        self.joins
     }
 
     /// Counters since the start.
@@ -228,8 +235,8 @@ fn make_device(site: &Site, spec: &LinkSpec) -> Result<(Arc<File>, bool), LinkEr
 }
 
 const DEVICE_NAME: &str = "bh0";
-/// Packets that wait for the forwarder: 0.1 s of 1 Gbit/s. The line's own queue is the shaper's,
-/// so this one must never be the one that drops.
+/// What waits for the forwarder, each a packet or what a program sent with one call: single packets are 0.1 s of
+/// 1 Gbit/s. The line's own queue is the shaper's, so this one must never be the one that drops.
 const DEVICE_QUEUE: &str = "10000";
 /// Keeps the directions' random choices apart.
 const DOWN_SEED: u64 = 0x646f_776e;
