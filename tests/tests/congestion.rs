@@ -18,10 +18,17 @@ async fn begin(bytes: u64, line: &str, congestion: &str) -> Scenario {
     scenario.start().unwrap();
     let begun = |machine: &Machine| machine.received_plain_bytes > 0;
     scenario.rig.wait("the first batch", STEP_TIME_MAX, begun).await.unwrap();
-    let links = scenario.rig.client().links().await.unwrap();
-    let [link] = links.as_slice() else { panic!("{links:?}") };
-    assert_eq!(link.congestion, congestion);
-    scenario
+    // The agent tells of its link every second.
+    let deadline = Instant::now() + STEP_TIME_MAX;
+    loop {
+        let links = scenario.rig.client().links().await.unwrap();
+        let [link] = links.as_slice() else { panic!("{links:?}") };
+        if !link.congestion.is_empty() {
+            assert_eq!(link.congestion, congestion);
+            return scenario;
+        }
+        assert!(Instant::now() < deadline, "{link:?}");
+    }
 }
 
 /// A rate that was bought is used, not more, and no loss takes it away: Cubic would have 2 Mbit/s here
