@@ -1,7 +1,8 @@
 //! kill -9 under load. The disk that comes out must be the protected one, byte for byte.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use backhaul_api::{Consistency, FailoverRequest, Link, Machine, Stage};
 use backhaul_lab::rig::MACHINE;
@@ -69,7 +70,7 @@ async fn a_point_that_was_answered_is_there_after_a_kill() {
     let in_the_way = scenario.folder.path().join("store/lab/machine.json.new");
     for round in 0..3 {
         scenario.wait_consistent().await.unwrap();
-        std::fs::create_dir(&in_the_way).unwrap();
+        stand_in_the_way(&in_the_way);
         let tagged = scenario.rig.client().tag(MACHINE).await.unwrap();
         scenario.rig.wait_log("master-target", "cannot be made durable").await.unwrap();
         scenario.rig.kill_target();
@@ -91,9 +92,20 @@ fn in_the_way(scenario: &Scenario) -> PathBuf {
     scenario.folder.path().join("store/lab/machine.json.new")
 }
 
+/// Makes the folder. A target that is just writing its state has a file of that name for a moment, over which
+/// this fell once.
+fn stand_in_the_way(folder: &Path) {
+    let deadline = Instant::now() + STEP_TIME_MAX;
+    while let Err(error) = std::fs::create_dir(folder) {
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error}");
+        assert!(Instant::now() < deadline, "the target never came to an end of writing its state");
+        std::thread::yield_now();
+    }
+}
+
 /// The state cannot be written from now on, so nothing lets the held point go. The bound is 256 MiB.
 async fn grow_the_journal_past_its_bound(scenario: &mut Scenario) -> Guest {
-    std::fs::create_dir(in_the_way(scenario)).unwrap();
+    stand_in_the_way(&in_the_way(scenario));
     let guest = scenario.start_guest(15, 4 * RATE_BYTES).await.unwrap();
     let over = |machine: &Machine| machine.journal_bytes > 272 << 20;
     scenario.rig.wait("a journal over its bound", STEP_TIME_MAX, over).await.unwrap();
