@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::quic::congestion::delivery::Sample;
 use crate::quic::congestion::flow::{Flow, WINDOW_PACKETS_INITIAL};
+use crate::quic::congestion::pace::HELD_BACK;
 use crate::quic::congestion::round::RoundEnd;
 
 /// What the controller is doing.
@@ -130,6 +131,9 @@ impl Flow {
                 // window is not exceeded, a round alone may be flat.
                 let excused = end.is_held_back() && self.pace.can_rise();
                 let few = end.total_bytes < FEW * WINDOW_PACKETS_INITIAL * self.mtu_bytes;
+                // Who pauses now and then may fill window and path all the same. Who trickles does not, whosever queue he
+                // meets.
+                let stands = end.app_limited && queued && end.fullest >= HELD_BACK;
                 if congested && (queued || (!grew && (flat_rounds > 0 || !few))) {
                     self.bound_inflight(end);
                     let lost = end.lost_bytes / end.total_bytes.max(1.0);
@@ -139,10 +143,10 @@ impl Flow {
                     self.phase = Phase::Drain;
                 } else if grew {
                     self.phase = Phase::Startup { best_rate: end.rate, flat_rounds: 0 };
-                } else if !end.app_limited && (queued || !excused) {
+                } else if stands || (!end.app_limited && (queued || !excused)) {
                     let flat_rounds = flat_rounds + 1;
                     self.phase = Phase::Startup { best_rate, flat_rounds };
-                    if flat_rounds >= FLAT_ROUNDS || queued {
+                    if flat_rounds >= FLAT_ROUNDS || (queued && !end.app_limited) {
                         self.phase = Phase::Drain;
                     }
                 }
@@ -432,7 +436,8 @@ const GROWTH_STARTUP: f64 = 1.25;
 const FEW: f64 = 1.1;
 /// Share of the loss that ended startup, that a drained path has of it at least if it is chance.
 const STAYS: f64 = 0.25;
-/// Rounds without growth that end startup when no queue is seen (draft: 3).
+/// Rounds without growth that end startup when no queue is seen (draft: 3), or when there was not always something
+/// to send.
 const FLAT_ROUNDS: u32 = 3;
 /// Rounds after which a probe ends even if no queue is seen.
 const UP_ROUNDS: u32 = 4;

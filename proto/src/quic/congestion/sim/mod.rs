@@ -1,8 +1,8 @@
 //! A link at packet level, to run the controller on: deterministic, no clock, no sockets.
 //!
-//! The grids of 492 links take 22 s of one core at 2.5 GHz in a debug build, and with everything else in
-//! `tests` and `sharing` it is some 160 s: shared links, which run for a minute of their time each, and lines of 200 Mbit/s and
-//! more in packets of an Ethernet's size take most of them.
+//! The grids of 510 links that we have for ourselves take half a minute of one core at 2.5 GHz in a debug build, that of 144 shared
+//! ones as long, and with everything else in `tests` and `sharing` it is some four minutes: shared links, which run for a
+//! minute of their time each, and lines of 200 Mbit/s and more in packets of an Ethernet's size take most of them.
 
 mod hostile;
 mod link;

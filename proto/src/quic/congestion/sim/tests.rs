@@ -32,8 +32,12 @@ struct Bounds {
 
 /// Runs a link; returns a sentence when a bound is broken.
 fn check(shape: Shape, seed: u64, bounds: &Bounds) -> Option<String> {
-    let mut world = alone(shape, seed);
+    judge(&mut alone(shape, seed), bounds)
+}
+
+fn judge(world: &mut World, bounds: &Bounds) -> Option<String> {
     world.run(8.0);
+    let shape = world.link.shape;
     let (share, queue) = (world.share(0, 3.0, 8.0), world.queue(3.0, 8.0) * 1e3);
     let dropped = world.dropped(0, 3.0, 8.0);
     let kept = share >= bounds.share && queue <= bounds.queue_millis && dropped <= bounds.dropped;
@@ -62,6 +66,27 @@ fn plain_links_are_filled_without_a_queue() {
         }
     }
     assert!(points >= 200 && broken.is_empty(), "of {points}:\n{}", broken.join("\n"));
+}
+
+/// 18 links that are faster than others, in jumbo frames, so that they take seconds.
+#[test]
+fn fast_links_are_filled_without_a_queue() {
+    const JUMBO: u64 = 9000;
+    let (mut broken, mut seed) = (Vec::new(), 0);
+    for mbit in [400.0, 1000.0] {
+        for rtt in [10, 40, 100] {
+            for loss in [0.0, 0.001, 0.01] {
+                seed += 1;
+                let shape = Shape::new(mbit, rtt, loss);
+                let mut world = World::new(shape, seed);
+                let ours = Ours::boxed(world.epoch, JUMBO, seed, &RateLimit::default());
+                world.add(ours, App::Bulk { from: 0 }, JUMBO);
+                let bounds = Bounds { share: 0.97, queue_millis: 15.0, dropped: 0.01 };
+                broken.extend(judge(&mut world, &bounds));
+            }
+        }
+    }
+    assert!(broken.is_empty(), "of {seed}:\n{}", broken.join("\n"));
 }
 
 /// 252 links with something odd: loss, jitter, reordering, duplicates, clumped acknowledgements.
@@ -529,6 +554,38 @@ fn an_application_that_pauses_finds_its_rate_again() {
     let found = world.reaches(0, 0.8, 20.0, 0.1);
     println!("after a slow producer: 80 % after {found:.2} s");
     assert!(found < 2.0 && world.queue(10.0, 20.0) < 0.002, "{found} s");
+}
+
+/// A sender that has not quite always something to send fills a line, and its queue, all the same. As no round of it
+/// counted, startup went on for as long as that did, twenty seconds and more, with twice what the path holds in
+/// flight: on 1 Gbit/s a point waited behind a full queue in one run of three.
+#[test]
+fn a_sender_that_pauses_now_and_then_does_not_stay_in_startup() {
+    let mut broken = Vec::new();
+    for (mbit, rtt) in [(50.0, 20), (100.0, 40), (100.0, 100), (200.0, 40)] {
+        // So many milliseconds of forty it has nothing to send.
+        for pause in [1, 2, 4, 8] {
+            for seed in 1..=3 {
+                let shape = Shape::new(mbit, rtt, 0.001);
+                let period = 40_000_000;
+                let gaps = App::Bursts { on: period - pause * 1_000_000, period };
+                let mut world = world(shape, seed, gaps, &RateLimit::default());
+                world.run(8.0);
+                let (share, queue) = (world.share(0, 3.0, 8.0), world.queue(3.0, 8.0) * 1e3);
+                let dropped = world.dropped(0, 3.0, 8.0);
+                let line = format!(
+                    "{mbit} Mbit/s, {rtt} ms, pauses of {pause} ms, seed {seed}: {share:.3}, queue {queue:.1} ms, \
+                     dropped {dropped:.4}; {}",
+                    world.senders[0].control.state().split(' ').next().unwrap_or_default()
+                );
+                println!("{line}");
+                if queue > 15.0 || dropped > 0.01 || share < 0.75 {
+                    broken.push(line);
+                }
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
 /// A target whose journal stalls leaves nothing to send but heartbeats. A packet alone is acknowledged when
