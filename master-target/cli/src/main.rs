@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use backhaul_api::{Client, ClientError, CommitRequest, FailoverRequest, Stage};
+use backhaul_daemon::runtimes::pool;
 use backhaul_disk_image::{ErrorKind, ImageError};
 use backhaul_proto::limits::PROBE_TIME_MAX;
 use clap::{CommandFactory, Parser};
@@ -29,7 +30,7 @@ const EXIT_UNREACHABLE: u8 = 3;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let output = Output::new(arguments.json);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match pool("backhaul") {
         Ok(runtime) => runtime,
         Err(error) => return fail(&output, &error.into()),
     };

@@ -4,6 +4,10 @@ use std::io;
 
 use tokio::runtime::{Builder, Runtime};
 
+/// After so many tasks a thread that has more of them looks at its sockets and timers. With tokio's 61, packets that had
+/// come waited for milliseconds, and a pacer's turn for as long (`benches/REPORT.md`, control under load).
+const EVENT_INTERVAL: u32 = 4;
+
 /// Two pools of threads, each as many as the host has processors.
 ///
 /// A guest's writes and a disk's syncs hold up whatever shares their threads, for milliseconds at a time.
@@ -25,7 +29,16 @@ impl Runtimes {
     ///
     /// When the host gives no more of them.
     pub fn start() -> io::Result<Self> {
-        let start = |name| Builder::new_multi_thread().thread_name(name).enable_all().build();
-        Ok(Self { link: start("link")?, main: start("main")? })
+        Ok(Self { link: pool("link")?, main: pool("main")? })
     }
+}
+
+/// Starts as many threads as the host has processors, all called `name`.
+///
+/// # Errors
+///
+/// When the host gives no more of them.
+pub fn pool(name: &str) -> io::Result<Runtime> {
+    let mut threads = Builder::new_multi_thread();
+    threads.thread_name(name).enable_all().event_interval(EVENT_INTERVAL).build()
 }
