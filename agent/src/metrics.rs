@@ -3,7 +3,13 @@
 use backhaul_proto::batch::EncodedBatch;
 use backhaul_proto::link::Connection;
 use backhaul_proto::session::Unfolded;
-use prometheus::{Gauge, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    Gauge, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
+
+/// Bounds of what is told apart in the times of acknowledgements, in seconds: from a LAN to a link that was dark.
+const ACKNOWLEDGED_BOUNDS_SECONDS: [f64; 12] =
+    [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0];
 
 /// Every metric of the agent. Names end in their unit, as Prometheus asks.
 #[derive(Debug, Clone)]
@@ -33,6 +39,7 @@ pub struct Metrics {
     sent_plain_bytes: IntCounterVec,
     referenced_bytes: IntCounterVec,
     resent_batches: IntCounterVec,
+    acknowledged_seconds: HistogramVec,
 }
 
 impl Metrics {
@@ -54,6 +61,12 @@ impl Metrics {
             let counters = IntCounterVec::new(opts, &["machine"])?;
             registry.register(Box::new(counters.clone()))?;
             prometheus::Result::Ok(counters)
+        };
+        let histograms = |name: &str, help: &str, bounds: &[f64]| {
+            let opts = HistogramOpts::new(format!("backhaul_agent_{name}"), help);
+            let histograms = HistogramVec::new(opts.buckets(bounds.to_vec()), &["machine"])?;
+            registry.register(Box::new(histograms.clone()))?;
+            prometheus::Result::Ok(histograms)
         };
         let number = |name: &str, help: &str| {
             let gauge = Gauge::with_opts(Opts::new(format!("backhaul_agent_{name}"), help))?;
@@ -98,6 +111,11 @@ impl Metrics {
             sent_plain_bytes: counters("sent_plain_bytes_total", "Batches sent, uncompressed")?,
             referenced_bytes: counters("referenced_bytes_total", "Data sent as references")?,
             resent_batches: counters("resent_batches_total", "Batches sent again without them")?,
+            acknowledged_seconds: histograms(
+                "acknowledged_seconds",
+                "From a batch's sending to its acknowledgement as durable",
+                &ACKNOWLEDGED_BOUNDS_SECONDS,
+            )?,
         })
     }
 
@@ -113,6 +131,11 @@ impl Metrics {
         let wire_bytes = unfolded.batch.wire_bytes() as u64;
         self.sent_wire_bytes.with_label_values(&[machine]).inc_by(wire_bytes);
         self.resent_batches.with_label_values(&[machine]).inc();
+    }
+
+    /// A batch was acknowledged so long after it was sent.
+    pub(crate) fn acknowledged(&self, machine: &str, seconds: f64) {
+        self.acknowledged_seconds.with_label_values(&[machine]).observe(seconds);
     }
 
     pub(crate) fn compression(&self, level: i32, ratio: f64) {

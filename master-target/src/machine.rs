@@ -78,6 +78,8 @@ pub struct Machine {
     pub received: (u64, u64),
     /// Bytes of batches that came as references.
     pub referenced_bytes: u64,
+    /// Batches that came though they had been acknowledged.
+    pub repeated_batches: u64,
     /// When the sync under way began, and how long the last one took.
     pub sync_times: (Option<Instant>, Option<Duration>),
 }
@@ -215,6 +217,7 @@ impl Machine {
             refusal: String::new(),
             received: (0, 0),
             referenced_bytes: 0,
+            repeated_batches: 0,
             sync_times: (None, None),
             config,
         })
@@ -605,6 +608,7 @@ impl Machine {
             received_wire_bytes: self.received.0,
             received_plain_bytes: self.received.1,
             referenced_bytes: self.referenced_bytes,
+            repeated_batches: self.repeated_batches,
             last_sync_seconds: self.sync_times.1.map(|time| time.as_secs_f64()),
             points: self.state.point.iter().map(|point| point_view(point.id())).collect(),
             failover,

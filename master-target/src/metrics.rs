@@ -37,7 +37,7 @@ impl Metrics {
         let help = "Writes that would be lost now; -1 before the first sync";
         let rpo_seconds = GaugeVec::new(prefixed("rpo_seconds", help), &["machine"])?;
         registry.register(Box::new(rpo_seconds.clone()))?;
-        let table: [(&str, &str, Read); 10] = [
+        let table: [(&str, &str, Read); 11] = [
             ("session_up", "Whether the machine's agent is connected", |m| m.connected.into()),
             ("consistent", "Whether its disks are a prefix of its writes", |m| {
                 (m.consistency == Consistency::Consistent).into()
@@ -56,6 +56,7 @@ impl Metrics {
             }),
             ("received_plain_bytes", "Batches received, uncompressed", |m| m.received_plain_bytes),
             ("referenced_bytes", "Data of those that came as references", |m| m.referenced_bytes),
+            ("repeated_batches", "Batches that came though acknowledged", |m| m.repeated_batches),
         ];
         let mut gauges = Vec::new();
         for (name, help, read) in table {

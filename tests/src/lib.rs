@@ -5,6 +5,7 @@
 
 pub mod image_command;
 pub mod metrics;
+pub mod store_disk;
 pub mod whole_guest;
 
 use std::path::{Path, PathBuf};

@@ -108,6 +108,7 @@ async fn where_udp_does_not_pass_tcp_brings_the_machine_home() {
     let links = scenario.rig.client().links().await.unwrap();
     assert_eq!(links[0].transport, "tcp", "{links:?}");
     let done = scenario.fail_over().await.unwrap();
+    assert_eq!(done.repeated_batches, 0);
     assert!(done.failover.unwrap().source_drained);
     guest.await.unwrap().unwrap();
     scenario.compare().unwrap();
@@ -274,7 +275,8 @@ async fn a_line_that_flaps_reorders_and_duplicates_brings_the_machine_home() {
     scenario.wait_consistent().await.unwrap();
     let (agent, target) = scenario.rig.memory_bytes_max();
     assert!(agent <= 256 << 20 && target <= 512 << 20, "{agent} {target}");
-    scenario.fail_over().await.unwrap();
+    let done = scenario.fail_over().await.unwrap();
+    assert_eq!(done.repeated_batches, 0);
     let written = guest.await.unwrap().unwrap();
     assert!(written.longest.as_secs() < 5, "the guest waited {:?}", written.longest);
     scenario.compare().unwrap();
@@ -393,6 +395,7 @@ async fn a_target_that_hangs_is_gone_on_with_when_it_is_back() {
         // Zeroes travel without data: the guest wrote more than came.
         let (came, most) = (done.received_plain_bytes, ready.received_plain_bytes + written.bytes);
         assert!(came < most + (1 << 20), "{came} bytes came where {most} were enough");
+        assert_eq!(done.repeated_batches, 0);
         let log = std::fs::read_to_string(scenario.folder.path().join("agent.log")).unwrap();
         let connections = log.matches("connected target=").count();
         assert_eq!(connections == 1, connection_survives, "{log}");
@@ -489,6 +492,7 @@ async fn gets_another_address(transport: &str, dark_meanwhile: bool, connections
     assert_eq!(log.matches("connected target=").count(), connections, "{log}");
     assert_eq!(log.matches("the sync is over").count(), 1, "{log}");
     assert!(!log.contains("new generation") && !log.contains("compared anew"), "{log}");
+    assert_eq!(done.repeated_batches, 0);
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }

@@ -55,6 +55,7 @@ impl Agent {
                 break;
             };
             let weight = machine.sender.weight();
+            machine.ack_times.handle_sent(now, batch.header.batch);
             let mut due = self.ceiling.handle_sent(now, batch.wire_bytes(), &mut machine.limit);
             if is_bare_point {
                 due.link = Release::at_once(now);
@@ -103,6 +104,13 @@ impl Agent {
         match machine.sender.handle_ack(BatchSeq(ack.durable_batch), ack.window_bytes) {
             Ok(released) => {
                 self.acked_wire_bytes += released.wire_bytes;
+                let name = machine.config.name.as_str();
+                let durable = BatchSeq(ack.durable_batch);
+                for (batch, time) in machine.ack_times.handle_acked(Instant::now(), durable) {
+                    let seconds = time.as_secs_f64();
+                    tracing::trace!(machine = name, %batch, seconds, "acknowledged");
+                    self.metrics.acknowledged(name, seconds);
+                }
                 let applied = BatchSeq(ack.applied_batch);
                 machine.dedupe.handle_acked(machine.sender.acked(), applied);
                 let mut order = machine.capture.order();

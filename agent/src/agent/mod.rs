@@ -4,6 +4,7 @@
 //! questions), `ceilings` (what may be sent), `jobs` (what the target asks for) and `upkeep` (what every
 //! tick brings).
 
+mod ack_times;
 mod batches;
 mod ceilings;
 mod jobs;
@@ -26,6 +27,7 @@ use backhaul_proto::version::Version;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
+use crate::agent::ack_times::AckTimes;
 use crate::agent::ceilings::LinkCeiling;
 use crate::batch::{EncodePool, Encoded};
 use crate::capture::{CapturedDisk, Device, Fence, MachineCapture, Order, OrderOptions, now_us};
@@ -56,6 +58,7 @@ struct Machine {
     config: MachineConfig,
     capture: Arc<MachineCapture>,
     sender: Sender,
+    ack_times: AckTimes,
     /// What the target holds of its content.
     dedupe: Arc<Dedupe>,
     /// Its ceiling at present.
@@ -205,6 +208,7 @@ impl Agent {
         tokio::spawn(seal_batches(Arc::clone(&capture), self.config.batch_delay, submit));
         self.machines.push(Machine {
             sender: Sender::new(generation),
+            ack_times: AckTimes::default(),
             dedupe,
             limit: BatchLimit::unlimited(),
             encoded: BTreeMap::new(),

@@ -88,6 +88,7 @@ impl Agent {
                 let period = Duration::from_millis(welcome.point_period_ms);
                 machine.point_period = (!period.is_zero()).then_some(period);
                 machine.next_point = Instant::now() + period;
+                machine.ack_times.handle_disconnected();
                 let resumed = machine.sender.handle_connected(
                     BatchSeq(welcome.durable_batch),
                     BatchSeq(welcome.received_batch),
@@ -114,6 +115,7 @@ impl Agent {
             Standing::FailedOver => {
                 tracing::info!(machine = %name, "failed over; waiting for commit or cancel");
                 machine.sender.handle_disconnected();
+                machine.ack_times.handle_disconnected();
                 machine.replicating = None;
                 machine.sync.send(SyncInput::Disconnected);
                 if welcome.fence && !machine.capture.is_fenced() {
@@ -149,6 +151,7 @@ impl Agent {
             *order = Order::new(options, generation, &sizes, last_point, now_us());
         });
         machine.sender = Sender::new(generation);
+        machine.ack_times.handle_disconnected();
         machine.encoded.clear();
         machine.replicating = None;
         machine.sync_sent_bytes = 0;
@@ -165,6 +168,7 @@ impl Agent {
         self.link = None;
         for machine in &mut self.machines {
             machine.sender.handle_disconnected();
+            machine.ack_times.handle_disconnected();
             machine.replicating = None;
             machine.sync.send(SyncInput::Disconnected);
         }

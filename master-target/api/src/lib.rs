@@ -140,6 +140,10 @@ pub struct Machine {
     /// Bytes of them that travelled as references to what the images held already.
     #[serde(default)]
     pub referenced_bytes: u64,
+    /// Batches that came though they had been acknowledged as durable. None does, but for what a cancel finds on its
+    /// way.
+    #[serde(default)]
+    pub repeated_batches: u64,
     /// Seconds the last finished sync took, from its first batch to consistency.
     pub last_sync_seconds: Option<f64>,
     /// Its recovery points, newest last.

@@ -40,6 +40,7 @@ impl Target {
         match open.receiver.handle_batch(delivery(header), batch) {
             Ok(()) => {}
             Err(Rejected::Duplicate(batch)) => {
+                machine.repeated_batches += u64::from(open.receiver.is_acknowledged(batch));
                 tracing::debug!(machine = %name, %batch, "a batch came twice");
                 return Ok(());
             }
@@ -107,7 +108,11 @@ impl Target {
         let Some(open) = &mut machine.open else { return Ok(()) };
         match open.receiver.handle_unresolved(&delivery(header)) {
             Ok(()) => {}
-            Err(Rejected::Duplicate(_) | Rejected::Generation { .. }) => return Ok(()),
+            Err(Rejected::Duplicate(batch)) => {
+                machine.repeated_batches += u64::from(open.receiver.is_acknowledged(batch));
+                return Ok(());
+            }
+            Err(Rejected::Generation { .. }) => return Ok(()),
             Err(error) => return Err(error.to_string()),
         }
         let batch = header.batch;

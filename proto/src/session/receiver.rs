@@ -43,7 +43,7 @@ pub struct Delivery {
 /// Why a batch was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Rejected {
-    /// It is here already: sent again after a reconnect. Harmless.
+    /// It is here already. Harmless; after a cancel there may be some, of which the agent was not told.
     #[error("batch {0} was received before")]
     Duplicate(BatchSeq),
     /// It belongs to another generation than the one that was agreed.
@@ -87,6 +87,8 @@ pub struct Receiver<T> {
     delivered_write: WriteSeq,
     /// Every batch up to here is on stable storage.
     durable: BatchSeq,
+    /// The agent was told that every batch up to here is.
+    told: BatchSeq,
     /// Batches that came before the one that is missing.
     waiting: BTreeMap<BatchSeq, (Delivery, T)>,
     /// Batches after `delivered` that were asked for without references on this connection; as
@@ -117,6 +119,7 @@ impl<T> Receiver<T> {
             delivered: durable,
             delivered_write: durable_write,
             durable,
+            told: durable,
             waiting: BTreeMap::new(),
             asked: BTreeSet::new(),
             ack: AckState::Idle,
@@ -131,6 +134,12 @@ impl<T> Receiver<T> {
     /// Every batch up to here is on stable storage.
     pub fn durable(&self) -> BatchSeq {
         self.durable
+    }
+
+    /// Whether the agent was told on this connection, or recovery found, that a batch is on stable storage: it is sent
+    /// no more.
+    pub fn is_acknowledged(&self, batch: BatchSeq) -> bool {
+        batch <= self.told
     }
 
     /// The window to announce: what [`Receiver::durable`] plus this many bytes may be under way.
@@ -239,6 +248,7 @@ impl<T> Receiver<T> {
             return None;
         }
         self.ack = AckState::Idle;
+        self.told = self.durable;
         Some(self.durable)
     }
 
@@ -253,6 +263,8 @@ impl<T> Receiver<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::{Delivery, Receiver, ReceiverConfig};
     use crate::id::{BatchSeq, Generation, WriteSeq};
 
@@ -260,6 +272,21 @@ mod tests {
         let (generation, write) = (Generation(1), WriteSeq(batch));
         let batch = BatchSeq(batch);
         Delivery { generation, batch, first_write: write, last_write: write, wire_bytes: 1 }
+    }
+
+    #[test]
+    fn a_batch_is_acknowledged_once_its_agent_was_told() {
+        let (now, config) = (Instant::now(), ReceiverConfig::default());
+        let mut receiver = Receiver::new(config, Generation(1), BatchSeq(4), WriteSeq(4));
+        let acknowledged =
+            |receiver: &Receiver<()>| [4, 5].map(|batch| receiver.is_acknowledged(BatchSeq(batch)));
+        assert_eq!(acknowledged(&receiver), [true, false]);
+        receiver.handle_batch(delivery(5), ()).unwrap();
+        receiver.poll_deliver().unwrap().unwrap();
+        receiver.handle_durable(now, BatchSeq(5));
+        assert_eq!(acknowledged(&receiver), [true, false]);
+        assert_eq!(receiver.poll_ack(now), Some(BatchSeq(5)));
+        assert_eq!(acknowledged(&receiver), [true, true]);
     }
 
     /// The state that has to be durable before a batch could not be written, because the store was

@@ -46,6 +46,8 @@ pub struct RigSpec {
     pub agent_options: String,
     /// More lines for the top of the target's configuration.
     pub target_options: String,
+    /// What the daemons log: a filter as `--log` takes it.
+    pub log: String,
 }
 
 impl RigSpec {
@@ -64,6 +66,7 @@ impl RigSpec {
             kind: "vmfs".into(),
             agent_options: String::new(),
             target_options: String::new(),
+            log: "info".into(),
         })
     }
 }
@@ -290,9 +293,12 @@ impl Rig {
         }
         let log = File::options().create(true).append(true).open(self.path(log))?;
         let log_from = log.metadata()?.len() as usize;
+        // It would go before what is asked for here.
+        command.env_remove("RUST_LOG");
         let child = command
             .args(["run", "--config"])
             .arg(self.path(configuration))
+            .args(["--log", &self.spec.log])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
