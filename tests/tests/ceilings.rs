@@ -1,8 +1,8 @@
 //! Ceilings, as the link sees them: what enters it within ten seconds, headers and repetitions included.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use backhaul_api::Machine;
+use backhaul_api::{Link as LinkView, Machine};
 use backhaul_lab::link::{Link, LinkStats};
 use backhaul_lab::steal::{SHARE_MAX, Stolen};
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root};
@@ -83,7 +83,12 @@ fn was_taken_away(stolen: Stolen) -> bool {
 }
 
 /// A machine with so many bytes that nothing compresses, over `line`, whose first batch has arrived.
-async fn begin(bytes: u64, line: &str, transport: &str, edit: fn(String) -> String) -> Scenario {
+async fn begin(
+    bytes: u64,
+    line: &str,
+    transport: &str,
+    edit: impl FnOnce(String) -> String,
+) -> Scenario {
     let mut scenario = Scenario::prepare_noise(bytes, 91, |spec| {
         spec.link = Some(line.parse().unwrap());
         spec.transport = transport.into();
@@ -202,6 +207,41 @@ async fn the_links_ceiling_changes_live_and_is_lifted_without_a_reconnect() {
         "only {} bit/s after the ceiling was lifted",
         seen.bits_per_second(second)
     );
+    assert_busy_and_connected_once(&scenario).await;
+}
+
+/// Seconds of the day, in UTC.
+fn second_of_day() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 86_400
+}
+
+/// Only the schedule's arithmetic was tested, and ceilings that held all day: no agent had ever run into the
+/// next entry of its schedule by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_schedule_changes_the_ceiling_at_its_minute_without_being_told() {
+    if !is_root() {
+        return;
+    }
+    // So that the first rate can be measured before it, three times if need be.
+    const LEAD_SECONDS: u64 = 30;
+    let at = |minute: u64| format!("{:02}:{:02}", minute % 1440 / 60, minute % 60);
+    let mut minute = 0;
+    let scheduled = |text: String| {
+        minute = (second_of_day() + LEAD_SECONDS).div_ceil(60) % 1440;
+        let (boundary, opposite) = (at(minute), at(minute + 720));
+        let before = format!("8 Mbit/s daily {opposite}-{boundary} UTC");
+        let after = format!("20 Mbit/s daily {boundary}-{opposite} UTC");
+        format!("limit = [\"{before}\", \"{after}\"]\n{text}")
+    };
+    let scenario = begin(192 << 20, "60mbit,10ms,0.1%", "quic", scheduled).await;
+    assert_holds(&scenario, "before the minute", 8.0, 5).await;
+    let lifted = |link: &LinkView| link.ceiling_bytes_per_second == Some(20_000_000 / 8);
+    let link = scenario.wait_link("the first ceiling", |link| !lifted(link)).await;
+    assert_eq!(link.ceiling_bytes_per_second, Some(1_000_000));
+    scenario.wait_link("the minute", lifted).await;
+    let late = (second_of_day() + 86_400 - minute * 60) % 86_400;
+    assert!(late <= 2, "the ceiling changed {late} s after {}", at(minute));
+    assert_holds(&scenario, "after the minute", 20.0, 10).await;
     assert_busy_and_connected_once(&scenario).await;
 }
 

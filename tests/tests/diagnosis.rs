@@ -6,7 +6,12 @@ use std::process::Command;
 
 use backhaul_api::Link;
 use backhaul_tests::metrics::{METRICS, Metrics, metrics_address, scrape, wait_metrics};
+use backhaul_tests::store_disk::StoreDisk;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root, programs};
+use tokio::sync::Mutex;
+
+/// A probe floods, and another one beside would take its processors.
+static ONE_FLOOD_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 /// What `backhaul` prints, with these arguments, for people.
 fn backhaul(scenario: &Scenario, arguments: &[&str]) -> String {
@@ -20,9 +25,21 @@ fn backhaul(scenario: &Scenario, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// The cells of a line of a printed table, after what is left of it.
+fn cells(line: &str) -> impl Iterator<Item = &str> {
+    line.split(['│', '┆']).map(str::trim)
+}
+
+/// Fails when something is printed whose meaning nobody can look up.
+fn assert_explained<'a>(names: impl IntoIterator<Item = &'a str>) {
+    let page = include_str!("../../docs/DIAGNOSIS.md");
+    for name in names {
+        assert!(page.contains(&format!("`{name}`")), "{name} is not in DIAGNOSIS.md");
+    }
+}
+
 /// What the printed tables have under `head` in the row that begins with `row`.
 fn cell<'a>(text: &'a str, head: &str, row: &str) -> &'a str {
-    let cells = |line: &'a str| line.split(['│', '┆']).map(str::trim);
     let mut lines = text.lines().skip_while(|line| !cells(line).any(|cell| cell == head));
     let heads = lines.next().unwrap_or_else(|| panic!("there is no `{head}` in\n{text}"));
     let place = cells(heads).position(|cell| cell == head).unwrap();
@@ -84,8 +101,11 @@ async fn both_daemons_tell_prometheus_how_things_stand() {
         ),
         (&agent, "backhaul_agent_socket_send_buffer_bytes", exactly(link.agent_send_buffer_bytes)),
         (&agent, "backhaul_agent_socket_dropped_datagrams", 0.0..=sent_packets),
+        (&agent, "backhaul_agent_acknowledged_seconds_count{machine=\"lab\"}", 1.0..=1e4),
+        (&agent, "backhaul_agent_acknowledged_seconds_sum{machine=\"lab\"}", 1e-4..=1e4),
         (&target, "backhaul_target_agents", exactly(1)),
         (&target, "backhaul_target_rpo_seconds{machine=\"lab\"}", 0.0..=120.0),
+        (&target, "backhaul_target_repeated_batches{machine=\"lab\"}", exactly(0)),
         (
             &target,
             "backhaul_target_socket_receive_buffer_bytes",
@@ -114,6 +134,8 @@ async fn both_daemons_tell_prometheus_how_things_stand() {
     {
         for name in metrics.keys() {
             let short = name.strip_prefix(prefix).unwrap().split('{').next().unwrap();
+            let of_histogram = ["_bucket", "_sum", "_count"].map(|part| short.strip_suffix(part));
+            let short = of_histogram.into_iter().flatten().next().unwrap_or(short);
             assert!(listed.contains(&format!("`{short}`")), "{name} is not in CONFIGURATION.md");
         }
     }
@@ -164,6 +186,10 @@ async fn the_status_of_a_lossy_line_says_what_it_carries_and_what_it_loses() {
     for window in [link.window_bytes as f64, metric("window_bytes")] {
         let share = window / (RATE_BYTES * 0.03);
         assert!((0.4..4.0).contains(&share), "{window} bytes: {link:?}");
+    }
+    for first in ["agent", "UDP socket of"] {
+        let heads = table.lines().find(|line| cells(line).nth(1) == Some(first)).unwrap();
+        assert_explained(cells(heads).filter(|head| !head.is_empty()));
     }
     let of_agent = |head: &str| cell(&table, head, "lab-agent");
     assert!((32.0..48.0).contains(&number(of_agent("path"))), "{table}");
@@ -223,12 +249,14 @@ fn said<'a>(report: &'a str, name: &str) -> &'a str {
 /// over the other one all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_probe_names_the_port_that_nothing_answers_on() {
+    let _alone = ONE_FLOOD_AT_A_TIME.lock().await;
     let mut scenario =
         Scenario::prepare(16 << 20, |spec| spec.target_options = "tcp = false".into()).unwrap();
     scenario.rig.start_target().unwrap();
     scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
     let address = scenario.rig.client().status().await.unwrap().listen;
     let report = probe(&scenario);
+    assert_explained(report.lines().map(|line| line[..12].trim()));
     assert!(said(&report, "quic").starts_with("reached in "), "{report}");
     let failure = format!("target {address} does not answer; check that it runs, and that UDP");
     assert!(said(&report, "tcp").starts_with(&failure), "{report}");
@@ -240,6 +268,7 @@ async fn a_probe_names_the_port_that_nothing_answers_on() {
 /// meaning.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_probe_goes_over_tcp_where_udp_does_not_pass() {
+    let _alone = ONE_FLOOD_AT_A_TIME.lock().await;
     let mut scenario = Scenario::prepare(16 << 20, |_| {}).unwrap();
     scenario.rig.start_target().unwrap();
     scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
@@ -260,4 +289,65 @@ async fn a_probe_goes_over_tcp_where_udp_does_not_pass() {
     assert!(said(&report, "tcp").starts_with("reached in "), "{report}");
     assert!(said(&report, "MTU").ends_with(" bytes with all headers"), "{report}");
     assert!(number(said(&report, "up")) > 1.0 && number(said(&report, "down")) > 1.0, "{report}");
+}
+
+/// What a probe of so long each way found.
+fn measured(scenario: &Scenario, time: &str) -> serde_json::Value {
+    let config = scenario.folder.path().join("agent.toml");
+    let config = config.to_str().unwrap();
+    let report =
+        backhaul(scenario, &["--json", "link", "probe", "--time", time, "--config", config]);
+    serde_json::from_str(&report).unwrap()
+}
+
+/// Each verdict was made of figures in a table only. Between two ends on one host nothing but their processors
+/// is the limit; whoever is told so need not buy a line.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_whose_limit_is_a_processor_says_so() {
+    let _alone = ONE_FLOOD_AT_A_TIME.lock().await;
+    let mut scenario = Scenario::prepare(16 << 20, |_| {}).unwrap();
+    scenario.rig.start_target().unwrap();
+    scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
+    // Beside other tests a process may get less of a core than it would take.
+    let mut report = serde_json::Value::Null;
+    for _ in 0..3 {
+        report = measured(&scenario, "2s");
+        if report["limit"] == "cpu" {
+            return;
+        }
+    }
+    panic!("{report}");
+}
+
+/// Nor would a faster line help where the store is the slower of the two.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_whose_limit_is_the_store_says_so() {
+    const STORE_BYTES: u64 = 5_000_000;
+    if !is_root() {
+        return;
+    }
+    let _alone = ONE_FLOOD_AT_A_TIME.lock().await;
+    let mut scenario = Scenario::prepare(16 << 20, |spec| {
+        spec.link = Some("100mbit,5ms".parse().unwrap());
+    })
+    .unwrap();
+    // Dropped before the scenario, which would wait for the target.
+    let Some(disk) = StoreDisk::mount(&scenario.folder.path().join("store")) else { return };
+    scenario.rig.start_target().unwrap();
+    scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
+    if !disk.slow(STORE_BYTES) {
+        return;
+    }
+    let config = scenario.folder.path().join("agent.toml");
+    let site = scenario.rig.link().unwrap().site_a();
+    let output = site
+        .command_in(programs().join("backhaul"))
+        .args(["link", "probe", "--time", "2s", "--json", "--config"])
+        .arg(config)
+        .output()
+        .unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["limit"], "disk", "{report}");
+    let found = report["disk_bytes_per_second"].as_f64().unwrap() / STORE_BYTES as f64;
+    assert!((0.7..1.3).contains(&found), "{report}");
 }
