@@ -21,6 +21,9 @@ const RUNS: usize = 5;
 /// The levels that the agent goes through as the link asks for more.
 const LEVELS: [i32; 4] = [1, 3, 6, 9];
 
+/// Makes the data of a batch out of its number.
+type Content = fn(u64) -> Bytes;
+
 fn noise(seed: u64) -> Bytes {
     let mut data = vec![0; BATCH_BYTES];
     Random::new(seed).fill(&mut data);
@@ -55,7 +58,7 @@ fn seal(batches: &[Bytes], compressor: &mut Compressor, compression: Compression
 }
 
 fn main() -> anyhow::Result<()> {
-    let contents: [(&str, fn(u64) -> Bytes); 2] = [("noise", noise), ("words", words)];
+    let contents: [(&str, Content); 2] = [("noise", noise), ("words", words)];
     println!(
         "| 1 MiB of | level | hashed only | sealed | times that | zstd alone | sealed ÷ zstd |"
     );
