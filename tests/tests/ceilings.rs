@@ -223,7 +223,7 @@ async fn the_schedule_changes_the_ceiling_at_its_minute_without_being_told() {
         return;
     }
     // So that the first rate can be measured before it, three times if need be.
-    const LEAD_SECONDS: u64 = 30;
+    const LEAD_SECONDS: u64 = 40;
     let at = |minute: u64| format!("{:02}:{:02}", minute % 1440 / 60, minute % 60);
     let mut minute = 0;
     let scheduled = |text: String| {
@@ -233,7 +233,7 @@ async fn the_schedule_changes_the_ceiling_at_its_minute_without_being_told() {
         let after = format!("20 Mbit/s daily {boundary}-{opposite} UTC");
         format!("limit = [\"{before}\", \"{after}\"]\n{text}")
     };
-    let scenario = begin(192 << 20, "60mbit,10ms,0.1%", "quic", scheduled).await;
+    let scenario = begin(224 << 20, "60mbit,10ms,0.1%", "quic", scheduled).await;
     assert_holds(&scenario, "before the minute", 8.0, 5).await;
     let lifted = |link: &LinkView| link.ceiling_bytes_per_second == Some(20_000_000 / 8);
     let link = scenario.wait_link("the first ceiling", |link| !lifted(link)).await;

@@ -13,7 +13,7 @@ pub(super) struct AckTimes {
 }
 
 impl AckTimes {
-    /// A batch was handed to the transport. They come in their order.
+    /// A batch was handed to the link, where a ceiling may hold it yet. They come in their order.
     pub(super) fn handle_sent(&mut self, now: Instant, batch: BatchSeq) {
         self.sent.push_back((batch, now));
     }

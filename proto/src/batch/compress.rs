@@ -78,18 +78,21 @@ impl Compressor {
         worth.then(|| Bytes::copy_from_slice(&self.compressed[..len]))
     }
 
-    /// Gathers a few pieces from all over the data.
+    /// Gathers a few pieces from all over the data. A piece may reach over several small writes.
     fn sample(&mut self, data: &[Bytes], data_bytes: usize) {
         self.packed.clear();
         let stride = (data_bytes / SAMPLES).max(SAMPLE_BYTES);
-        let (mut start, mut next) = (0, 0);
+        let (mut start, mut piece) = (0, 0);
         for chunk in data {
             let end = start + chunk.len();
-            while next < end {
-                let from = next - start;
-                let to = chunk.len().min(from + SAMPLE_BYTES);
-                self.packed.extend_from_slice(&chunk[from..to]);
-                next += stride;
+            while piece < end {
+                let piece_end = piece + SAMPLE_BYTES;
+                let (from, to) = (piece.max(start), piece_end.min(end));
+                self.packed.extend_from_slice(&chunk[from - start..to - start]);
+                if piece_end > end {
+                    break;
+                }
+                piece += stride;
             }
             start = end;
         }

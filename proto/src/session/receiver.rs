@@ -136,8 +136,8 @@ impl<T> Receiver<T> {
         self.durable
     }
 
-    /// Whether the agent was told on this connection, or recovery found, that a batch is on stable storage: it is sent
-    /// no more.
+    /// Whether an acknowledgement told the agent, or recovery found, that a batch is on stable storage: it is sent no
+    /// more.
     pub fn is_acknowledged(&self, batch: BatchSeq) -> bool {
         batch <= self.told
     }

@@ -131,8 +131,8 @@ impl Flow {
                 // window is not exceeded, a round alone may be flat.
                 let excused = end.is_held_back() && self.pace.can_rise();
                 let few = end.total_bytes < FEW * WINDOW_PACKETS_INITIAL * self.mtu_bytes;
-                // Who pauses now and then may fill window and path all the same. Who trickles does not, whosever queue he
-                // meets.
+                // Who pauses now and then may fill window and path all the same. Who trickles hardly does, whosever queue
+                // he meets.
                 let stands = end.app_limited && queued && end.fullest >= HELD_BACK;
                 if congested && (queued || (!grew && (flat_rounds > 0 || !few))) {
                     self.bound_inflight(end);

@@ -558,7 +558,7 @@ fn an_application_that_pauses_finds_its_rate_again() {
 
 /// A sender that has not quite always something to send fills a line, and its queue, all the same. As no round of it
 /// counted, startup went on for as long as that did, twenty seconds and more, with twice what the path holds in
-/// flight: on 1 Gbit/s a point waited behind a full queue in one run of three.
+/// flight: on 1 Gbit/s a point waited behind a full queue in a run that was traced, and in one of three by the look of it.
 #[test]
 fn a_sender_that_pauses_now_and_then_does_not_stay_in_startup() {
     let mut broken = Vec::new();
