@@ -293,7 +293,7 @@ impl Agent {
                 });
                 if drained || since.elapsed() > DRAIN_TIME_MAX {
                     if let Some(link) = &self.link {
-                        link.connection.close("the agent was stopped");
+                        link.connection.end("the agent was stopped").await;
                     }
                     return;
                 }

@@ -298,6 +298,14 @@ impl Connection {
         }
     }
 
+    /// The same of an agent that is about to end, and waits until its last packet has left, a second at most.
+    pub async fn end(&self, reason: &str) {
+        self.close(reason);
+        if let Self::Quic(connection) = self {
+            connection.left().await;
+        }
+    }
+
     /// Whether TCP was chosen because the target is near.
     pub fn is_within_lan(&self) -> bool {
         match self {

@@ -28,6 +28,9 @@ const CONTROL_PRIORITY: i32 = 3;
 const SYNC_PRIORITY: i32 = 2;
 const LIGHT_PRIORITY: i32 = 1;
 
+/// How long an agent that ends waits for its link's end to be sent: three probe timeouts of most paths.
+const END_TIME_MAX: Duration = Duration::from_secs(1);
+
 /// How often a link is looked after.
 const UPKEEP_PERIOD: Duration = Duration::from_millis(1000 / UPKEEPS_PER_SECOND as u64);
 
@@ -310,6 +313,14 @@ impl Connection {
     /// Closes the link, telling the peer why. The first reason counts.
     pub fn close(&self, reason: &str) {
         self.lanes.close(reason);
+    }
+
+    /// Waits until the end of an agent's link, which was closed, has left the socket; [`END_TIME_MAX`] at most.
+    pub(crate) async fn left(&self) {
+        if let Some(opener) = &self.opener {
+            // Whoever does not hear of it takes the link for silent in the end.
+            let _ = tokio::time::timeout(END_TIME_MAX, opener.wait_idle()).await;
+        }
     }
 
     /// Waits until the connection has ended, and says why.

@@ -64,6 +64,11 @@ impl Opener {
         }
     }
 
+    /// Waits until no connection of the agent's socket has anything left to say.
+    pub(in crate::quic) async fn wait_idle(&self) {
+        self.endpoint.wait_idle().await;
+    }
+
     /// The target says what its busiest driver takes, and how many connections its cores are worth.
     pub(in crate::quic) fn handle_peer(&self, load_percent: u32, most: u32) {
         self.peer_load_percent.store(load_percent, Ordering::Relaxed);
