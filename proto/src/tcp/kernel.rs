@@ -28,6 +28,8 @@ pub(super) struct Info {
     pub(super) delivered_bytes_per_second: u64,
     /// Bytes that it was given and has not sent (Linux 4.6).
     pub(super) unsent_bytes: u64,
+    /// Segments sent that the peer's kernel has not confirmed, the end of the stream among them.
+    pub(super) unconfirmed_segments: u64,
     /// Segments sent, with those that were sent again (Linux 4.2). The kernel counts to 2^32.
     pub(super) sent_segments: u64,
     /// Segments sent again because they were lost: without those that the peer had already (Linux 4.18),
@@ -92,6 +94,7 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
         path_mtu_bytes: word(60),
         delivered_bytes_per_second: long(160),
         unsent_bytes: word(144).into(),
+        unconfirmed_segments: word(24).into(),
         sent_segments: word(136).into(),
         repeated_segments: word(100).saturating_sub(word(216)).into(),
         sent_bytes: long(200),
