@@ -183,14 +183,14 @@ async fn the_links_ceiling_changes_live_and_is_lifted_without_a_reconnect() {
     }
     const LINE_MBIT: f64 = 40.0;
     let limited = |text| of_link(text, "8 Mbit/s");
-    let scenario = begin(128 << 20, "40mbit,10ms,0.1%", "quic", limited).await;
-    assert_holds(&scenario, "the link", 8.0, 5).await;
+    let scenario = begin(160 << 20, "40mbit,10ms,0.1%", "quic", limited).await;
+    assert_holds(&scenario, "the link", 8.0, 10).await;
     for (before, after) in [(8, 20), (20, 5)] {
         let change =
             |text: String| text.replace(&format!("{before} Mbit/s"), &format!("{after} Mbit/s"));
         scenario.rig.edit_configuration("agent", change).unwrap();
         scenario.rig.reload_agent();
-        assert_holds(&scenario, "the link, changed", after.into(), 5).await;
+        assert_holds(&scenario, "the link, changed", after.into(), 10).await;
     }
     let lift = |text: String| text.replace("limit = \"5 Mbit/s\"\n", "");
     scenario.rig.edit_configuration("agent", lift).unwrap();
@@ -303,6 +303,14 @@ async fn a_machines_first_ceiling_pays_for_what_is_under_way_over_quic() {
     let limited = |text| of_machine(text, "30 Mbit/s");
     let quic = ["quic", "quic"];
     assert_first_ceiling_holds("a machine's first, over QUIC", "60mbit,10ms", quic, limited).await;
+}
+
+/// The link's own, which the congestion controller keeps packet by packet from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_links_first_ceiling_holds_in_the_middle_of_a_sync_over_quic() {
+    let limited = |text| of_link(text, "30 Mbit/s");
+    let quic = ["quic", "quic"];
+    assert_first_ceiling_holds("the link's first, over QUIC", "60mbit,10ms", quic, limited).await;
 }
 
 /// The same over TCP, where the link's own is kept batch by batch too. What had arrived and was not

@@ -291,7 +291,20 @@ async fn a_probe_goes_over_tcp_where_udp_does_not_pass() {
     assert!(number(said(&report, "up")) > 1.0 && number(said(&report, "down")) > 1.0, "{report}");
 }
 
-/// What a probe of so long each way found.
+/// What a probe of so long each way found, from the process server's end of an emulated line.
+fn measured_from_site(scenario: &Scenario, time: &str) -> serde_json::Value {
+    let site = scenario.rig.link().unwrap().site_a();
+    let output = site
+        .command_in(programs().join("backhaul"))
+        .args(["link", "probe", "--time", time, "--json", "--config"])
+        .arg(scenario.folder.path().join("agent.toml"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The same where there is none.
 fn measured(scenario: &Scenario, time: &str) -> serde_json::Value {
     let config = scenario.folder.path().join("agent.toml");
     let config = config.to_str().unwrap();
@@ -338,16 +351,27 @@ async fn a_probe_whose_limit_is_the_store_says_so() {
     if !disk.slow(STORE_BYTES) {
         return;
     }
-    let config = scenario.folder.path().join("agent.toml");
-    let site = scenario.rig.link().unwrap().site_a();
-    let output = site
-        .command_in(programs().join("backhaul"))
-        .args(["link", "probe", "--time", "2s", "--json", "--config"])
-        .arg(config)
-        .output()
-        .unwrap();
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = measured_from_site(&scenario, "2s");
     assert_eq!(report["limit"], "disk", "{report}");
     let found = report["disk_bytes_per_second"].as_f64().unwrap() / STORE_BYTES as f64;
     assert!((0.7..1.3).contains(&found), "{report}");
+}
+
+/// A path that holds more than the least window: 20 MB under way would fill it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_whose_limit_is_the_window_says_so() {
+    if !is_root() {
+        return;
+    }
+    let _alone = ONE_FLOOD_AT_A_TIME.lock().await;
+    let mut scenario = Scenario::prepare(16 << 20, |spec| {
+        spec.link = Some("200mbit,400ms".parse().unwrap());
+        spec.agent_options = "link_window = \"16 MiB\"\n".into();
+        spec.target_options = spec.agent_options.clone();
+    })
+    .unwrap();
+    scenario.rig.start_target().unwrap();
+    scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
+    let report = measured_from_site(&scenario, "10s");
+    assert_eq!(report["limit"], "window", "{report}");
 }

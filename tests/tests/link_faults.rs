@@ -1,7 +1,7 @@
 //! What becomes of a link: it goes dark, flaps, loses, reorders and duplicates; its far end stops
-//! reading, or cannot write its journal. Every time throughput is back within two seconds of the link,
-//! memory stays within its bound, nothing is sent again that was acknowledged, and nobody restarts
-//! anything.
+//! reading, or cannot write its journal. Every time throughput is back within two seconds of the link
+//! (most of it on a line of 200 ms, which still grows then), memory stays within its bound, nothing is
+//! sent again that was acknowledged, and nobody restarts anything.
 
 use std::time::Duration;
 
@@ -282,13 +282,12 @@ async fn an_ill_line_is_filled() {
 
 /// The target reads nothing for less and for more time than the transport waits, while there is more to
 /// send than the line can carry.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_target_that_stops_reading_is_gone_on_with() {
+async fn a_target_stops_reading(transport: &str) {
     if !is_root() {
         return;
     }
     let _alone = ONE_AT_A_TIME.lock().await;
-    let mut scenario = prepare("100mbit,10ms", 160, 90, |_| {});
+    let mut scenario = prepare("100mbit,10ms", 160, 90, |spec| spec.transport = transport.into());
     scenario.start().unwrap();
     let guest = scenario.start_guest(90, GUEST_RATE_BYTES).await.unwrap();
     let earlier = wait_flowing(&mut scenario).await;
@@ -297,7 +296,7 @@ async fn a_target_that_stops_reading_is_gone_on_with() {
         // The length of the silence is the input of this test, not a wait for something to happen.
         sleep_until(Instant::now() + Duration::from_secs(seconds)).await;
         scenario.rig.thaw_target();
-        let what = format!("{seconds} s without reading");
+        let what = format!("{seconds} s without reading over {transport}");
         assert_back(&what, &scenario, Instant::now(), earlier).await;
         assert_eq!(connections(&scenario), connected, "{what}");
     }
@@ -306,16 +305,25 @@ async fn a_target_that_stops_reading_is_gone_on_with() {
     end("without reading", &mut scenario, Some(guest), BEHIND_A_GAP_BYTES).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_stops_reading_is_gone_on_with() {
+    a_target_stops_reading("quic").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_stops_reading_is_gone_on_with_over_tcp() {
+    a_target_stops_reading("tcp").await;
+}
+
 /// The store's disk answers nothing for longer than the transport waits, while keep-alives flow: nobody is
 /// cut off, the window is what waits, and when the disk is back so is the stream.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_journal_that_stalls_is_gone_on_with() {
+async fn a_journal_stalls(transport: &str) {
     if !is_root() {
         return;
     }
     let _alone = ONE_AT_A_TIME.lock().await;
     // Of these 64 are the window, which fills while the disk stands still.
-    let mut scenario = prepare("100mbit,10ms", 192, 91, |_| {});
+    let mut scenario = prepare("100mbit,10ms", 192, 91, |spec| spec.transport = transport.into());
     // Dropped before the scenario, which would wait for the target.
     let Some(disk) = StoreDisk::mount(&scenario.folder.path().join("store")) else { return };
     scenario.start().unwrap();
@@ -335,4 +343,14 @@ async fn a_journal_that_stalls_is_gone_on_with() {
     scenario.rig.set_link("1gbit,10ms".parse().unwrap()).unwrap();
     end("a stalled journal", &mut scenario, Some(guest), 0).await;
     assert_eq!(connections(&scenario), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_that_stalls_is_gone_on_with() {
+    a_journal_stalls("quic").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_that_stalls_is_gone_on_with_over_tcp() {
+    a_journal_stalls("tcp").await;
 }

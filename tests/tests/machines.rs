@@ -51,8 +51,9 @@ async fn a_quiet_machine_passes(transport: &str) {
     if !is_root() {
         return;
     }
-    const POINTS: usize = 9;
-    // A round trip of 100 ms, what the line's queue holds, and what a busy host adds.
+    const POINTS: usize = 100;
+    // A round trip of 100 ms, what the line's queue holds, and what a busy host and a debug build add. The goal,
+    // one and a half round trips and 5 ms for 99 of 100, is held by `benches barriers`.
     const TIME_MAX: Duration = Duration::from_millis(300);
     const WRITE_BYTES: usize = 12 << 10;
     let (mut scenario, disk) = prepare(96 << 20, 16 << 20, "20mbit,50ms", transport);
@@ -75,8 +76,10 @@ async fn a_quiet_machine_passes(transport: &str) {
     let machine = client.machine(MACHINE).await.unwrap();
     assert!(machine.dirty_bytes > 0, "the sync was over: {machine:?}");
     times.sort();
-    println!("over {transport}: {times:?}");
-    assert!(times[POINTS / 2] < TIME_MAX, "{times:?}");
+    println!("over {transport}: median {:?}, {:?}", times[POINTS / 2], &times[POINTS - 5..]);
+    // Over TCP what a lost packet holds up comes a round trip later or more.
+    let most = if transport == "quic" { POINTS * 95 / 100 } else { POINTS / 2 };
+    assert!(times[most] < TIME_MAX, "{times:?}");
 
     drop(guest);
     let request = FailoverRequest {
