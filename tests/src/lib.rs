@@ -115,6 +115,19 @@ impl Scenario {
         Ok(())
     }
 
+    /// What `backhaul link probe` finds in so long each way, from the process server's end of the emulated line.
+    pub fn probe(&self, time: &str) -> serde_json::Value {
+        let site = self.rig.link().unwrap().site_a();
+        let output = site
+            .command_in(programs().join("backhaul"))
+            .args(["link", "probe", "--time", time, "--json", "--config"])
+            .arg(self.folder.path().join("agent.toml"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
     /// Waits until the agent's link is as `wanted` says.
     pub async fn wait_link(&self, what: &str, wanted: impl Fn(&Link) -> bool) -> Link {
         let (began, mut looks) = (Instant::now(), tokio::time::interval(Duration::from_millis(50)));

@@ -5,6 +5,7 @@ use std::net::UdpSocket;
 use std::process::Command;
 
 use backhaul_api::Link;
+use backhaul_lab::steal::{SHARE_MAX, Stolen};
 use backhaul_tests::metrics::{METRICS, Metrics, metrics_address, scrape, wait_metrics};
 use backhaul_tests::store_disk::StoreDisk;
 use backhaul_tests::{STEP_TIME_MAX, Scenario, is_root, programs};
@@ -12,6 +13,9 @@ use tokio::sync::Mutex;
 
 /// A probe floods, and another one beside would take its processors.
 static ONE_FLOOD_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+/// How often a verdict that a busy host may turn is asked for.
+const ATTEMPTS: usize = 3;
 
 /// What `backhaul` prints, with these arguments, for people.
 fn backhaul(scenario: &Scenario, arguments: &[&str]) -> String {
@@ -291,20 +295,7 @@ async fn a_probe_goes_over_tcp_where_udp_does_not_pass() {
     assert!(number(said(&report, "up")) > 1.0 && number(said(&report, "down")) > 1.0, "{report}");
 }
 
-/// What a probe of so long each way found, from the process server's end of an emulated line.
-fn measured_from_site(scenario: &Scenario, time: &str) -> serde_json::Value {
-    let site = scenario.rig.link().unwrap().site_a();
-    let output = site
-        .command_in(programs().join("backhaul"))
-        .args(["link", "probe", "--time", time, "--json", "--config"])
-        .arg(scenario.folder.path().join("agent.toml"))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
-}
-
-/// The same where there is none.
+/// What a probe of so long each way found.
 fn measured(scenario: &Scenario, time: &str) -> serde_json::Value {
     let config = scenario.folder.path().join("agent.toml");
     let config = config.to_str().unwrap();
@@ -321,15 +312,22 @@ async fn a_probe_whose_limit_is_a_processor_says_so() {
     let mut scenario = Scenario::prepare(16 << 20, |_| {}).unwrap();
     scenario.rig.start_target().unwrap();
     scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
-    // Beside other tests a process may get less of a core than it would take.
+    assert_says(|| measured(&scenario, "2s"), "cpu");
+}
+
+/// Fails unless one of some probes says that this is the limit. Beside other tests, or where the hypervisor takes
+/// processors away, a process may get less of a core than it would take: once none of three said `cpu`.
+fn assert_says(probe: impl Fn() -> serde_json::Value, limit: &str) {
+    let stolen = Stolen::from_now();
     let mut report = serde_json::Value::Null;
-    for _ in 0..3 {
-        report = measured(&scenario, "2s");
-        if report["limit"] == "cpu" {
+    for _ in 0..ATTEMPTS {
+        report = probe();
+        if report["limit"] == limit {
             return;
         }
     }
-    panic!("{report}");
+    assert!(stolen.share() > SHARE_MAX, "{report}");
+    println!("skipped: the hypervisor took {:.0} % of the processors", stolen.share() * 100.0);
 }
 
 /// Nor would a faster line help where the store is the slower of the two.
@@ -351,7 +349,7 @@ async fn a_probe_whose_limit_is_the_store_says_so() {
     if !disk.slow(STORE_BYTES) {
         return;
     }
-    let report = measured_from_site(&scenario, "2s");
+    let report = scenario.probe("2s");
     assert_eq!(report["limit"], "disk", "{report}");
     let found = report["disk_bytes_per_second"].as_f64().unwrap() / STORE_BYTES as f64;
     assert!((0.7..1.3).contains(&found), "{report}");
@@ -372,6 +370,5 @@ async fn a_probe_whose_limit_is_the_window_says_so() {
     .unwrap();
     scenario.rig.start_target().unwrap();
     scenario.rig.wait("the target", STEP_TIME_MAX, |_| true).await.unwrap();
-    let report = measured_from_site(&scenario, "10s");
-    assert_eq!(report["limit"], "window", "{report}");
+    assert_says(|| scenario.probe("10s"), "window");
 }

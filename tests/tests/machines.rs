@@ -53,10 +53,10 @@ async fn a_quiet_machine_passes(transport: &str) {
     }
     const POINTS: usize = 100;
     // A round trip of 100 ms, what the line's queue holds, and what a busy host and a debug build add. The goal,
-    // one and a half round trips and 5 ms for 99 of 100, is held by `benches barriers`.
+    // one and a half round trips and 5 ms for 99 of 100, is what `benches barriers` measures.
     const TIME_MAX: Duration = Duration::from_millis(300);
     const WRITE_BYTES: usize = 12 << 10;
-    let (mut scenario, disk) = prepare(96 << 20, 16 << 20, "20mbit,50ms", transport);
+    let (mut scenario, disk) = prepare(192 << 20, 16 << 20, "20mbit,50ms", transport);
     scenario.start().unwrap();
     let busy = |machine: &Machine| machine.received_plain_bytes > 8 << 20;
     scenario.rig.wait("the sync", STEP_TIME_MAX, busy).await.unwrap();

@@ -292,6 +292,8 @@ impl Agent {
                     machine.replicating.is_none() || machine.capture.order().queued_bytes() == 0
                 });
                 if drained || since.elapsed() > DRAIN_TIME_MAX {
+                    // Whoever holds the link connects no more.
+                    self.inbox.close();
                     if let Some(link) = &self.link {
                         link.connection.end("the agent was stopped").await;
                     }

@@ -298,8 +298,8 @@ impl Connection {
         }
     }
 
-    /// The same of an agent that is about to end, and waits until its last packet has left, or over TCP until the
-    /// target has it; a second at most.
+    /// Closes it in a process that is about to end: waits until the last packet has left, or over TCP until the peer
+    /// has taken the reason; a second at most.
     pub async fn end(&self, reason: &str) {
         self.close(reason);
         match self {

@@ -43,8 +43,8 @@ const DARK_TIMEOUTS: u8 = 3;
 /// take that for the reason.
 const GOODBYE_LEAD: Duration = Duration::from_millis(200);
 
-/// How often it is looked whether a goodbye has arrived.
-const UNDER_WAY_PERIOD: Duration = Duration::from_millis(10);
+/// How often it is looked whether the peer has taken a goodbye.
+const LEFT_PERIOD: Duration = Duration::from_millis(10);
 
 /// How long a goodbye may take before the sockets are dropped without it.
 const GOODBYE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -99,21 +99,20 @@ struct Shared {
 }
 
 impl Shared {
-    /// The first reason counts.
-    fn end(&self, reason: &str) {
+    /// The first reason counts: whether this is it.
+    fn end(&self, reason: &str) -> bool {
         self.ended.send_if_modified(|ended| {
             let first = ended.is_none();
             ended.get_or_insert_with(|| reason.to_owned());
             first
-        });
+        })
     }
 
-    /// The peer's kernel has not confirmed all that was written to the control connection: closed now, with anything
-    /// unread, it would be reset, and that would be lost.
-    fn control_is_under_way(&self) -> bool {
+    /// The peer has closed the control connection, too.
+    fn control_is_closed(&self) -> bool {
         let socket = self.control_socket.as_ref();
         let info = socket.and_then(|socket| kernel::info(socket.as_fd()));
-        info.is_some_and(|info| info.unconfirmed_segments + info.unsent_bytes > 0)
+        info.is_none_or(|info| info.is_closed)
     }
 
     /// What the kernel still has is not sent: it comes again on the next connection.
@@ -311,38 +310,41 @@ impl Connection {
 
     /// Ends the session here at once, and tells the peer why if that can be done in time.
     pub(crate) fn close(&self, reason: &str) {
-        if self.0.ended.borrow().is_some() {
+        // Whoever finds the session ended finds the task, too.
+        let mut goodbye = self.0.goodbye.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.0.end(reason) {
             return;
         }
-        self.0.end(reason);
         let shared = Arc::clone(&self.0);
         let end = reason.floor_char_boundary(REASON_BYTES_MAX);
         let mut message = GOODBYE.to_vec();
         message.extend_from_slice(&(end as u16).to_le_bytes());
         message.extend_from_slice(&reason.as_bytes()[..end]);
-        let goodbye = tokio::spawn(async move {
+        *goodbye = Some(tokio::spawn(async move {
             let say = async {
                 let mut writer = shared.control.lock().await;
                 writer.write_all(&message).await?;
                 writer.shutdown().await?;
-                while shared.control_is_under_way() {
-                    tokio::time::sleep(UNDER_WAY_PERIOD).await;
-                }
                 tokio::time::sleep(GOODBYE_LEAD).await;
                 Ok::<_, std::io::Error>(())
             };
             // A peer that cannot be told finds its sockets closed.
             let _ = tokio::time::timeout(GOODBYE_TIME_MAX, say).await;
-        });
-        *self.0.goodbye.lock().unwrap_or_else(PoisonError::into_inner) = Some(goodbye);
+        }));
     }
 
-    /// Waits until the goodbye of whoever closed has been said; [`GOODBYE_TIME_MAX`] at most.
+    /// Waits until the peer has taken the goodbye of whoever closed, and closed in its turn; [`GOODBYE_TIME_MAX`] at
+    /// most. A socket that is closed before, with anything unread, is reset, and what was under way is lost with it.
     pub(crate) async fn left(&self) {
         let goodbye = self.0.goodbye.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(goodbye) = goodbye {
+        let Some(goodbye) = goodbye else { return };
+        let taken = async {
             let _ = goodbye.await;
-        }
+            while !self.0.control_is_closed() {
+                tokio::time::sleep(LEFT_PERIOD).await;
+            }
+        };
+        let _ = tokio::time::timeout(GOODBYE_TIME_MAX, taken).await;
     }
 
     /// Whether it was chosen because the target is near.

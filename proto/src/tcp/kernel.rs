@@ -6,12 +6,17 @@ use std::time::Duration;
 /// Length of what is asked for: up to `tcpi_dsack_dups`. Older kernels give less.
 const INFO_BYTES: usize = 220;
 
+/// `tcpi_state` of a closed socket (`TCP_CLOSE`). One that waits for late segments is a stand-in, and its own is this.
+const STATE_CLOSED: u8 = 7;
+
 /// The bit of `tcpi_options` (`TCPI_OPT_TIMESTAMPS`).
 const OPTION_TIMESTAMPS: u8 = 1;
 
 /// What the kernel says; 0 where it is too old to know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Info {
+    /// Both ends have closed it, or one has reset it.
+    pub(super) is_closed: bool,
     /// Every segment has a timestamp.
     pub(super) has_timestamps: bool,
     /// Retransmission timeouts in a row without an answer.
@@ -28,8 +33,6 @@ pub(super) struct Info {
     pub(super) delivered_bytes_per_second: u64,
     /// Bytes that it was given and has not sent (Linux 4.6).
     pub(super) unsent_bytes: u64,
-    /// Segments sent that the peer's kernel has not confirmed, the end of the stream among them.
-    pub(super) unconfirmed_segments: u64,
     /// Segments sent, with those that were sent again (Linux 4.2). The kernel counts to 2^32.
     pub(super) sent_segments: u64,
     /// Segments sent again because they were lost: without those that the peer had already (Linux 4.18),
@@ -86,6 +89,7 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
         u64::from_ne_bytes(long)
     };
     Info {
+        is_closed: bytes[0] == STATE_CLOSED,
         has_timestamps: bytes[5] & OPTION_TIMESTAMPS != 0,
         timeouts: bytes[2],
         rtt: micros(68),
@@ -94,7 +98,6 @@ fn parse(bytes: &[u8; INFO_BYTES]) -> Info {
         path_mtu_bytes: word(60),
         delivered_bytes_per_second: long(160),
         unsent_bytes: word(144).into(),
-        unconfirmed_segments: word(24).into(),
         sent_segments: word(136).into(),
         repeated_segments: word(100).saturating_sub(word(216)).into(),
         sent_bytes: long(200),
@@ -122,9 +125,13 @@ mod tests {
             bytes.len()
         });
         here.write_all(&vec![7; 10 << 20]).unwrap();
+        assert!(!info(here.as_fd()).unwrap().is_closed);
         here.shutdown(std::net::Shutdown::Write).unwrap();
         assert_eq!(reading.join().unwrap(), 10 << 20);
+        // Their socket is dropped by the thread that has ended.
+        assert_eq!(here.read(&mut [0]).unwrap(), 0);
         let info = info(here.as_fd()).unwrap();
+        assert!(info.is_closed, "{info:?}");
         let likely = Duration::from_micros(1)..Duration::from_secs(5);
         assert!(likely.contains(&info.rtt) && info.min_rtt <= info.rtt, "{info:?}");
         // The loopback's MTU is 64 KiB, or what somebody set it to.

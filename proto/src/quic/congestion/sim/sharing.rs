@@ -124,18 +124,20 @@ fn a_link_that_loses_or_queues_otherwise_is_shared() {
 #[test]
 fn links_of_every_kind_are_shared() {
     let (mut broken, mut seed) = (Vec::new(), 0);
-    for mbit in [10.0, 30.0] {
-        for rtt in [20, 60, 120] {
-            for loss in [0.0, 0.005, 0.02] {
-                for queue in [50, 100] {
-                    for reorder in [0.0, 0.05] {
-                        for other in [Other::Cubic, Other::Bbr, Other::Ours] {
-                            seed += 1;
-                            let mut shape = Shape::new(mbit, rtt, loss);
-                            shape.queue = Duration::from_millis(queue);
-                            shape.reorder = reorder;
-                            shape.reorder_delay = Duration::from_millis(3);
-                            broken.extend(competes(shape, other, seed));
+    for losses in [&[0.0, 0.005][..], &[0.02]] {
+        for mbit in [10.0, 30.0] {
+            for rtt in [20, 60, 120] {
+                for loss in losses {
+                    for queue in [50, 100] {
+                        for reorder in [0.0, 0.05] {
+                            for other in [Other::Cubic, Other::Bbr, Other::Ours] {
+                                seed += 1;
+                                let mut shape = Shape::new(mbit, rtt, *loss);
+                                shape.queue = Duration::from_millis(queue);
+                                shape.reorder = reorder;
+                                shape.reorder_delay = Duration::from_millis(3);
+                                broken.extend(competes(shape, other, seed));
+                            }
                         }
                     }
                 }
@@ -160,8 +162,8 @@ fn competes(shape: Shape, other: Other, seed: u64) -> Option<String> {
         Other::Cubic if shape.loss > 0.0 || shape.reorder > 0.0 => {
             (other.alone(shape, 30.0) / 2.5).min(0.17)
         }
-        // Its two bandwidth-delay products cannot be told from noise; 0.145 is the least of these links.
-        Other::Bbr => 0.14,
+        // Its two bandwidth-delay products cannot be told from noise there.
+        Other::Bbr if shape.loss >= 0.02 => 0.14,
         _ => 0.17,
     };
     // The first BBR does not yield to loss; we do, in part.
@@ -179,19 +181,20 @@ fn competes(shape: Shape, other: Other, seed: u64) -> Option<String> {
     (!kept).then_some(line)
 }
 
-/// A rival's queue that never empties hides the path's round trip. After five seconds without a sample near it, it is
-/// looked for, and not more often.
+/// A rival's queue that does not empty hides the path's round trip. After five seconds without a sample near it, it is
+/// looked for.
 #[test]
-fn a_round_trip_that_a_rival_hides_is_looked_for() {
+fn a_round_trip_that_rivals_hide_is_looked_for() {
     let mut shape = Shape::new(30.0, 40, 0.0);
     shape.queue = Duration::from_millis(250);
     let mut world = World::new(shape, 3);
-    for (who, seed) in [(Other::Ours, 3), (Other::Cubic, 4)] {
+    for (who, seed) in [Other::Ours, Other::Cubic, Other::Cubic, Other::Cubic].into_iter().zip(3..)
+    {
         let control = who.boxed(world.epoch, seed);
         world.add(control, App::Bulk { from: 0 }, MTU);
     }
     let (mut looks, mut looked) = (Vec::new(), false);
-    for tenth in 1..=300 {
+    for tenth in 1..=600 {
         let at = f64::from(tenth) / 10.0;
         world.run(at);
         let looking = world.senders[0].control.state().starts_with("probe_rtt");
@@ -201,8 +204,8 @@ fn a_round_trip_that_a_rival_hides_is_looked_for() {
         looked = looking;
     }
     println!("looked at {looks:?}");
-    assert!(looks.first().is_some_and(|at| *at >= 5.0), "{looks:?}");
-    assert!(looks.windows(2).all(|pair| pair[1] - pair[0] >= 5.0), "{looks:?}");
+    let mut gaps = std::iter::once(looks[0]).chain(looks.windows(2).map(|pair| pair[1] - pair[0]));
+    assert!(looks.len() >= 2 && gaps.all(|gap| (4.9..7.0).contains(&gap)), "{looks:?}");
 }
 
 /// Whoever has little to send knows little of the path, and somebody else's queue does not end his search for its rate:

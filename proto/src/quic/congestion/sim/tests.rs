@@ -189,8 +189,8 @@ fn a_queue_too_short_to_be_seen_is_not_drowned() {
     assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
-/// The links that the project's goals name, but the fastest, which [`fast_links_are_filled_without_a_queue`] has, and a clean one,
-/// at their full rate. `probe_bw_down` shows the empty path often enough: nobody halves his window to see it.
+/// The goals' links at full rate, and a clean one; the fastest is in [`fast_links_are_filled_without_a_queue`].
+/// `probe_bw_down` shows the empty path often enough for nobody to halve his window for it.
 #[test]
 fn the_links_of_the_goals() {
     for (mbit, rtt, loss) in [
