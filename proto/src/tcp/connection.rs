@@ -340,6 +340,7 @@ impl Connection {
         let Some(goodbye) = goodbye else { return };
         let taken = async {
             let _ = goodbye.await;
+            // Nobody reads any more, so nothing tells when the peer closes: the kernel can only be asked.
             while !self.0.control_is_closed() {
                 tokio::time::sleep(LEFT_PERIOD).await;
             }
