@@ -68,16 +68,6 @@ const LAN_CONTROLLER: &str = "cubic";
 /// more, and by itself the kernel takes megabytes, a second's worth of a slow line.
 const FAR_UNSENT_BYTES_MAX: u32 = 256 << 10;
 
-/// A TCP socket as an agent's are, before it connects. What it says of segments binds both ends.
-fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => TcpSocket::new_v6()?,
-    };
-    SockRef::from(&socket).set_tcp_mss(SEGMENT_BYTES_MAX)?;
-    Ok(socket)
-}
-
 /// Where a session's path leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -87,19 +77,36 @@ pub enum Way {
     Lan,
 }
 
-fn tune(stream: &TcpStream, way: Way) {
+/// A TCP socket as an agent's are, before it connects. What it says of segments binds both ends.
+fn socket(address: SocketAddr, way: Way) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    SockRef::from(&socket).set_tcp_mss(SEGMENT_BYTES_MAX)?;
+    control_congestion(&socket, way);
+    Ok(socket)
+}
+
+/// Before the socket connects, if it is one that does: where the kernel's default is BBR, a connection that began with
+/// it is paced for as long as it lives, whoever controls it later. Timers for every 64 KiB cost a first sync
+/// within a LAN a fifth of its speed.
+fn control_congestion(socket: impl AsFd, way: Way) {
     let controller = match way {
         Way::Far => FAR_CONTROLLER,
         Way::Lan => LAN_CONTROLLER,
     };
-    let _ = stream.set_nodelay(true);
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_PERIOD).with_interval(KEEPALIVE_PERIOD);
-    let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
-    if rustix::net::sockopt::set_tcp_congestion(stream, controller).is_err() {
+    if rustix::net::sockopt::set_tcp_congestion(socket, controller).is_err() {
         tracing::debug!(
             "the kernel has no {controller} for TCP; `modprobe tcp_{controller}` may help"
         );
     }
+}
+
+fn tune(stream: &TcpStream, way: Way) {
+    let _ = stream.set_nodelay(true);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_PERIOD).with_interval(KEEPALIVE_PERIOD);
+    let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
     // An old kernel takes what it likes.
     if way == Way::Far {
         let _ = kernel::set_unsent_bytes_max(stream.as_fd(), FAR_UNSENT_BYTES_MAX);
@@ -176,7 +183,7 @@ async fn open(
     preface: [u8; PREFACE_BYTES],
     way: Way,
 ) -> io::Result<Stream> {
-    let stream = socket(address)?.connect(address).await?;
+    let stream = socket(address, way)?.connect(address).await?;
     tune(&stream, way);
     let name = ServerName::try_from("backhaul").map_err(io::Error::other)?;
     let stream = BufReader::with_capacity(READ_BYTES, stream);
@@ -293,6 +300,7 @@ async fn take(
     pendings: &Pendings,
 ) -> io::Result<Option<Connection>> {
     // What a target sends is small; the agent knows which way it is.
+    control_congestion(&stream, Way::Far);
     tune(&stream, Way::Far);
     let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut stream = TlsStream::Server(acceptor.accept(stream).await?);
@@ -356,4 +364,22 @@ fn join(
         Some([Some(control), Some(sync), Some(batches)]) => Some([control, sync, batches]),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Way, socket};
+
+    /// Cubic was asked for once the connection was there. On a host whose default is BBR it had begun with that, and
+    /// went on being paced: a first sync over loopback took 5.0 s instead of 4.1.
+    #[test]
+    fn the_controller_is_chosen_before_the_connection_begins() {
+        let known = "/proc/sys/net/ipv4/tcp_available_congestion_control";
+        let known = std::fs::read_to_string(known).unwrap();
+        for (way, controller) in [(Way::Lan, "cubic"), (Way::Far, "bbr")] {
+            let socket = socket("127.0.0.1:1".parse().unwrap(), way).unwrap();
+            let chosen = rustix::net::sockopt::tcp_congestion(&socket).unwrap();
+            assert!(chosen == controller || !known.contains(controller), "{chosen}");
+        }
+    }
 }
