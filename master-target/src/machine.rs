@@ -5,15 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backhaul_api::{
-    Consistency as ConsistencyView, Disk, FailoverResult, Machine as View, Point,
-    Stage as StageView, Sync,
-};
 use backhaul_disk_image::{
     CreateOptions, ErrorKind, FlatImage, ImageError, OpenOptions, create, open,
 };
 use backhaul_proto::batch::RecordKind;
-use backhaul_proto::id::{BatchSeq, Generation, MachineIndex, PointId};
+use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
 use backhaul_proto::message::{HashRequest, Progress};
 use backhaul_proto::session::{Receiver, ReceiverConfig, Watermark};
 use thiserror::Error;
@@ -21,14 +17,18 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::batch_buffer::IncomingBatch;
 use crate::config::MachineConfig;
-use crate::failover::{Action, Facts, Failover, Goal, Stage};
+use crate::failover::{Action, Facts, Failover, Goal};
 use crate::hashing::ReadableDisk;
 use crate::journal::{Mark, MarkKind};
 use crate::machine_state::{Consistency, DiskState, MachineState, StateError, StateFile};
-use crate::recovery_point::{PointText, RecoveryPoint};
+use crate::recovery_point::RecoveryPoint;
 use crate::storage::open_best;
 use crate::store::{ImageFile, MachineStore, Recovered, StoreError, StoreOptions, Usage};
 use crate::worker::{Command, Report, Worker};
+
+mod view;
+
+pub use view::point_view;
 
 /// Identifies a connection for as long as the process lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -539,100 +539,6 @@ impl Machine {
             now_us: now_us(),
         }
     }
-
-    fn sync_view(&self) -> Option<Sync> {
-        let progress = self.progress.as_ref().filter(|_| self.link.is_some())?;
-        (progress.sync_total_bytes > 0).then_some(Sync {
-            total_bytes: progress.sync_total_bytes,
-            done_bytes: progress.sync_done_bytes,
-            sent_bytes: progress.sync_sent_bytes,
-        })
-    }
-
-    /// The machine as the API shows it.
-    pub fn view(&self, now: Instant) -> View {
-        let progress = self.progress.clone().filter(|_| self.link.is_some()).unwrap_or_default();
-        let replicating = matches!(self.failover.stage(), Stage::Replicating);
-        let failover = match self.failover.stage() {
-            Stage::FailedOver(outcome)
-            | Stage::Committed(outcome)
-            | Stage::Removing { outcome, .. } => Some(FailoverResult {
-                point: point_view(outcome.point.id()),
-                source_drained: outcome.drained,
-                data_loss_seconds: outcome.loss_seconds,
-                seconds: outcome.seconds,
-            }),
-            _ => None,
-        };
-        let sizes = &self.state.disks;
-        View {
-            name: self.config.name.to_string(),
-            agent: self.config.agent.to_string(),
-            connected: self.link.is_some(),
-            consistency: match self.state.consistency {
-                Consistency::Empty => ConsistencyView::Empty,
-                Consistency::Syncing => ConsistencyView::Syncing,
-                Consistency::Consistent => ConsistencyView::Consistent,
-            },
-            stage: match self.failover.stage() {
-                Stage::Replicating => StageView::Replicating,
-                Stage::ShuttingDown { .. } | Stage::Draining { .. } | Stage::Preparing { .. } => {
-                    StageView::FailingOver
-                }
-                Stage::FailedOver(_) => StageView::FailedOver,
-                Stage::Cancelling { .. } => StageView::Cancelling,
-                Stage::Removing { .. } => StageView::Committing,
-                Stage::Committed(_) => StageView::Committed,
-            },
-            step: self.failover.step().to_owned(),
-            failure: self.failover.failure().to_owned(),
-            trouble: [&self.trouble, &self.refusal, &progress.trouble]
-                .into_iter()
-                .find(|sentence| !sentence.is_empty())
-                .cloned()
-                .unwrap_or_default(),
-            rpo_seconds: self
-                .watermark
-                .rpo(now)
-                .filter(|_| replicating)
-                .map(|rpo| rpo.as_secs_f64()),
-            // What the agent holds after a failover is not on its way to here.
-            lag_bytes: if failover.is_some() { 0 } else { progress.queued_bytes },
-            dirty_bytes: if failover.is_some() { 0 } else { progress.dirty_bytes },
-            sync: self.sync_view(),
-            journal_bytes: self
-                .open
-                .as_ref()
-                .and_then(|open| open.usage)
-                .map_or(0, |usage| usage.journal_bytes),
-            received_wire_bytes: self.received.0,
-            received_plain_bytes: self.received.1,
-            referenced_bytes: self.referenced_bytes,
-            repeated_batches: self.repeated_batches,
-            last_sync_seconds: self.sync_times.1.map(|time| time.as_secs_f64()),
-            points: self.state.point.iter().map(|point| point_view(point.id())).collect(),
-            failover,
-            disks: self
-                .config
-                .disks
-                .iter()
-                .map(|disk| Disk {
-                    name: disk.name.to_string(),
-                    image: disk.image.display().to_string(),
-                    kind: disk.kind.to_string(),
-                    size_bytes: sizes
-                        .iter()
-                        .find(|known| known.name == disk.name.as_str())
-                        .map_or(0, |known| known.size_bytes),
-                })
-                .collect(),
-        }
-    }
-}
-
-/// A point as the API shows it.
-pub fn point_view(id: PointId) -> Point {
-    Point { id: PointText(id).to_string(), kind: "crash-consistent".into() }
 }
 
 /// The wall clock, in microseconds since 1970 UTC.

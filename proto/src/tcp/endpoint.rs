@@ -88,9 +88,10 @@ fn socket(address: SocketAddr, way: Way) -> io::Result<TcpSocket> {
     Ok(socket)
 }
 
-/// Once before the socket connects: where the kernel's default is BBR, a connection that began with it is paced for as
-/// long as it lives, whoever controls it later. Timers for every 64 KiB cost a first sync within a LAN a fifth of
-/// its speed. And once after: a route may name a controller of its own (`congctl`), which connecting takes.
+/// Asks the kernel for the controller of such a way; without it the kernel's choice stays. An agent asks before its socket
+/// connects: where the default is BBR, a connection that began with it is paced for as long as it lives, whoever controls
+/// it later, and timers for every 64 KiB cost a first sync within a LAN a fifth of its speed. It asks again afterwards: a
+/// route may name a controller of its own (`congctl`), which connecting takes.
 fn control_congestion(socket: impl AsFd, way: Way) {
     let controller = match way {
         Way::Far => FAR_CONTROLLER,
