@@ -10,7 +10,8 @@ use backhaul_proto::message::{
     target_message,
 };
 use backhaul_proto::quic::{Congestion, Connections, RateLimit, TransportOptions};
-use backhaul_proto::session::Backoff;
+use backhaul_proto::session::{Backoff, Due, Weight};
+use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
@@ -55,9 +56,11 @@ pub struct LinkUp {
 }
 
 impl LinkUp {
-    /// Runs what sends on the link's own threads: over TCP it encrypts.
-    pub fn spawn(&self, sending: impl Future<Output = ()> + Send + 'static) {
-        self.threads.spawn(sending);
+    /// Sends a batch, after those that were given before, on the link's own threads: over TCP that encrypts.
+    pub fn batch(&self, chunks: Vec<Bytes>, due: Due, weight: Weight) {
+        let sending = self.connection.release_batch(chunks, due, weight);
+        // When it fails the connection has failed, and the batch is sent again on the next one.
+        self.threads.spawn(async { drop(sending.await) });
     }
 
     /// Sends a control message.

@@ -467,9 +467,8 @@ async fn gets_another_address(transport: &str, dark_meanwhile: bool, connections
         return;
     }
     const BYTES: u64 = 40 << 20;
-    /// What was on its way at the move may be sent again: batches that were cut in two, and whole ones
-    /// that had overtaken those.
-    const UNDER_WAY_BYTES: u64 = 4 << 20;
+    /// What was on its way at the move may be sent again: what of a batch had come, and what the line held.
+    const UNDER_WAY_BYTES: u64 = 2 << 20;
     let mut scenario = Scenario::prepare_noise(BYTES, 90, |spec| {
         spec.link = Some("100mbit,10ms".parse().unwrap());
         spec.transport = transport.into();

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use backhaul_proto::batch::EncodedBatch;
-use backhaul_proto::id::{BatchSeq, Generation, MachineIndex};
-use backhaul_proto::link::{Connection, Transport};
+use backhaul_proto::id::{BatchSeq, Generation};
+use backhaul_proto::link::Transport;
 use backhaul_proto::message::{Ack, HashReply, HashRequest, Resend, agent_message};
 use backhaul_proto::session::{Due, Release, Weight};
 
@@ -67,7 +67,7 @@ impl Agent {
                 link.control(agent_message::Kind::Batch(bytes));
                 continue;
             }
-            link.spawn(send(link.connection.clone(), batch, on_wire, due, weight));
+            link.batch(batch.chunks(on_wire), due, weight);
         }
         let still =
             |machine: &super::Machine| machine.replicating.is_none() || machine.limit.is_still(now);
@@ -153,7 +153,7 @@ impl Agent {
         let referenced: u64 = unfolded.references.iter().map(|one| u64::from(one.len_bytes)).sum();
         self.referenced_bytes = self.referenced_bytes.saturating_sub(referenced);
         let due = Due::at_once(now);
-        link.spawn(send(link.connection.clone(), unfolded.batch, on_wire, due, Weight::Heavy));
+        link.batch(unfolded.batch.chunks(on_wire), due, Weight::Heavy);
     }
 
     pub(super) fn handle_sync(&mut self, output: SyncOutput) {
@@ -225,17 +225,6 @@ fn is_bare_point(batch: &EncodedBatch) -> bool {
 /// Whether a batch may travel in a control message.
 fn fits_control(batch: &EncodedBatch, transport: Transport) -> bool {
     batch.wire_bytes() <= transport.control_batch_bytes_max() && batch.header.folded.is_none()
-}
-
-async fn send(
-    connection: Connection,
-    batch: EncodedBatch,
-    machine: MachineIndex,
-    due: Due,
-    weight: Weight,
-) {
-    // When this fails the connection has failed, and the batch is sent again on the next one.
-    let _ = connection.release_batch(batch.chunks(machine), due, weight).await;
 }
 
 #[cfg(test)]

@@ -8,10 +8,12 @@ mod endpoint;
 mod frames;
 mod places;
 pub mod probe;
+mod turns;
 mod unsent;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
@@ -28,6 +30,7 @@ use crate::{quic, tcp};
 pub use endpoint::{ConnectOptions, Handshake, Listener, TransportChoice, connect};
 pub use frames::{FrameReceiver, FrameSender};
 pub use places::{Place, Places};
+pub(crate) use turns::{Turn, Turns};
 pub(crate) use unsent::Unsent;
 
 /// First byte of the control stream.
@@ -220,17 +223,28 @@ impl Connection {
         self.release_batch(chunks, Due::at_once(Instant::now()), Weight::Heavy).await
     }
 
-    /// The same, with each byte when it is due; light ones before the others. Over TCP, where no other batch
-    /// passes one that leaves slowly, only the link's ceiling makes it do so.
-    pub async fn release_batch(
+    /// The same, with each byte when it is due; light ones before the others, and those in the order of the
+    /// calls, whenever each is polled. Over TCP, where no other batch passes one that leaves slowly, only the
+    /// link's ceiling makes it do so.
+    pub fn release_batch(
         &self,
         chunks: Vec<Bytes>,
         due: Due,
         weight: Weight,
-    ) -> Result<(), StreamError> {
+    ) -> impl Future<Output = Result<(), StreamError>> + Send + use<> {
+        let (connection, turn) = (self.clone(), self.turns().take());
+        async move {
+            match connection {
+                Self::Quic(quic) => quic.release_batch(chunks, due.longer(), weight, turn).await,
+                Self::Tcp(tcp) => tcp.release_batch(chunks, due.link, weight, turn).await,
+            }
+        }
+    }
+
+    fn turns(&self) -> &Arc<Turns> {
         match self {
-            Self::Quic(connection) => connection.release_batch(chunks, due.longer(), weight).await,
-            Self::Tcp(connection) => connection.release_batch(chunks, due.link, weight).await,
+            Self::Quic(connection) => connection.turns(),
+            Self::Tcp(connection) => connection.turns(),
         }
     }
 

@@ -12,7 +12,8 @@ use tokio::time::MissedTickBehavior;
 
 use crate::id::PeerName;
 use crate::link::{
-    CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, Unsent, ip_header_bytes, wait_until,
+    CONTROL_STREAM, LinkStats, SYNC_STREAM, StreamError, Turn, Turns, Unsent, ip_header_bytes,
+    wait_until,
 };
 use crate::quic::SocketFacts;
 use crate::quic::bulk::Bulk;
@@ -58,6 +59,8 @@ pub struct Connection {
     /// What batches may take of the transport's window.
     bulk: Arc<Bulk>,
     unsent: Arc<Unsent>,
+    /// Those of heavy batches.
+    turns: Arc<Turns>,
     /// Batches sent so far.
     batches: Arc<AtomicU32>,
     /// Opens more connections (agents).
@@ -82,6 +85,7 @@ impl Connection {
             lanes,
             bulk: Arc::new(Bulk::new(window_bytes, BATCH_STREAMS_MAX)),
             unsent: Arc::default(),
+            turns: Arc::default(),
             batches: Arc::default(),
             opener: None,
             lane_batches: None,
@@ -162,15 +166,21 @@ impl Connection {
     /// Sends a batch on a stream of its own; returns when the peer's transport has all of it. The
     /// chunks are not copied: quinn keeps them until they are acknowledged.
     pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
-        self.release_batch(chunks, Release::at_once(Instant::now()), Weight::Heavy).await
+        let (release, turn) = (Release::at_once(Instant::now()), self.turns.take());
+        self.release_batch(chunks, release, Weight::Heavy, turn).await
     }
 
-    /// The same, with each byte when it is due; light ones before the others.
+    pub(crate) fn turns(&self) -> &Arc<Turns> {
+        &self.turns
+    }
+
+    /// The same, with each byte when it is due; light ones before the others, which wait for their turn.
     pub(crate) async fn release_batch(
         &self,
         chunks: Vec<Bytes>,
         release: Release,
         weight: Weight,
+        turn: Turn,
     ) -> Result<(), StreamError> {
         let broken = |error: String| StreamError::Stream(error);
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
@@ -179,14 +189,19 @@ impl Connection {
         // One that leaves slowly would keep its place from those that wait for nothing.
         let is_light = weight == Weight::Light && release.is_at_once();
         let light_place = is_light.then(|| self.bulk.light_place(bytes)).flatten();
-        let priority =
-            light_place.as_ref().map_or_else(|| self.next_priority(), |_| LIGHT_PRIORITY);
-        let _heavy_place = match light_place {
-            Some(_) => None,
-            None => self.bulk.place(bytes).await,
+        let (priority, turn, _heavy_place) = match light_place {
+            Some(_) => {
+                drop(turn);
+                (LIGHT_PRIORITY, None, None)
+            }
+            None => {
+                turn.come().await;
+                (self.next_priority(), Some(turn), self.bulk.place(bytes).await)
+            }
         };
         let lane = self.lanes.pick(bytes as u64);
         let mut stream = lane.connection.open_uni().await.map_err(ended)?;
+        drop(turn);
         let _ = stream.set_priority(priority);
         for (due, mut piece) in release.pieces(chunks) {
             // It may be due in seconds, and nothing is to stay until then of a link that has ended.

@@ -18,7 +18,9 @@ use tokio_rustls::TlsStream;
 
 use crate::batch::{BatchHeader, HEADER_BYTES};
 use crate::id::PeerName;
-use crate::link::{LinkStats, PathStats, StreamError, Unsent, ip_header_bytes, wait_until};
+use crate::link::{
+    LinkStats, PathStats, StreamError, Turn, Turns, Unsent, ip_header_bytes, wait_until,
+};
 use crate::message::split_frame;
 use crate::session::{Release, Weight};
 use crate::tcp::endpoint::PACKET_BYTES_MAX;
@@ -79,8 +81,8 @@ struct Shared {
     /// Why the session ended, once it has.
     ended: watch::Sender<Option<String>>,
     control: Writer,
-    /// Whose turn it is among heavy batches: light ones wait for the one that is being written, no more.
-    heavy_turn: Mutex<()>,
+    /// Those of heavy batches: light ones wait for the batch that is being written, no more.
+    turns: Arc<Turns>,
     batches_out: Mutex<WriteHalf<Stream>>,
     /// Their sockets, to ask the kernel about.
     control_socket: Option<OwnedFd>,
@@ -181,7 +183,7 @@ impl Connection {
             remote_address,
             ended: watch::Sender::new(None),
             control: Arc::new(Mutex::new(control_out)),
-            heavy_turn: Mutex::new(()),
+            turns: Arc::default(),
             batches_out: Mutex::new(batches_out),
             control_socket,
             batches_socket,
@@ -225,20 +227,24 @@ impl Connection {
         Ok((send, ReceiveHalf { half, buffer: BytesMut::new(), shared, silence_max: None }))
     }
 
-    /// Batches are sent whole, one after the other, in the order of the calls but light ones before heavy
-    /// ones, each byte when it is due.
+    pub(crate) fn turns(&self) -> &Arc<Turns> {
+        &self.0.turns
+    }
+
+    /// Batches are sent whole, one after the other, heavy ones when it is their turn, each byte when it is due.
     pub(crate) async fn release_batch(
         &self,
         chunks: Vec<Bytes>,
         release: Release,
         weight: Weight,
+        turn: Turn,
     ) -> Result<(), StreamError> {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let mut unsent = self.0.unsent.batch(bytes as u64);
-        let _turn = match weight {
-            Weight::Light => None,
-            Weight::Heavy => Some(self.0.heavy_turn.lock().await),
-        };
+        let turn = (weight == Weight::Heavy).then_some(turn);
+        if let Some(turn) = &turn {
+            turn.come().await;
+        }
         let mut writer = self.0.batches_out.lock().await;
         let work = async {
             for (due, piece) in release.pieces(chunks) {
