@@ -56,7 +56,7 @@ pub struct LinkUp {
 }
 
 impl LinkUp {
-    /// Sends a batch, after those that were given before, on the link's own threads: over TCP that encrypts.
+    /// Sends a batch on the link's own threads: over TCP that encrypts. Heavy ones leave in the order of the calls.
     pub fn batch(&self, chunks: Vec<Bytes>, due: Due, weight: Weight) {
         let sending = self.connection.release_batch(chunks, due, weight);
         // When it fails the connection has failed, and the batch is sent again on the next one.

@@ -327,8 +327,8 @@ async fn what_arrived_has_left() {
     }
 }
 
-/// Who was polled first went first, and a runtime polls in no order: after a reconnect the sixteenth batch of those
-/// that were held came second. The target acknowledged nothing past the gaps, and when the link failed then, had
+/// Who was polled first went first, and a runtime polls in no order: after a reconnect the seventeenth batch after the
+/// first of those that were held came second. The target acknowledged nothing past the gaps, and when the link failed then, had
 /// to forget what lay behind them: five megabytes crossed the link twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_leave_in_the_order_in_which_they_were_handed_over() {

@@ -219,13 +219,16 @@ impl Connection {
 
     /// Sends a batch; returns when the transport has no more to do with it: over QUIC when the peer
     /// has all of it, over TCP when the kernel has. The chunks are not copied.
-    pub async fn send_batch(&self, chunks: Vec<Bytes>) -> Result<(), StreamError> {
-        self.release_batch(chunks, Due::at_once(Instant::now()), Weight::Heavy).await
+    pub fn send_batch(
+        &self,
+        chunks: Vec<Bytes>,
+    ) -> impl Future<Output = Result<(), StreamError>> + Send + use<> {
+        self.release_batch(chunks, Due::at_once(Instant::now()), Weight::Heavy)
     }
 
-    /// The same, with each byte when it is due; light ones before the others, and those in the order of the
-    /// calls, whenever each is polled. Over TCP, where no other batch passes one that leaves slowly, only the
-    /// link's ceiling makes it do so.
+    /// The same, with each byte when it is due; light ones before heavy ones, and heavy ones begin in the order of
+    /// the calls, whenever each is polled. Over TCP, where no other batch passes one that leaves slowly, only
+    /// the link's ceiling makes it do so.
     pub fn release_batch(
         &self,
         chunks: Vec<Bytes>,

@@ -59,7 +59,7 @@ pub struct Connection {
     /// What batches may take of the transport's window.
     bulk: Arc<Bulk>,
     unsent: Arc<Unsent>,
-    /// Those of heavy batches.
+    /// Heavy batches wait for theirs.
     turns: Arc<Turns>,
     /// Batches sent so far.
     batches: Arc<AtomicU32>,

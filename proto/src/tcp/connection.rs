@@ -81,7 +81,7 @@ struct Shared {
     /// Why the session ended, once it has.
     ended: watch::Sender<Option<String>>,
     control: Writer,
-    /// Those of heavy batches: light ones wait for the batch that is being written, no more.
+    /// Heavy batches wait for theirs; light ones only for the batch that is being written.
     turns: Arc<Turns>,
     batches_out: Mutex<WriteHalf<Stream>>,
     /// Their sockets, to ask the kernel about.
@@ -241,11 +241,13 @@ impl Connection {
     ) -> Result<(), StreamError> {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let mut unsent = self.0.unsent.batch(bytes as u64);
-        let turn = (weight == Weight::Heavy).then_some(turn);
-        if let Some(turn) = &turn {
+        let is_heavy = weight == Weight::Heavy;
+        if is_heavy {
             turn.come().await;
         }
         let mut writer = self.0.batches_out.lock().await;
+        // The heavy one behind a light one does not pass it on the way to the writer.
+        let _turn = is_heavy.then_some(turn);
         let work = async {
             for (due, piece) in release.pieces(chunks) {
                 wait_until(due).await;
