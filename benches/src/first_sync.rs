@@ -33,7 +33,7 @@ pub async fn run(dir: &Path, size_bytes: u64, runs: usize, transport: &str) -> a
         let (files_bytes, scratch_bytes) = (size_bytes / 2, SCRATCH_BYTES);
         make_disk(&disk, &DiskSpec { size_bytes, files_bytes, scratch_bytes, seed: 1 })?;
     }
-    // All contenders find it in the page cache: whoever came first to a disk of yesterday took twice as long.
+    // All contenders find it in the page cache: whoever came first had to read it from the disk, and took twice as long.
     let mut file = File::open(&disk)?;
     file.sync_all()?;
     io::copy(&mut file, &mut io::sink())?;
